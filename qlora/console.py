@@ -1,0 +1,181 @@
+"""What a person sees: steps and notes on stderr, and every mistake of a call reported at once.
+
+A mistake is a `Problem` with three parts: what is wrong, where it came from, what to do. Checks add
+theirs to a `Problems` list, so that one run tells the user everything there is to mend.
+"""
+
+import argparse
+import contextlib
+import difflib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+USER_MISTAKE = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's."""
+
+    what: str
+    where: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what} - {self.where} - {self.fix}"
+
+
+class UserError(Exception):
+    """Raised when the user has something to mend; ends the program with exit code 2, no traceback."""
+
+    def __init__(self, *problems: Problem):
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+
+
+@dataclass
+class Problems:
+    """Mistakes found so far in one call."""
+
+    found: list[Problem] = field(default_factory=list)
+
+    def add(self, what: str, where: str, fix: str) -> None:
+        self.found.append(Problem(what, where, fix))
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keeps the `UserError` of the block, so that the next check runs too."""
+        try:
+            yield
+        except UserError as error:
+            self.found.extend(error.problems)
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            raise UserError(*self.found)
+
+
+def fail(what: str, where: str, fix: str) -> UserError:
+    """A `UserError` with one problem, to be raised."""
+    return UserError(Problem(what, where, fix))
+
+
+def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """The exit code of `main(argv)`: 0 done, 2 the user's mistakes (printed), 130 interrupted.
+
+    Other exceptions pass through: they are ours, and their traceback is wanted.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        print_problems(error.problems)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        note("Stopped.")
+        return 130
+
+
+def print_problems(problems: tuple[Problem, ...]) -> None:
+    count = f"{len(problems)} things to mend" if len(problems) > 1 else "One thing to mend"
+    stderr().print(f"\n[bold red]{count}[/]:")
+    for problem in problems:
+        stderr().print(f"  * {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A flag's text that could not be read; argparse alone would stop at the first of them."""
+
+    text: str
+    expected: str
+
+
+def number(kind: type, minimum: float, maximum: float = float("inf"), above: bool = False) -> Callable[[str], object]:
+    """An argparse type for numbers in [minimum, maximum], or (minimum, maximum] with `above`."""
+    words = "a whole number" if kind is int else "a number"
+    expected = f"{words} {'above' if above else 'of at least'} {minimum:g}"
+    if maximum != float("inf"):
+        expected += f" and at most {maximum:g}"
+
+    def parse(text: str) -> object:
+        try:
+            value = kind(text)
+        except ValueError:
+            return Invalid(text, expected)
+        inside = minimum < value <= maximum if above else minimum <= value <= maximum
+        return value if inside else Invalid(text, expected)
+
+    return parse
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str], commands: dict[str, argparse.ArgumentParser] | None = None
+) -> tuple[argparse.Namespace, Problems]:
+    """The parsed arguments, and a problem for every unknown flag and every value out of range."""
+    args, unknown = parser.parse_known_args(argv)
+    problems = Problems()
+    flags = re.findall(r"--[a-z][a-z-]+", (commands[args.command] if commands else parser).format_help())
+    for text in unknown:
+        nearest = difflib.get_close_matches(text.partition("=")[0], flags, n=1)
+        fix = f"did you mean {nearest[0]}?" if nearest else "see --help"
+        problems.add(f"unknown argument {text}", "command line", fix)
+    for name, value in vars(args).items():
+        if isinstance(value, Invalid):
+            flag = "--" + name.replace("_", "-")
+            problems.add(f"{flag} {value.text} is not valid", "command line", f"give {value.expected}")
+    return args, problems
+
+
+# ------------------------------------------------------------------------------- output
+
+
+def stderr():
+    """A rich console on stderr, made anew so that redirection of sys.stderr is respected."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    stderr().print(f"  {text}", markup=False)
+
+
+@contextlib.contextmanager
+def step(steps: tuple[str, ...], name: str) -> Iterator[None]:
+    """Prints `[2/4] Model Setup` before the block and how long it took after it."""
+    console = stderr()
+    console.print(f"\n[bold cyan]\\[{steps.index(name) + 1}/{len(steps)}] {name}[/]")
+    started = time.perf_counter()
+    yield
+    console.print(f"  [dim]{name}: {time.perf_counter() - started:.1f} s[/]")
+
+
+def print_settings(title: str, values: dict[str, object]) -> None:
+    """Every resolved value of a run as an aligned list on stderr."""
+    console = stderr()
+    console.print(f"\n[bold]{title}[/]")
+    width = max(map(len, values))
+    for name, value in values.items():
+        console.print(f"  {name:<{width}}  {value}", markup=False)
+
+
+def progress():
+    """A rich progress bar on stderr: description, bar, count, elapsed time, time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=stderr(),
+    )

@@ -1,0 +1,300 @@
+"""Rows of an instruction dataset: load, validate, filter, split, add distractors, tokenise.
+
+A row has `instruction`, `response` and optionally `context`, `category` and `source` (the document
+its context comes from): the columns of databricks-dolly-15k and one more.
+"""
+
+import difflib
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qlora.console import Problems, UserError, fail
+from qlora.prompt import Prompt, defuse, encode_row, fit_passages
+
+COLUMNS = ("instruction", "response", "context", "category", "source")
+REQUIRED = ("instruction", "response")
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its right response; `passages` is what the model sees, `context` what answers it."""
+
+    instruction: str
+    response: str
+    context: str = ""
+    category: str = ""
+    source: str = ""
+    passages: tuple[str, ...] = ()
+
+    @property
+    def document(self) -> str:
+        """What keeps rows together when a share is held out: the document, else the context, else the row."""
+        return self.source or self.context or self.instruction
+
+
+# ------------------------------------------------------------------------------- load
+
+
+def load_rows(source: str, columns: dict[str, str] | None = None) -> list[Row]:
+    """All rows of a file (.json, .jsonl, .csv, .parquet) or of the train split of a hub dataset.
+
+    `columns` maps our names to the dataset's. Raises UserError for a missing file, an unknown type, a
+    line that is no JSON, a column that is not there, cells that are no text, and an empty dataset.
+    """
+    path = Path(source)
+    if path.exists() or path.suffix in BUILDERS or path.is_absolute():
+        table = load_file(path)
+    else:
+        table = load_from_hub(source)
+    if len(table) == 0:
+        raise fail("the dataset has no rows", source, "give a dataset with at least two rows")
+    names = map_columns(table.column_names, columns or {}, source)
+    check_cells(table, names, source)
+    return [
+        Row(**{ours: (row[theirs] or "").strip() for ours, theirs in names.items()})
+        for row in table.select_columns(list(names.values()))
+    ]
+
+
+def load_file(path: Path):
+    """A datasets.Dataset of the file's rows."""
+    if not path.is_file():
+        raise fail("dataset file not found", str(path), "check the path")
+    if path.suffix not in BUILDERS:
+        known = ", ".join(BUILDERS)
+        raise fail(f"unknown dataset type {path.suffix or '(none)'}", str(path), f"give one of {known}")
+    if path.stat().st_size == 0:
+        raise fail("the dataset has no rows", str(path), "give a dataset with at least two rows")
+    if path.suffix == ".jsonl":
+        check_json_lines(path)
+    import datasets
+
+    try:
+        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+    except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise fail(f"unreadable dataset ({cause})", str(path), "mend the file, or convert it to JSON Lines") from error
+
+
+def check_json_lines(path: Path) -> None:
+    """Raises UserError that names every line (the first five) that is no JSON object with text cells."""
+    problems = Problems()
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                problems.add(f"not JSON ({error})", f"{path}:{number}", "mend or remove the line")
+                continue
+            if not isinstance(row, dict):
+                problems.add("not a JSON object", f"{path}:{number}", "write one object with named columns a line")
+                continue
+            for name in REQUIRED:
+                if name in row and not isinstance(row[name], str | None):
+                    found = type(row[name]).__name__
+                    problems.add(f"{name} is no text but {found}", f"{path}:{number}", "put the text in quotes")
+            if len(problems.found) >= 5:
+                break
+    problems.raise_if_any()
+
+
+def load_from_hub(name: str):
+    """The train split of a hub dataset."""
+    import datasets
+    import huggingface_hub.errors as hub
+
+    try:
+        return datasets.load_dataset(name, split="train")
+    except hub.GatedRepoError as error:
+        raise fail(f"dataset {name} is gated", "--dataset", "accept its licence, then set HF_TOKEN") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise fail(
+            f"dataset {name} cannot be reached ({type(error).__name__})",
+            "--dataset",
+            "check the name and the network, or give a local .jsonl, .json, .csv or .parquet file",
+        ) from error
+
+
+def map_columns(present: Sequence[str], columns: dict[str, str], source: str) -> dict[str, str]:
+    """Our column names -> the dataset's. A name that is not there is an error with the nearest one."""
+    problems = Problems()
+    for ours, theirs in columns.items():
+        if ours not in COLUMNS:
+            problems.add(f"unknown column {ours}", "--columns", f"the names to map are {', '.join(COLUMNS)}")
+        elif theirs not in present:
+            problems.add(f"the dataset has no column {theirs}", source, suggest_column(theirs, present, ours))
+    names = {name: columns.get(name, name) for name in COLUMNS if columns.get(name, name) in present}
+    for name in REQUIRED:
+        if name not in names and name not in columns:
+            problems.add(f"the dataset has no column {name}", source, suggest_column(name, present, name))
+    problems.raise_if_any()
+    return names
+
+
+def suggest_column(wanted: str, present: Sequence[str], ours: str) -> str:
+    nearest = difflib.get_close_matches(wanted, present, n=1, cutoff=0.5)
+    hint = f"--columns {ours}={nearest[0]}" if nearest else f"map one with --columns {ours}=NAME"
+    return f"{hint} (it has {', '.join(present)})"
+
+
+def check_cells(table, names: dict[str, str], source: str) -> None:
+    """Raises UserError for columns whose cells are not text."""
+    problems = Problems()
+    for ours, theirs in names.items():
+        kind = getattr(table.features[theirs], "dtype", "a list")
+        if kind not in ("string", "large_string", "null"):
+            problems.add(f"column {theirs} holds {kind}, not text", source, f"give {ours} as text")
+    problems.raise_if_any()
+
+
+# ------------------------------------------------------------------------------- filter, split
+
+
+def keep_usable(rows: Sequence[Row], filters: dict[str, set[str]]) -> tuple[list[Row], Counter]:
+    """The rows that pass, and how many were dropped for which reason.
+
+    `filters` maps a column to the values it may have. Rows with an empty instruction or response and
+    repeated rows go too. Raises UserError for an unknown column and when nothing is left.
+    """
+    kept: dict[Row, None] = {}
+    dropped: Counter = Counter()
+    for name in filters:
+        if name not in COLUMNS:
+            raise fail(f"unknown column {name}", "--filter", f"filter by one of {', '.join(COLUMNS)}")
+    for row in rows:
+        reason = reason_to_drop(row, filters) or ("duplicate" if row in kept else "")
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept[row] = None
+    if not kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise fail("no row is left after filtering", reasons, "loosen --filter or give other rows")
+    return list(kept), dropped
+
+
+def reason_to_drop(row: Row, filters: dict[str, set[str]]) -> str:
+    """Why a row cannot be trained on, or an empty string."""
+    for name, values in filters.items():
+        if getattr(row, name) not in values:
+            return f"{name} not selected"
+    for name in REQUIRED:
+        if not getattr(row, name):
+            return f"empty {name}"
+    return ""
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and evaluation rows without a document in common; about `share` of the rows are held out.
+
+    Raises UserError when all rows come from one document.
+    """
+    by_document = defaultdict(list)
+    for row in rows:
+        by_document[row.document].append(row)
+    if len(by_document) < 2:
+        raise fail("all rows come from one document", "dataset", "give rows of two documents, to hold one out")
+    documents = sorted(by_document)
+    random.Random(seed).shuffle(documents)
+    held: set[str] = set()
+    count = 0
+    for document in documents[:-1]:
+        if count >= share * len(rows):
+            break
+        held.add(document)
+        count += len(by_document[document])
+    training = [row for row in rows if row.document not in held]
+    return training, [row for row in rows if row.document in held]
+
+
+# ------------------------------------------------------------------------------- shape
+
+
+def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, prompt: Prompt, seed: int) -> list[Row]:
+    """Rows with passages as retrieval gives them: the context among up to `count` others, shuffled.
+
+    Others come from the same document first and never contain the response. With probability
+    1 - `gold_probability` the context is left out and the right response is the refusal (RAFT,
+    arXiv 2403.10131: training on distractors is what makes tuning help retrieval). Other responses end in
+    the citation of the context. Depends on row and seed alone. Rows without context are left as they are.
+    """
+    by_document = defaultdict(dict)
+    for row in rows:
+        if row.context:
+            by_document[row.document][row.context] = None
+    everything = [context for contexts in by_document.values() for context in contexts]
+    return [
+        shape_row(row, list(by_document[row.document]), everything, count, gold_probability, prompt, seed)
+        if row.context
+        else row
+        for row in rows
+    ]
+
+
+def shape_row(row, nearby, everything, count, gold_probability, prompt: Prompt, seed) -> Row:
+    """One row of `add_distractors`: `nearby` are contexts of its document, `everything` all contexts."""
+    chance = random.Random(hashlib.sha256(f"{seed}\n{row.instruction}\n{row.context}".encode()).digest())
+    refused = row.response == prompt.refusal
+    answer = row.response.rstrip(".").lower()
+
+    def usable(context: str) -> bool:
+        return context != row.context and (refused or answer not in context.lower())
+
+    near = [context for context in nearby if usable(context)]
+    far = [context for context in chance.sample(everything, min(len(everything), 8 * count)) if usable(context)]
+    chance.shuffle(near)
+    others = list(dict.fromkeys(near + far))[:count]
+    keeps_gold = refused or not others or chance.random() < gold_probability
+    passages = [row.context, *others] if keeps_gold else others
+    chance.shuffle(passages)
+    if refused or not keeps_gold:
+        return replace(row, passages=tuple(passages), response=prompt.refusal)
+    cited = f"{row.response} [{passages.index(row.context) + 1}]"
+    return replace(row, passages=tuple(passages), response=cited)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row: `labels` equals `input_ids` where there is loss and is -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def tokenize_rows(
+    tokenizer, prompt: Prompt, rows: Sequence[Row], max_length: int
+) -> tuple[list[Example], dict[str, int]]:
+    """Examples of at most `max_length` tokens, and how many rows were shortened or were too long.
+
+    Only passages are shortened, the one with the answer last and around it; a row whose instruction
+    and response alone exceed `max_length` is left out.
+    """
+    examples = []
+    counts = {"shortened": 0, "too long": 0}
+    for row in rows:
+        instruction, response = defuse(tokenizer, row.instruction), defuse(tokenizer, row.response)
+        passages = [defuse(tokenizer, text) for text in row.passages]
+        input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
+        if len(input_ids) > max_length and passages:
+            trained = sum(label >= 0 for label in labels)
+            answer = response.rsplit(" [", 1)[0].rstrip(".")
+            passages = fit_passages(tokenizer, prompt, instruction, passages, max_length - trained, keep=answer)
+            input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
+            counts["shortened"] += len(input_ids) <= max_length
+        if len(input_ids) > max_length:
+            counts["too long"] += 1
+        else:
+            examples.append(Example(input_ids, labels))
+    if not examples:
+        raise UserError(
+            *fail("every row is too long", f"--max-length {max_length}", "raise --max-length").problems
+        )
+    return examples, counts

