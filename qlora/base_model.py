@@ -51,6 +51,9 @@ def prepare_embedded_model() -> Path:
     settings.quieten_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
@@ -147,6 +150,9 @@ def load_base_model(source: str, training: bool = False):
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     with explained(source):
         model = AutoModelForCausalLM.from_pretrained(

@@ -114,6 +114,21 @@ def number(kind: type, minimum: float, maximum: float = float("inf"), above: boo
     return parse
 
 
+def choice(*names: str) -> Callable[[str], object]:
+    """An argparse type for one of some words."""
+    return lambda text: text if text in names else Invalid(text, f"one of {', '.join(names)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose own errors look like all others; flags are never abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise fail(message, "command line", "see --help")
+
+
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str], commands: dict[str, argparse.ArgumentParser] | None = None
 ) -> tuple[argparse.Namespace, Problems]:

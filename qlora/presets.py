@@ -1,0 +1,54 @@
+"""Presets: the base model, the dataset and the sizes that go together on a kind of machine."""
+
+from dataclasses import dataclass, field
+
+from qlora import settings
+from qlora.base_model import EMBEDDED
+from qlora.console import fail
+
+SAMPLE_DATA = settings.PROJECT / "sample_data"
+DOLLY_WITH_CONTEXT = {"category": {"closed_qa", "information_extraction", "summarization"}}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values that a flag of the same name overrides."""
+
+    base_model: str
+    dataset: str
+    max_length: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    epochs: float
+    filters: dict[str, set[str]] = field(default_factory=dict)
+
+
+PRESETS = {
+    # Learning rate for a 135M model; the larger ones have QLoRA's own (arXiv 2305.14314, table 9).
+    "laptop": Preset(EMBEDDED, str(SAMPLE_DATA / "train.jsonl"), 768, 8, 1, 1e-3, 1.0),
+    "llama2-7b": Preset(
+        "meta-llama/Llama-2-7b-hf", "databricks/databricks-dolly-15k", 2048, 4, 4, 2e-4, 1.0, DOLLY_WITH_CONTEXT
+    ),
+    "llama2-13b": Preset(
+        "meta-llama/Llama-2-13b-chat-hf", "databricks/databricks-dolly-15k", 2048, 2, 8, 2e-4, 1.0, DOLLY_WITH_CONTEXT
+    ),
+}
+
+
+def choose_preset(flag: str | None, detect: bool = True) -> str:
+    """The preset's name: flag > QLORA_PRESET > auto, which is llama2-7b on a CUDA GPU and laptop elsewhere.
+
+    Without `detect` no GPU is looked for: importing torch takes seconds that a wrong call need not wait.
+    """
+    name = flag or settings.get("QLORA_PRESET") or "auto"
+    if name in PRESETS:
+        return name
+    if name != "auto":
+        where = "--preset" if flag else "QLORA_PRESET"
+        raise fail(f"unknown preset {name}", where, f"give auto, {', '.join(PRESETS)}")
+    if not detect:
+        return "laptop"
+    import torch
+
+    return "llama2-7b" if torch.cuda.is_available() else "laptop"

@@ -1,0 +1,395 @@
+#!/usr/bin/env python
+"""Answers questions from your documents with the fine-tuned model, and cites the passages it used.
+
+    python rag_qlora.py ingest docs/ notes.pdf            # files -> passages -> PostgreSQL
+    python rag_qlora.py search "Who signs form B7?"       # passages and scores, no language model
+    python rag_qlora.py ask "Who signs form B7?"          # an answer with citations
+    python rag_qlora.py ask --json --adapter none "..."   # the base model, as JSON
+    python rag_qlora.py chat                              # several turns
+
+Without a command: chat at a terminal, otherwise a short demonstration over the sample documents.
+What a flag does not say comes from the environment, then from .env, then from the default.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+
+from qlora import adapter, base_model, console, presets, settings
+from qlora.console import note
+
+STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
+COMMANDS = ("ingest", "search", "ask", "chat", "demo")
+SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
+DEMO_QUESTIONS = (
+    "Which extension do I ring to order a pilot?",
+    "Who may be hauled out of the water for a third less?",
+    "What is the wifi password of the lighthouse?",
+)
+
+
+def main(argv: list[str]) -> int:
+    args = resolve_arguments(argv)
+    settings.quieten_libraries()
+    console.print_settings(f"RAG: {args.command}", vars(args))
+    if args.command in ("ingest", "search"):
+        with console.step(STEPS, "Database Integration"):
+            store = open_store(args)
+            if args.command == "ingest":
+                return ingest(args, store, args.paths)
+            return search(args, store)
+
+    with console.step(STEPS, "Model and Tokenizer Setup"):
+        model, tokenizer, prompt = load_model(args)
+    with console.step(STEPS, "Text Generation"):
+        generator = make_generator(args, model, tokenizer)
+    with console.step(STEPS, "Database Integration"):
+        store = open_store(args)
+        fill_if_empty(args, store)
+    with console.step(STEPS, "Generate Response"):
+        chain = build_chain(args, store, prompt, generator)
+        if args.command == "chat":
+            return chat(args, chain)
+        return ask(args, chain)
+
+
+# ============================================================================ Model and Tokenizer Setup
+
+
+def load_model(args):
+    """The 4-bit base with the adapter on it (or alone), its tokenizer, and the prompt to ask with."""
+    from qlora.prompt import choose_prompt
+
+    source = base_model.resolve_base_model(args.base_model)
+    model = base_model.load_base_model(source)
+    if args.adapter is None:
+        tokenizer = base_model.load_tokenizer(source)
+        prompt = choose_prompt(tokenizer)
+        tokenizer.chat_template = prompt.chat_template
+        note(f"{args.base_model} in 4-bit, without an adapter")
+        return model, tokenizer, prompt
+    trained = adapter.read_adapter(args.adapter, args.base_model)
+    tokenizer = base_model.load_tokenizer(str(args.adapter))
+    tokenizer.chat_template = trained.prompt.chat_template
+    note(f"{args.base_model} in 4-bit with {args.adapter}")
+    return adapter.load_adapter(model, trained), tokenizer, trained.prompt
+
+
+# ============================================================================ Text Generation
+
+
+def make_generator(args, model, tokenizer):
+    """The LangChain chat model: greedy at temperature 0, else seeded sampling."""
+    from qlora.generator import Generator
+
+    how = f"sampling at temperature {args.temperature}" if args.temperature else "greedy"
+    note(f"{how}, at most {args.max_new_tokens} new tokens")
+    return Generator(
+        model=model,
+        tokenizer=tokenizer,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+# ============================================================================ Database Integration
+
+
+def load_embeddings(args):
+    """The embedding function: sentence-transformers, vectors of length 1."""
+    from langchain_huggingface import HuggingFaceEmbeddings
+
+    source = base_model.resolve_embedding_model(args.embedding_model)
+    with base_model.explained(source):
+        return HuggingFaceEmbeddings(
+            model_name=source, encode_kwargs={"normalize_embeddings": True}, model_kwargs={"trust_remote_code": False}
+        )
+
+
+def open_store(args):
+    """The collection in the database that DATABASE_URL names, else in the embedded one."""
+    from qlora import embedded_postgres, pgvector_store
+
+    url = settings.get("DATABASE_URL")
+    connection = pgvector_store.connect(url or embedded_postgres.start_server())
+    store = pgvector_store.PgVectorStore(connection, load_embeddings(args), args.embedding_model, args.collection)
+    where = pgvector_store.describe_url(url) if url else "the embedded PostgreSQL"
+    note(f"Collection {args.collection} in {where}: {store.count()} passages")
+    return store
+
+
+def ingest(args, store, paths: list[str]) -> int:
+    """Adds new files, replaces changed ones, leaves unchanged ones alone; 2 when a file could not be read."""
+    from qlora import documents
+
+    files = documents.find_files(paths)
+    known = store.fingerprints()
+    embedder = store.embeddings._client
+    splitting = (args.passage_tokens, args.overlap, args.embedding_model)
+    problems = console.Problems()
+    counts = {"added": 0, "changed": 0, "unchanged": 0, "passages": 0}
+    with console.progress() as bar:
+        task = bar.add_task("documents", total=len(files), detail="")
+        for file, source in files:
+            with problems.collecting():
+                fingerprint = documents.fingerprint(file, *splitting)
+                state = "unchanged" if known.get(source) == fingerprint else "changed" if source in known else "added"
+                if state != "unchanged":
+                    pages = documents.load_document(file, source)
+                    window = embedder.max_seq_length
+                    passages = documents.split_pages(pages, embedder.tokenizer, window, args.passage_tokens, args.overlap)
+                    store.put_document(source, fingerprint, passages)
+                    counts["passages"] += len(passages)
+                counts[state] += 1
+            bar.advance(task)
+    note(", ".join(f"{count} {name}" for name, count in counts.items()) + f", {len(problems.found)} unreadable")
+    problems.raise_if_any()
+    note('Next: python rag_qlora.py ask "Your question?"')
+    return 0
+
+
+def fill_if_empty(args, store) -> None:
+    """Puts the sample documents into an empty collection, after saying so."""
+    if store.count() == 0:
+        note(f"Collection {args.collection} is empty: filling it with the sample documents")
+        ingest(args, store, [str(SAMPLE_DOCUMENTS)])
+
+
+def search(args, store) -> int:
+    """Prints the nearest passages; loads no language model."""
+    from qlora.documents import place
+
+    fill_if_empty(args, store)
+    found = store.similarity_search(args.question, args.top_k)
+    if args.json:
+        passages = [
+            {"n": n, "source": d.metadata["source"], "score": d.metadata["score"], "text": d.page_content}
+            for n, d in enumerate(found, 1)
+        ]
+        print(json.dumps({"question": args.question, "passages": passages}, ensure_ascii=False))
+        return 0
+    for n, document in enumerate(found, 1):
+        print(f"[{n}] {document.metadata['score']:.3f}  {place(document.metadata)}\n{indent(document.page_content)}\n")
+    return 0
+
+
+# ============================================================================ Generate Response
+
+
+def build_chain(args, store, prompt, generator):
+    """retriever | prompt | model | citations, as one LangChain runnable: {"question", "history"} -> state.
+
+    The state that comes out also holds `documents`, `message` (with token counts) and `answer`.
+    """
+    from langchain_core.runnables import RunnablePassthrough
+
+    from qlora.citations import check_answer
+    from qlora.prompt import as_langchain, defuse, fit_passages
+
+    tokenizer = generator.tokenizer
+    retriever = store.as_retriever(search_kwargs={"k": args.top_k})
+    budget = generator.window - generator.max_new_tokens
+
+    def fill_prompt(state: dict):
+        question = defuse(tokenizer, state["question"])
+        texts = [defuse(tokenizer, document.page_content) for document in state["documents"]]
+        texts = fit_passages(tokenizer, prompt, question, texts, budget)
+        return as_langchain(prompt, texts, question, state["history"])
+
+    def check(state: dict):
+        return check_answer(state["message"].text, state["documents"], prompt.refusal)
+
+    return (
+        RunnablePassthrough.assign(documents=itemgetter("question") | retriever)
+        | RunnablePassthrough.assign(prompt=fill_prompt)
+        | RunnablePassthrough.assign(message=itemgetter("prompt") | generator)
+        | RunnablePassthrough.assign(answer=check)
+    )
+
+
+@dataclass
+class Turn:
+    """A question with its answer, the passages behind it, and what it cost."""
+
+    question: str
+    answer: object
+    timings: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def as_json(self, args) -> dict:
+        return {
+            "question": self.question,
+            "answer": self.answer.text,
+            "refused": self.answer.refused,
+            "citations": [cited.as_json() for cited in self.answer.citations],
+            "passages": [cited.as_json() for cited in self.answer.passages],
+            "timings": self.timings,
+            "tokens": self.tokens,
+            "model": {"base": args.base_model, "adapter": str(args.adapter) if args.adapter else None},
+        }
+
+
+def answer_question(chain, question: str, history: tuple = ()) -> Turn:
+    """Runs the chain once, with a stopwatch."""
+    from qlora.stopwatch import Stopwatch
+
+    watch = Stopwatch()
+    state = chain.invoke({"question": question, "history": history}, config={"callbacks": [watch]})
+    usage = state["message"].usage_metadata
+    tokens = {"prompt": usage["input_tokens"], "completion": usage["output_tokens"]}
+    return Turn(question, state["answer"], watch.timings(), tokens)
+
+
+def ask(args, chain) -> int:
+    """Answers each question; the answers go to stdout. 3 with --strict when one was refused."""
+    refused = False
+    for question in args.questions:
+        turn = answer_question(chain, question)
+        refused |= turn.answer.refused
+        if args.json:
+            print(json.dumps(turn.as_json(args), ensure_ascii=False), flush=True)
+        else:
+            print_turn(turn)
+    return 3 if args.strict and refused else 0
+
+
+def print_turn(turn: Turn, show_question: bool = True) -> None:
+    """The answer on stdout, then each passage it cites with source and score."""
+    from qlora.documents import place
+
+    if show_question:
+        print(f"\nQ: {turn.question}")
+    print(f"A: {turn.answer.text}")
+    for cited in turn.answer.citations:
+        metadata = cited.document.metadata
+        print(f"   [{cited.n}] {place(metadata)} (score {metadata['score']:.2f})")
+        print(indent(cited.document.page_content, "       "))
+    if turn.answer.refused:
+        nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in turn.answer.passages))
+        print(f"   (nearest documents: {nearest})")
+    sys.stdout.flush()
+
+
+def chat(args, chain) -> int:
+    """Several turns; the last three are shown to the model. An empty line or Ctrl-D ends it."""
+    history: list[dict] = []
+    note("Ask about your documents. An empty line or Ctrl-D ends.")
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return 0
+        turn = answer_question(chain, question, tuple(history[-6:]))
+        print_turn(turn, show_question=False)
+        history += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer.text}]
+
+
+def indent(text: str, margin: str = "    ") -> str:
+    import textwrap
+
+    return textwrap.fill(" ".join(text.split()), 100, initial_indent=margin, subsequent_indent=margin)
+
+
+# ============================================================================ Command line
+
+
+def resolve_arguments(argv: list[str]) -> argparse.Namespace:
+    """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["chat" if sys.stdin.isatty() else "demo", *argv]
+    parser, commands = build_parser()
+    args, problems = console.parse_arguments(parser, argv, commands)
+    if args.command == "demo":
+        args.questions = list(DEMO_QUESTIONS)
+    args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or base_model.EMBEDDED_EMBEDDER
+    args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
+    if args.command == "ingest":
+        check_ingest(args, problems)
+    elif args.command != "search":
+        with problems.collecting():
+            resolve_model(args, detect=not problems.found)
+    problems.raise_if_any()
+    return args
+
+
+def resolve_model(args, detect: bool) -> None:
+    """Sets base_model and adapter: the adapter names its base, so that naming either is enough."""
+    preset = presets.PRESETS[presets.choose_preset(args.preset, detect)]
+    named = args.base_model or settings.get("QLORA_BASE_MODEL") or (preset.base_model if args.preset else None)
+    folder = args.adapter or settings.get("QLORA_ADAPTER")
+    if folder == "none":
+        args.adapter, args.base_model = None, named or preset.base_model
+    else:
+        args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
+        args.base_model = adapter.read_adapter(args.adapter, named).base_model
+
+
+def check_ingest(args, problems: console.Problems) -> None:
+    from qlora import documents
+
+    with problems.collecting():
+        documents.find_files(args.paths)
+    if isinstance(args.overlap, int) and isinstance(args.passage_tokens, int) and args.overlap >= args.passage_tokens:
+        problems.add("--overlap reaches --passage-tokens", "command line", "give a smaller --overlap")
+
+
+def build_parser():
+    """The parser, and the parser of each command by name."""
+    title, _, text = __doc__.partition("\n\n")
+    parser = console.Parser(usage="rag_qlora.py [command] [flags]", description=title, epilog=text)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    database, model = database_flags(), model_flags()
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="one JSON object a question on stdout")
+
+    one = commands.add_parser("ingest", parents=[database], help="put files and folders into the collection")
+    one.add_argument("paths", nargs="+", metavar="PATH", help=".txt .md .html .pdf .docx .csv .json .jsonl, or a folder")
+    one = commands.add_parser("search", parents=[database, output], help="show the nearest passages")
+    one.add_argument("question")
+    for name, purpose in (("ask", "answer questions"), ("demo", "answer three questions on the sample documents")):
+        one = commands.add_parser(name, parents=[model, database, output], help=purpose)
+        if name == "ask":
+            one.add_argument("questions", nargs="+", metavar="question")
+        one.add_argument("--strict", action="store_true", help="exit code 3 when a question is refused")
+    commands.add_parser("chat", parents=[model, database], help="several turns")
+    return parser, commands.choices
+
+
+def model_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    share = console.number(float, 0, 1, above=True)
+    group = flags.add_argument_group(STEPS[0])
+    group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b")
+    group.add_argument("--base-model", help="hub id or folder (the adapter's own)")
+    group.add_argument("--adapter", help="adapter folder, or none for the base model (adapters/NAME-OF-BASE)")
+    group = flags.add_argument_group(STEPS[1])
+    group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")
+    group.add_argument("--top-p", type=share, default=1.0, help="share of probability to sample from (1)")
+    group.add_argument("--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="length of an answer (96)")
+    group.add_argument("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is none (1)")
+    group.add_argument("--seed", type=console.number(int, 0), default=0, help="of the sampling (0)")
+    return flags
+
+
+def database_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group(STEPS[2])
+    group.add_argument("--collection", help="name of the collection (documents)")
+    group.add_argument("--embedding-model", help=f"sentence-transformers model ({base_model.EMBEDDED_EMBEDDER})")
+    group.add_argument("--top-k", type=console.number(int, 1, 50), default=3, help="passages a question (3)")
+    group.add_argument("--passage-tokens", type=console.number(int, 16), default=200, help="tokens a passage (200)")
+    group.add_argument("--overlap", type=console.number(int, 0), default=40, help="tokens two passages share (40)")
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
