@@ -92,9 +92,11 @@ def load_model(args):
     from qlora import trainer
 
     base = base_model.load_base_model(base_model.resolve_base_model(args.base_model), training=True)
-    model = trainer.add_lora(base, args.rank, args.alpha, args.dropout)
+    model = trainer.add_lora(base, args.rank, args.alpha, args.dropout, args.seed)
     trainable, total = trainer.count_parameters(model)
-    console.note(f"{total / 1e6:,.0f} M weights in 4-bit NF4, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})")
+    console.note(
+        f"{total / 1e6:,.0f} M weights in 4-bit NF4, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})"
+    )
     return model
 
 
@@ -257,12 +259,16 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=count, help="rows a forward pass (preset's)")
     group.add_argument("--accumulation", type=count, help="forward passes an optimizer step (preset's)")
     group.add_argument("--epochs", type=console.number(float, 0, above=True), help="passes over the rows (preset's)")
-    group.add_argument("--max-steps", type=console.number(int, 0), default=0, help="optimizer steps; goes before --epochs")
+    group.add_argument(
+        "--max-steps", type=console.number(int, 0), default=0, help="optimizer steps; goes before --epochs"
+    )
     group.add_argument("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
     group.add_argument("--warmup", type=share, default=0.05, help="share of steps with rising rate (0.05)")
     schedulers = ("cosine", "linear", "constant_with_warmup")
     group.add_argument("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
-    group.add_argument("--eval-steps", type=console.number(int, 0), default=0, help="held-out loss every N steps (twice a run)")
+    group.add_argument(
+        "--eval-steps", type=console.number(int, 0), default=0, help="held-out loss every N steps (twice a run)"
+    )
 
     group = parser.add_argument_group(STEPS[3])
     group.add_argument("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")

@@ -14,7 +14,6 @@ What a flag does not say comes from the environment, then from .env, then from t
 import argparse
 import json
 import sys
-import time
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -107,7 +106,7 @@ def load_embeddings(args):
     from langchain_huggingface import HuggingFaceEmbeddings
 
     source = base_model.resolve_embedding_model(args.embedding_model)
-    with base_model.explained(source):
+    with base_model.explaining(source, "--embedding-model"):
         return HuggingFaceEmbeddings(
             model_name=source, encode_kwargs={"normalize_embeddings": True}, model_kwargs={"trust_remote_code": False}
         )
@@ -131,7 +130,7 @@ def ingest(args, store, paths: list[str]) -> int:
 
     files = documents.find_files(paths)
     known = store.fingerprints()
-    embedder = store.embeddings._client
+    embedder = store.embeddings._client  # the SentenceTransformer: its tokenizer and its window
     splitting = (args.passage_tokens, args.overlap, args.embedding_model)
     problems = console.Problems()
     counts = {"added": 0, "changed": 0, "unchanged": 0, "passages": 0}
@@ -144,7 +143,9 @@ def ingest(args, store, paths: list[str]) -> int:
                 if state != "unchanged":
                     pages = documents.load_document(file, source)
                     window = embedder.max_seq_length
-                    passages = documents.split_pages(pages, embedder.tokenizer, window, args.passage_tokens, args.overlap)
+                    passages = documents.split_pages(
+                        pages, embedder.tokenizer, window, args.passage_tokens, args.overlap
+                    )
                     store.put_document(source, fingerprint, passages)
                     counts["passages"] += len(passages)
                 counts[state] += 1
@@ -200,7 +201,9 @@ def build_chain(args, store, prompt, generator):
     def fill_prompt(state: dict):
         question = defuse(tokenizer, state["question"])
         texts = [defuse(tokenizer, document.page_content) for document in state["documents"]]
-        texts = fit_passages(tokenizer, prompt, question, texts, budget)
+        texts = fit_passages(tokenizer, prompt, question, texts, budget, history=state["history"])
+        if not any(texts):
+            raise console.fail("the question fills the whole window", f"{budget} tokens", "ask a shorter question")
         return as_langchain(prompt, texts, question, state["history"])
 
     def check(state: dict):
@@ -257,6 +260,7 @@ def ask(args, chain) -> int:
             print(json.dumps(turn.as_json(args), ensure_ascii=False), flush=True)
         else:
             print_turn(turn)
+    note("Next: python rag_qlora.py chat")
     return 3 if args.strict and refused else 0
 
 
@@ -317,8 +321,18 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     elif args.command != "search":
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
+    with problems.collecting():
+        check_database()
     problems.raise_if_any()
     return args
+
+
+def check_database() -> None:
+    """Connects to a named database at once, before anything heavy is loaded."""
+    if url := settings.get("DATABASE_URL"):
+        from qlora.pgvector_store import connect
+
+        connect(url).close()
 
 
 def resolve_model(args, detect: bool) -> None:
@@ -331,6 +345,7 @@ def resolve_model(args, detect: bool) -> None:
     else:
         args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
         args.base_model = adapter.read_adapter(args.adapter, named).base_model
+    del args.preset
 
 
 def check_ingest(args, problems: console.Problems) -> None:
@@ -352,7 +367,9 @@ def build_parser():
     output.add_argument("--json", action="store_true", help="one JSON object a question on stdout")
 
     one = commands.add_parser("ingest", parents=[database], help="put files and folders into the collection")
-    one.add_argument("paths", nargs="+", metavar="PATH", help=".txt .md .html .pdf .docx .csv .json .jsonl, or a folder")
+    one.add_argument(
+        "paths", nargs="+", metavar="PATH", help=".txt .md .html .pdf .docx .csv .json .jsonl, or a folder"
+    )
     one = commands.add_parser("search", parents=[database, output], help="show the nearest passages")
     one.add_argument("question")
     for name, purpose in (("ask", "answer questions"), ("demo", "answer three questions on the sample documents")):
@@ -374,7 +391,9 @@ def model_flags() -> argparse.ArgumentParser:
     group = flags.add_argument_group(STEPS[1])
     group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")
     group.add_argument("--top-p", type=share, default=1.0, help="share of probability to sample from (1)")
-    group.add_argument("--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="length of an answer (96)")
+    group.add_argument(
+        "--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="length of an answer (96)"
+    )
     group.add_argument("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is none (1)")
     group.add_argument("--seed", type=console.number(int, 0), default=0, help="of the sampling (0)")
     return flags

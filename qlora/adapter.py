@@ -1,8 +1,8 @@
 """The adapter folder: what training leaves and answering reads. It loads with plain PEFT, too.
 
-    adapter_model.safetensors  adapter_config.json        PEFT's own
-    tokenizer.json  tokenizer_config.json  chat_template.jinja
-    prompt.json  run.json  metrics.jsonl  loss.png  README.md
+adapter_model.safetensors  adapter_config.json        PEFT's own
+tokenizer.json  tokenizer_config.json  chat_template.jinja
+prompt.json  run.json  metrics.jsonl  loss.png  README.md
 """
 
 import json
@@ -54,13 +54,16 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise fail("the output folder holds other files", str(folder), "give a new folder with --output")
     if not overwrite:
-        raise fail("the output folder already holds an adapter", str(folder), "add --overwrite or choose another --output")
+        raise fail(
+            "the output folder already holds an adapter", str(folder), "add --overwrite or choose another --output"
+        )
 
 
 def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> None:
     """Completes the partial folder (metrics.jsonl lies there) and puts it in place of `folder`."""
     partial = partial_folder(folder)
-    model.save_pretrained(partial, safe_serialization=True)
+    # save_embedding_layers="auto" would ask the hub whether the vocabulary grew; ours never does.
+    model.save_pretrained(partial, save_embedding_layers=False)
     tokenizer.save_pretrained(partial)
     write_json(partial / "prompt.json", {**asdict(prompt), "digest": prompt.digest})
     write_json(partial / "run.json", {"schema": RUN_SCHEMA, **run})

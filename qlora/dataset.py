@@ -4,6 +4,7 @@ A row has `instruction`, `response` and optionally `context`, `category` and `so
 its context comes from): the columns of databricks-dolly-15k and one more.
 """
 
+import csv
 import difflib
 import hashlib
 import json
@@ -48,10 +49,8 @@ def load_rows(source: str, columns: dict[str, str] | None = None) -> list[Row]:
     line that is no JSON, a column that is not there, cells that are no text, and an empty dataset.
     """
     path = Path(source)
-    if path.exists() or path.suffix in BUILDERS or path.is_absolute():
-        table = load_file(path)
-    else:
-        table = load_from_hub(source)
+    is_file = path.exists() or path.suffix in BUILDERS or path.is_absolute()
+    table = load_file(path) if is_file else load_from_hub(source)
     if len(table) == 0:
         raise fail("the dataset has no rows", source, "give a dataset with at least two rows")
     names = map_columns(table.column_names, columns or {}, source)
@@ -75,11 +74,22 @@ def load_file(path: Path):
         check_json_lines(path)
     import datasets
 
+    options = {"features": text_columns(path)} if path.suffix == ".csv" else {}
     try:
-        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
+        if "no data" in cause:
+            raise fail("the dataset has no rows", str(path), "give a dataset with at least two rows") from error
         raise fail(f"unreadable dataset ({cause})", str(path), "mend the file, or convert it to JSON Lines") from error
+
+
+def text_columns(path: Path):
+    """Features that read every column of a CSV file as text, so that an answer such as 27 stays "27"."""
+    import datasets
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return datasets.Features({name: datasets.Value("string") for name in next(csv.reader(file))})
 
 
 def check_json_lines(path: Path) -> None:
@@ -294,7 +304,5 @@ def tokenize_rows(
         else:
             examples.append(Example(input_ids, labels))
     if not examples:
-        raise UserError(
-            *fail("every row is too long", f"--max-length {max_length}", "raise --max-length").problems
-        )
+        raise UserError(*fail("every row is too long", f"--max-length {max_length}", "raise --max-length").problems)
     return examples, counts

@@ -29,7 +29,9 @@ def find_files(paths: list[str]) -> list[tuple[Path, str]]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            inside = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if is_document(file, path)}
+            inside = {
+                file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if is_document(file, path)
+            }
             if not inside:
                 problems.add("no documents in the folder", name, f"give files of type {', '.join(SUFFIXES)}")
             found |= inside
@@ -149,9 +151,11 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
                 add_start_index=True,
             )
             for piece in splitter.create_documents([text]):
-                place = {} if "page" in page.metadata or "row" in page.metadata else {
-                    "line": line + text.count("\n", 0, piece.metadata["start_index"])
-                }
+                place = (
+                    {}
+                    if "page" in page.metadata or "row" in page.metadata
+                    else {"line": line + text.count("\n", 0, piece.metadata["start_index"])}
+                )
                 metadata = {**page.metadata, **place, **({"heading": heading} if heading else {})}
                 passages.append(Document(piece.page_content, metadata=metadata))
     return passages

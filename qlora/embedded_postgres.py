@@ -46,7 +46,7 @@ def check_path(folder: Path) -> None:
     if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_LIMIT:
         raise fail("the path is too long for a database socket", str(folder), "set QLORA_DATA_DIR to a shorter path")
     if os.geteuid() == 0:
-        closed = [parent for parent in folder.parents if parent.exists() and not parent.stat().st_mode & 0o005 == 0o005]
+        closed = [parent for parent in folder.parents if parent.exists() and parent.stat().st_mode & 0o005 != 0o005]
         for parent in closed:
             note(f"As root the database runs as user pgserver: {parent} is opened for reading (chmod go+rx)")
 

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from langchain.messages import AIMessage, AIMessageChunk, AnyMessage, SystemMessage
 from langchain_core.language_models.chat_models import BaseChatModel, generate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, SystemMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
 from qlora.prompt import encode_prompt
@@ -114,7 +114,7 @@ class Worker(threading.Thread):
         return torch.full((input_ids.shape[0],), self.cancelled.is_set(), device=input_ids.device)
 
 
-def as_role(message: BaseMessage) -> dict[str, str]:
+def as_role(message: AnyMessage) -> dict[str, str]:
     """A LangChain message as the role/content dict that chat templates take."""
     role = "system" if isinstance(message, SystemMessage) else "assistant" if isinstance(message, AIMessage) else "user"
     return {"role": role, "content": message.text}

@@ -155,7 +155,9 @@ class PgVectorStore(VectorStore):
         """Adds a document or replaces it, with all its passages, in one transaction."""
         vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
         with self.connection, self.connection.cursor() as cursor:
-            cursor.execute("DELETE FROM rag.documents WHERE collection = %s AND source = %s", (self.collection.id, source))
+            cursor.execute(
+                "DELETE FROM rag.documents WHERE collection = %s AND source = %s", (self.collection.id, source)
+            )
             cursor.execute(
                 "INSERT INTO rag.documents (collection, source, fingerprint) VALUES (%s, %s, %s) RETURNING id",
                 (self.collection.id, source, fingerprint),
@@ -165,7 +167,9 @@ class PgVectorStore(VectorStore):
                 (key, passage.page_content, Json(passage.metadata), HalfVector(vector))
                 for passage, vector in zip(passages, vectors, strict=True)
             ]
-            insert = sql.SQL("INSERT INTO {} (document, text, metadata, embedding) VALUES %s").format(self.collection.table)
+            insert = sql.SQL("INSERT INTO {} (document, text, metadata, embedding) VALUES %s").format(
+                self.collection.table
+            )
             execute_values(cursor, insert, rows)
 
     def add_texts(self, texts, metadatas=None, **kwargs) -> list[str]:

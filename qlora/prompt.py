@@ -115,7 +115,13 @@ def control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern:
 
 
 def fit_passages(
-    tokenizer, prompt: Prompt, instruction: str, passages: Sequence[str], budget: int, keep: str = ""
+    tokenizer,
+    prompt: Prompt,
+    instruction: str,
+    passages: Sequence[str],
+    budget: int,
+    keep: str = "",
+    history: Sequence[dict] = (),
 ) -> list[str]:
     """The passages, shortened from the last one on until the prompt has at most `budget` tokens.
 
@@ -124,10 +130,14 @@ def fit_passages(
     empty strings, so that numbers keep their meaning.
     """
     passages = list(passages)
+
+    def excess() -> int:
+        return len(encode_prompt(tokenizer, prompt.messages(instruction, passages, history))) - budget
+
     order = sorted(range(len(passages)), key=lambda n: (bool(keep) and keep in passages[n], -n))
     for n in order:
-        while (excess := len(encode_prompt(tokenizer, prompt.messages(instruction, passages))) - budget) > 0:
-            shorter = shorten(tokenizer, passages[n], excess, keep)
+        while (over := excess()) > 0:
+            shorter = shorten(tokenizer, passages[n], over, keep)
             if shorter == passages[n]:
                 break
             passages[n] = shorter

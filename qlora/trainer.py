@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from qlora import console
@@ -25,10 +25,11 @@ from qlora.dataset import Example
 from qlora.prompt import IGNORED
 
 
-def add_lora(model, rank: int, alpha: int, dropout: float):
+def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
     """The model with trainable low-rank adapters on all linear layers but the head, the rest frozen."""
     from peft import LoraConfig, get_peft_model
 
+    set_seed(seed)  # the A matrices start random
     lora = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -145,7 +146,9 @@ class LengthOrder(Sampler):
         order = list(range(len(self.lengths)))
         chance.shuffle(order)
         size = self.batch * self.pool
-        order = [n for at in range(0, len(order), size) for n in sorted(order[at : at + size], key=self.lengths.__getitem__)]
+        order = [
+            n for at in range(0, len(order), size) for n in sorted(order[at : at + size], key=self.lengths.__getitem__)
+        ]
         batches = [order[at : at + self.batch] for at in range(0, len(order), self.batch)]
         # A short batch stays last, where the loader looks for it.
         last = [batches.pop()] if len(batches[-1]) < self.batch else []
@@ -156,7 +159,9 @@ class LengthOrder(Sampler):
 class ResponseTrainer(SFTTrainer):
     """SFTTrainer over our own token ids and labels; see the module's docstring."""
 
-    def __init__(self, model, tokenizer, training: Sequence[Example], held_out: Sequence[Example], plan: Schedule, folder):
+    def __init__(
+        self, model, tokenizer, training: Sequence[Example], held_out: Sequence[Example], plan: Schedule, folder
+    ):
         on_gpu = torch.cuda.is_available()
         dtype = compute_dtype()
         config = SFTConfig(
@@ -245,15 +250,22 @@ class Recorder(TrainerCallback):
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **known}) + "\n")
-        if "loss" in known and self.task is not None:
-            self.bar.update(self.task, detail=f"loss {known['loss']:.3f}")
+        if "loss" in known:
+            detail = f"loss {known['loss']:.3f}"
+            self.bar.update(self.task, detail=detail)
+            if not self.bar.console.is_terminal and state.global_step % math.ceil(state.max_steps / 10) == 0:
+                left = self.bar.tasks[self.task].time_remaining or 0
+                console.note(f"step {state.global_step} of {state.max_steps}, {detail}, {left:.0f} s left")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.stop()
 
 
 def train(trainer: ResponseTrainer, metrics: Path) -> dict[str, float]:
-    """Trains, and returns held-out loss before and after, training loss, seconds, useful tokens a second."""
+    """Trains, and returns held-out loss before and after, training loss, speed.
+
+    Seconds and tokens a second are those of training alone, without the evaluations in between.
+    """
     recorder = Recorder(metrics)
     trainer.add_callback(recorder)
     before = trainer.evaluate()["eval_loss"]
@@ -263,10 +275,10 @@ def train(trainer: ResponseTrainer, metrics: Path) -> dict[str, float]:
         result = trainer.train()
     finally:
         recorder.bar.stop()
-    seconds = time.perf_counter() - started
-    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    finished = trainer.state.log_history and trainer.state.global_step % trainer.args.eval_steps == 0
-    after = evaluated[-1] if finished else trainer.evaluate()["eval_loss"]
+    evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
+    seconds = time.perf_counter() - started - sum(line["eval_runtime"] for line in evaluated)
+    is_last = evaluated and evaluated[-1]["step"] == trainer.state.global_step
+    after = evaluated[-1]["eval_loss"] if is_last else trainer.evaluate()["eval_loss"]
     console.note(f"held-out loss after: {after:.3f}")
     return {
         "eval_loss_before": before,

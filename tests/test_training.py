@@ -1,0 +1,219 @@
+"""Training on a tiny random Llama in real 4-bit: what is computed, what is written, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import QUICK, train
+
+from qlora import base_model, trainer
+from qlora.adapter import read_adapter
+from qlora.console import UserError
+from qlora.dataset import Example
+from qlora.prompt import IGNORED
+
+FILES = {
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "prompt.json",
+    "run.json",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+}
+
+
+@pytest.fixture
+def model(tiny_base):
+    loaded = trainer.add_lora(base_model.load_base_model(str(tiny_base), training=True), 4, 8, 0.0, seed=0)
+    torch.manual_seed(0)
+    for name, weight in loaded.named_parameters():
+        if "lora_B" in name:  # starts at zero, where half of the gradients vanish
+            torch.nn.init.normal_(weight, std=0.05)
+    return loaded.train()
+
+
+def examples():
+    prompts = [list(range(10, 10 + n)) for n in (5, 12, 9)]
+    responses = [[50, 51, 2], [60, 2], [70, 71, 72, 73, 2]]
+    return [Example(p + r, [IGNORED] * len(p) + r) for p, r in zip(prompts, responses, strict=True)]
+
+
+def test_loss_equals_the_plain_recipe_without_padding(model):
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples()]
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        trained = int((labels != IGNORED).sum())
+        total += model(input_ids=ids, labels=labels).loss.item() * trained
+        count += trained
+    assert trainer.response_loss(model, trainer.collate(rows)).item() == pytest.approx(total / count, rel=2e-2)
+
+
+def test_gradients_are_the_same_before_and_after_an_evaluation(model):
+    batch = trainer.collate([{"input_ids": e.input_ids, "labels": e.labels} for e in examples()])
+
+    def gradients():
+        model.train().zero_grad()
+        trainer.response_loss(model, batch).backward()
+        return {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        trainer.response_loss(model.eval(), batch)
+    after = gradients()
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_order_groups_lengths_covers_all_rows_and_depends_on_epoch_and_seed():
+    lengths = [(n * 37) % 101 for n in range(203)]
+    order = trainer.LengthOrder(lengths, 8, seed=5)
+    first = list(order)
+    assert sorted(first) == list(range(203)) and first == list(trainer.LengthOrder(lengths, 8, seed=5))
+    order.set_epoch(1)
+    assert list(order) != first and list(trainer.LengthOrder(lengths, 8, seed=6)) != first
+
+    def padding(rows):
+        batches = [rows[at : at + 8] for at in range(0, 200, 8)]
+        return sum(max(lengths[n] for n in b) * len(b) - sum(lengths[n] for n in b) for b in batches)
+
+    assert padding(first) < 0.35 * padding(list(range(203)))
+
+
+def test_adapter_folder_has_exactly_these_files_and_says_what_happened(tiny_adapter, tiny_base):
+    assert {path.name for path in tiny_adapter.iterdir()} == FILES
+    run = json.loads((tiny_adapter / "run.json").read_text())
+    assert run["base_model"]["name"] == str(tiny_base)
+    assert run["quantisation"]["bnb_4bit_quant_type"] == "nf4" and run["quantisation"]["bnb_4bit_use_double_quant"]
+    assert run["arguments"]["rank"] == 16 and run["arguments"]["seed"] == 0
+    assert len(run["dataset"]["sha256_of_rows"]) == 64 and run["dataset"]["rows_kept"] == 78
+    assert run["result"]["steps"] == 6 and run["result"]["useful_tokens_per_second"] > 0
+    assert run["result"]["peak_memory"]["process_gb"] > 0
+    assert run["versions"]["peft"]
+    lines = [json.loads(line) for line in (tiny_adapter / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 7))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6]
+
+
+def test_loss_goes_down_on_real_rows(tiny_adapter):
+    result = read_adapter(tiny_adapter).run["result"]
+    assert result["eval_loss_after"] < 0.97 * result["eval_loss_before"]
+
+
+def test_same_seed_same_adapter(tiny_adapter, tiny_base, rows_file, tmp_path):
+    code = train("--base-model", tiny_base, "--dataset", rows_file, *QUICK, "--output", tmp_path / "again")
+    assert code == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tiny_adapter / name).read_bytes()
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tiny_adapter, tiny_base, rows_file, tmp_path):
+    words = ["--base-model", tiny_base, "--dataset", rows_file, *QUICK, "--output", tmp_path / "on"]
+    assert train(*words, "--gradient-checkpointing", "on") == 0
+    losses = [read_adapter(folder).run["result"]["eval_loss_after"] for folder in (tiny_adapter, tmp_path / "on")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_accumulation_gives_the_loss_of_one_large_batch(tiny_base, rows_file, tmp_path):
+    losses = []
+    for name, batch, accumulation in (("one", 8, 1), ("four", 2, 4)):
+        words = [
+            "--base-model",
+            tiny_base,
+            "--dataset",
+            rows_file,
+            *QUICK,
+            "--output",
+            tmp_path / name,
+            "--max-steps",
+            1,
+        ]
+        assert train(*words, "--batch-size", batch, "--accumulation", accumulation, "--warmup", 0) == 0
+        losses.append(read_adapter(tmp_path / name).run["result"]["eval_loss_after"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_plain_peft_and_transformers_load_it(tiny_adapter):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained(tiny_adapter)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_adapter)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    assert "[INST] <<SYS>>" in tokenizer.decode(ids["input_ids"][0])
+    weights = [w for name, w in model.named_parameters() if "lora_B" in name]
+    assert weights and all(w.abs().sum() > 0 for w in weights)
+    assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+
+
+# ------------------------------------------------------------------------------- refused
+
+
+def test_missing_incomplete_changed_and_foreign_adapters(tiny_adapter, tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not for other-model"):
+        read_adapter(tiny_adapter, "other-model")
+    copy = shutil.copytree(tiny_adapter, tmp_path / "copy")
+    prompt = (copy / "prompt.json").read_text()
+    (copy / "prompt.json").write_text(prompt.replace("numbered passages only", "anything"))
+    with pytest.raises(UserError, match="changed after training"):
+        read_adapter(copy)
+    (copy / "prompt.json").write_text(prompt.replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(UserError, match="prompt schema 99"):
+        read_adapter(copy)
+    (copy / "run.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_adapter(copy)
+    (copy / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="incomplete adapter"):
+        read_adapter(copy)
+
+
+def test_output_folder_is_only_replaced_when_told(tiny_adapter, tiny_base, rows_file, tmp_path, capsys):
+    folder = shutil.copytree(tiny_adapter, tmp_path / "mine")
+    words = ["--base-model", tiny_base, "--dataset", rows_file, *QUICK, "--output", folder, "--max-steps", 1]
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    assert train(*words) == 2
+    assert "already holds an adapter" in capsys.readouterr().err
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert train(*words, "--overwrite") == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() != before
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+
+
+def test_a_run_that_dies_leaves_the_old_adapter(tiny_adapter, tiny_base, rows_file, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_adapter, tmp_path / "mine")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(trainer, "response_loss", lambda *a: (_ for _ in ()).throw(RuntimeError("died")))
+    words = [
+        "--base-model",
+        tiny_base,
+        "--dataset",
+        rows_file,
+        *QUICK,
+        "--output",
+        folder,
+        "--max-steps",
+        1,
+        "--overwrite",
+    ]
+    with pytest.raises(RuntimeError, match="died"):
+        train(*words)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_a_killed_first_run_leaves_no_half_made_base(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setenv("QLORA_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        base_model.prepare_embedded_model()
+    assert list((tmp_path / "models").iterdir()) == []
