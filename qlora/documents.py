@@ -148,16 +148,15 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
                 chunk_size=room,
                 chunk_overlap=min(overlap, room // 2),
                 length_function=count,
-                add_start_index=True,
             )
-            for piece in splitter.create_documents([text]):
-                place = (
-                    {}
-                    if "page" in page.metadata or "row" in page.metadata
-                    else {"line": line + text.count("\n", 0, piece.metadata["start_index"])}
-                )
-                metadata = {**page.metadata, **place, **({"heading": heading} if heading else {})}
-                passages.append(Document(piece.page_content, metadata=metadata))
+            start = -1
+            for piece in splitter.split_text(text):
+                # The splitter's own add_start_index counts the overlap in characters: wrong for tokens.
+                start = text.find(piece, start + 1)
+                metadata = {**page.metadata, **({"heading": heading} if heading else {})}
+                if not {"page", "row"} & metadata.keys():
+                    metadata["line"] = line + text.count("\n", 0, start)
+                passages.append(Document(piece, metadata=metadata))
     return passages
 
 
@@ -186,3 +185,9 @@ def place(metadata: dict) -> str:
     parts = [metadata["source"]]
     parts += [f"{key} {metadata[key]}" for key in ("page", "line", "row") if key in metadata]
     return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata])
+
+
+def embedded_text(passage: Document) -> str:
+    """What is embedded: the heading path in front of the passage, which often names the subject it lacks."""
+    heading = passage.metadata.get("heading")
+    return f"{heading}\n{passage.page_content}" if heading else passage.page_content

@@ -21,6 +21,7 @@ from psycopg2 import sql
 from psycopg2.extras import Json, execute_values
 
 from qlora.console import fail
+from qlora.documents import embedded_text
 
 OLDEST_PGVECTOR = (0, 7)  # halfvec came with 0.7
 SCHEMA = """
@@ -214,9 +215,3 @@ class PgVectorStore(VectorStore):
 
     def _select_relevance_score_fn(self):
         return lambda score: (score + 1) / 2
-
-
-def embedded_text(passage: Document) -> str:
-    """What is embedded: the heading path in front of the passage, which often names the subject it lacks."""
-    heading = passage.metadata.get("heading")
-    return f"{heading}\n{passage.page_content}" if heading else passage.page_content

@@ -1,0 +1,89 @@
+"""Generating, citing and refusing, on the tiny model; and the chain over a real store."""
+
+import pytest
+import torch
+from langchain.messages import HumanMessage, SystemMessage
+from langchain_core.documents import Document
+
+from qlora import base_model
+from qlora.citations import check_answer, is_refusal
+from qlora.generator import Generator
+from qlora.prompt import Prompt, choose_prompt, encode_prompt
+
+DOCUMENTS = [Document(f"text {n}", metadata={"source": f"{n}.md", "score": 0.5}) for n in (1, 2, 3)]
+MESSAGES = [SystemMessage("Be brief."), HumanMessage("Where is the flag?")]
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_base):
+    tokenizer = base_model.load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = choose_prompt(tokenizer).chat_template
+    return Generator(model=base_model.load_base_model(str(tiny_base)), tokenizer=tokenizer, max_new_tokens=12)
+
+
+def test_greedy_answer_is_what_generate_gives_without_the_prompt(generator):
+    ids = encode_prompt(
+        generator.tokenizer,
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is the flag?"}],
+    )
+    tensor = torch.tensor([ids])
+    output = generator.model.generate(
+        input_ids=tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=12, do_sample=False, pad_token_id=2
+    )
+    answer = generator.invoke(MESSAGES)
+    assert answer.text == generator.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    assert answer.usage_metadata["input_tokens"] == len(ids)
+    assert answer.usage_metadata["output_tokens"] == output.shape[1] - len(ids)
+
+
+def test_stream_gives_the_same_text_in_pieces(generator):
+    pieces = [chunk.text for chunk in generator.stream(MESSAGES)]
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == generator.invoke(MESSAGES).text
+
+
+def test_sampling_depends_on_the_seed_alone(generator):
+    def sample(seed):
+        made = generator.model_copy(update={"temperature": 1.5, "seed": seed})
+        return made.invoke(MESSAGES).text
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_exceptions_of_the_generating_thread_reach_the_caller(generator):
+    broken = generator.model_copy(update={"repetition_penalty": -1.0})
+    with pytest.raises(ValueError, match="penalty"):
+        broken.invoke(MESSAGES)
+
+
+def test_closing_the_stream_stops_generation(generator):
+    import threading
+
+    stream = generator.model_copy(update={"max_new_tokens": 900}).stream(MESSAGES)
+    next(stream)
+    stream.close()
+    assert threading.active_count() <= 2
+
+
+def test_citations_are_resolved_and_unknown_ones_removed():
+    answer = check_answer("Nine crowns [2], or ten [7][1] [2].", DOCUMENTS, Prompt().refusal)
+    assert answer.text == "Nine crowns [2], or ten [1] [2]." and not answer.refused and answer.unknown == 1
+    assert [(cited.n, cited.document.metadata["source"]) for cited in answer.citations] == [(2, "2.md"), (1, "1.md")]
+    assert len(answer.passages) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("I don't know.", True),
+        ("I don\u2019t know", True),
+        (" I DON'T KNOW. [1]", True),
+        ("", True),
+        ("I don't", False),
+        ("Ann doesn't know.", False),
+    ],
+)
+def test_refusals(text, refused):
+    assert is_refusal(text, Prompt().refusal) is refused
+    answer = check_answer(text, DOCUMENTS, Prompt().refusal)
+    assert answer.refused is refused and (not refused or (answer.text, answer.citations) == (Prompt().refusal, ()))

@@ -1,0 +1,218 @@
+"""Both scripts as a user calls them: in one process through main, and as real processes."""
+
+import json
+import shutil
+
+import pytest
+from conftest import PROJECT, QUICK, SAMPLE, process, rag, train
+
+from qlora import settings
+
+SHAPE = {"question", "answer", "refused", "citations", "passages", "timings", "tokens", "model"}
+
+
+@pytest.fixture
+def words(tiny_base, rows_file, tmp_path):
+    return ["--base-model", tiny_base, "--dataset", rows_file, "--output", tmp_path / "out", *QUICK]
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def test_all_mistakes_of_one_call_are_told_together(words, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    code = train(
+        *words, "--rank", 0, "--learning-rate", -1, "--lerning-rate=2", "--filter", "subject=x", "--columns", "a"
+    )
+    err = capsys.readouterr().err
+    assert code == 2
+    for text in (
+        "6 things to mend",
+        "--rank 0 is not valid - command line - give a whole number of at least 1",
+        "--learning-rate -1 is not valid",
+        "unknown argument --lerning-rate=2 - command line - did you mean --learning-rate?",
+        "the output is a file",
+        "--columns a is no pair",
+        "unknown column subject",
+    ):
+        assert text in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--filter", "category=poem"], "no row is left after filtering"),
+        (["--columns", "context=passage"], "no column passage"),
+        (["--dataset", "nowhere.jsonl"], "dataset file not found"),
+        (["--base-model", "./nowhere"], "base model folder not found"),
+        (["--base-model", str(SAMPLE)], "config.json is missing"),
+        (["--max-length", "64"], "every row is too long"),
+        (["--preset", "desktop"], "unknown preset desktop"),
+        (["--scheduler", "square"], "one of cosine, linear, constant_with_warmup"),
+        (["--epochs"], "expected one argument"),
+    ],
+)
+def test_mistakes_in_training(words, flags, message, capsys, tmp_path):
+    assert train(*words, *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk(words, capsys, monkeypatch):
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert train(*words) == 2
+    assert "too little disk" in capsys.readouterr().err
+
+
+def test_gated_or_unreachable_model_names_both_ways_out(rows_file, tmp_path):
+    done = process(
+        "instruct_train_qlora.py",
+        *("--preset", "llama2-7b", "--dataset", rows_file, "--output", tmp_path / "out"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert done.returncode == 2
+    assert "HF_TOKEN" in done.stderr and "--preset laptop" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_precedence_is_flag_environment_dotenv_default(tiny_base, tmp_path, monkeypatch):
+    import instruct_train_qlora as script
+
+    monkeypatch.undo()  # the real .env reader
+    monkeypatch.delenv("QLORA_BASE_MODEL", raising=False)
+    monkeypatch.delenv("QLORA_ADAPTER", raising=False)
+    assert script.resolve_arguments(["--preset", "laptop", "--output", str(tmp_path / "x")]).base_model.startswith(
+        "Smol"
+    )
+    (tmp_path / ".env").write_text(f"QLORA_BASE_MODEL={tiny_base}\nQLORA_ADAPTER={tmp_path}/from-dotenv\n")
+    monkeypatch.chdir(tmp_path)
+    settings.load_dotenv_once.cache_clear()
+    try:
+        monkeypatch.setenv("QLORA_ADAPTER", str(tmp_path / "from-environment"))
+        args = script.resolve_arguments(["--preset", "laptop"])
+        assert args.base_model == str(tiny_base) and args.output.name == "from-environment"
+        assert script.resolve_arguments(["--output", str(tmp_path / "flag")]).output.name == "flag"
+    finally:
+        settings.load_dotenv_once.cache_clear()
+        monkeypatch.delenv("QLORA_BASE_MODEL")
+
+
+# ------------------------------------------------------------------------------- answering
+
+
+@pytest.fixture
+def documents(tmp_path):
+    folder = tmp_path / "docs"
+    shutil.copytree(SAMPLE / "documents" / "ferry", folder / "ferry")
+    return folder
+
+
+def test_ingest_search_ask_and_chat(collection, documents, tiny_adapter, capsys, monkeypatch):
+    assert rag("ingest", documents) == 0
+    assert "4 added, 0 changed, 0 unchanged" in capsys.readouterr().err
+    assert rag("ingest", documents) == 0
+    assert "0 added, 0 changed, 4 unchanged" in capsys.readouterr().err
+    with (documents / "ferry" / "crew.md").open("a") as file:
+        file.write("\nThe bosun feeds the ship's otter at noon.\n")
+    assert rag("ingest", documents) == 0
+    assert "0 added, 1 changed, 3 unchanged" in capsys.readouterr().err
+
+    assert rag("search", "--json", "--top-k", 2, "Who feeds the otter?") == 0
+    found = json.loads(capsys.readouterr().out)["passages"]
+    assert len(found) == 2 and "otter" in found[0]["text"] and found[0]["score"] > found[1]["score"]
+    assert rag("search", "Who feeds the otter?") == 0
+    assert "ferry/crew.md, line" in capsys.readouterr().out
+
+    assert rag("ask", "--json", "--adapter", tiny_adapter, "--max-new-tokens", 8, "Who feeds the otter?", "Why?") == 0
+    turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(turns) == 2 and set(turns[0]) == SHAPE
+    assert len(turns[0]["passages"]) == 3 and "otter" in turns[0]["passages"][0]["text"]
+    assert set(turns[0]["passages"][0]) == {"n", "source", "score", "text"}
+    assert set(turns[0]["timings"]) == {"retrieve_s", "first_token_s", "generate_s"}
+    assert 0 < turns[0]["timings"]["first_token_s"] <= turns[0]["timings"]["generate_s"]
+    assert turns[0]["tokens"]["completion"] == 8 and turns[0]["tokens"]["prompt"] > 100
+    assert turns[0]["model"]["adapter"] == str(tiny_adapter)
+
+    lines = iter(["Who feeds the otter?", "And when?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert rag("chat", "--adapter", tiny_adapter, "--max-new-tokens", 4) == 0
+    assert capsys.readouterr().out.count("A: ") == 2
+
+
+def test_base_model_alone_and_empty_collection(collection, tiny_base, capsys):
+    assert rag("ask", "--json", "--adapter", "none", "--base-model", tiny_base, "--max-new-tokens", 2, "Who?") == 0
+    captured = capsys.readouterr()
+    assert "is empty: filling it with the sample documents" in captured.err
+    assert json.loads(captured.out)["model"] == {"base": str(tiny_base), "adapter": None}
+
+
+def test_a_bad_file_is_reported_and_the_rest_goes_in(collection, documents, capsys):
+    (documents / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (documents / "empty.md").write_text("\n")
+    assert rag("ingest", documents) == 2
+    err = capsys.readouterr().err
+    assert "4 added" in err and "broken.pdf" in err and "empty.md" in err and "2 things to mend" in err
+    assert rag("search", "When does the ferry leave?") == 0
+
+
+def test_another_embedding_model_is_refused(collection, documents, capsys, tmp_path):
+    from qlora import base_model
+
+    assert rag("ingest", documents) == 0
+    copy = shutil.copytree(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER), tmp_path / "embedder")
+    assert rag("search", "--embedding-model", copy, "Who?") == 2
+    assert "was made with embedding model sentence-transformers/all-MiniLM-L6-v2" in capsys.readouterr().err
+
+
+def test_mistakes_in_answering(collection, tiny_adapter, capsys, tmp_path):
+    assert rag("ingest", tmp_path / "gone", "--top-k", 0, "--passage-tokens", 20, "--overlap", 30) == 2
+    err = capsys.readouterr().err
+    assert "file not found" in err and "--top-k 0" in err and "--overlap reaches" in err
+    assert rag("ask", "--adapter", tmp_path / "gone", "Who?") == 2
+    assert "adapter folder not found" in capsys.readouterr().err
+    assert rag("ask", "--adapter", tiny_adapter, "--base-model", "other", "Who?") == 2
+    assert "not for other" in capsys.readouterr().err
+    assert rag("ask") == 2
+    assert "required: question" in capsys.readouterr().err
+    assert rag("aks", "Who?") == 2
+    assert "invalid choice: 'aks'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- real processes
+
+
+@pytest.mark.parametrize("script", ["instruct_train_qlora.py", "rag_qlora.py"])
+def test_help_and_mistakes_load_nothing_heavy(script):
+    done = process("-X", "importtime", script, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "trl", "langchain_core", "psycopg2", "datasets"}
+    done = process(script, "--bogus")
+    assert done.returncode == 2 and "unknown argument --bogus" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_answers_go_to_stdout_and_everything_else_to_stderr(collection, database, tiny_adapter):
+    done = process(
+        "rag_qlora.py",
+        *("ask", "--json", "--strict", "--adapter", tiny_adapter, "--max-new-tokens", 2, "Who?"),
+        DATABASE_URL=database,
+        QLORA_COLLECTION=collection,
+    )
+    assert done.returncode in (0, 3), done.stderr
+    assert set(json.loads(done.stdout)) == SHAPE
+    assert "[1/4] Model and Tokenizer Setup" in done.stderr and "Next:" in done.stderr
+    assert "rror" not in done.stderr and "Warning" not in done.stderr
+
+
+def test_the_network_is_not_needed(tiny_adapter, tmp_path):
+    cut_off = ("unshare", "--net", "--map-root-user")
+    if process("-c", "", prefix=cut_off).returncode:
+        pytest.skip("unshare is not allowed here")
+    words = ("--base-model", json.loads((tiny_adapter / "run.json").read_text())["base_model"]["name"])
+    done = process(
+        "instruct_train_qlora.py",
+        *(*words, "--dataset", SAMPLE / "train.jsonl", "--output", tmp_path / "out", *QUICK, "--max-steps", 1),
+        prefix=cut_off,
+    )
+    assert done.returncode == 0, done.stderr
+    assert PROJECT.joinpath("sample_data").is_dir()

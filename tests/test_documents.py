@@ -1,0 +1,146 @@
+"""Files of every type, read, split into passages, and refused when there is nothing to read."""
+
+import itertools
+import json
+
+import pytest
+
+from qlora import base_model
+from qlora.console import UserError
+from qlora.documents import embedded_text, find_files, fingerprint, load_document, place, split_pages
+
+FACT = "The gale flag is hoisted at force seven."
+
+
+def make_pdf(path, *pages):
+    import matplotlib
+    from matplotlib.backends.backend_pdf import PdfPages
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(path) as pdf:
+        for text in pages:
+            figure = Figure()
+            figure.text(0.1, 0.5, text)
+            pdf.savefig(figure)
+
+
+def make_docx(path):
+    import docx
+
+    document = docx.Document()
+    document.add_paragraph(FACT)
+    document.save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a.txt").write_bytes(f"Préface\n{FACT}".encode("latin-1"))
+    (tmp_path / "b.md").write_text(f"# Flags\n\n## Gales\n\n{FACT}\n", encoding="utf-8")
+    (tmp_path / "c.html").write_text(f"<html><title>t</title><script>x()</script><p>{FACT}</p></html>")
+    make_pdf(tmp_path / "d.pdf", "First page.", FACT)
+    make_docx(tmp_path / "e.docx")
+    (tmp_path / "f.csv").write_text(f"name,rule\nnothing,none\nflag,{FACT}\n")
+    (tmp_path / "g.json").write_text(json.dumps([{"rule": "none"}, {"rule": FACT}]))
+    (tmp_path / "h.jsonl").write_text(f'{{"rule": "none"}}\n{{"rule": "{FACT}"}}\n')
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER))
+
+
+def test_every_type_is_read_and_says_where_the_fact_stands(folder, tokenizer):
+    places = {}
+    for file, source in find_files([str(folder)]):
+        passages = split_pages(load_document(file, source), tokenizer, 256, 200, 40)
+        found = [passage for passage in passages if FACT in passage.page_content]
+        assert len(found) == 1, source
+        assert found[0].metadata["source"] == source
+        assert "x()" not in found[0].page_content and str(folder) not in str(found[0].metadata)
+        places[source] = place(found[0].metadata)
+    assert places == {
+        "a.txt": "a.txt, line 1",
+        "b.md": "b.md, line 5, Flags > Gales",
+        "c.html": "c.html, line 1",
+        "d.pdf": "d.pdf, page 2",
+        "e.docx": "e.docx, line 1",
+        "f.csv": "f.csv, row 2",
+        "g.json": "g.json, row 2",
+        "h.jsonl": "h.jsonl, row 2",
+    }
+
+
+def test_folders_are_walked_without_hidden_files_links_and_other_types(folder, tmp_path):
+    (folder / ".git").mkdir()
+    (folder / ".git" / "secret.md").write_text("secret")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x.md").write_text("text")
+    (folder / "picture.png").write_bytes(b"png")
+    (folder / "link.md").symlink_to("/etc/hostname")
+    sources = [source for _, source in find_files([str(folder)])]
+    assert "sub/x.md" in sources and len(sources) == 9
+
+
+def test_all_bad_paths_are_told_at_once(tmp_path):
+    (tmp_path / "a.exe").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as error:
+        find_files([str(tmp_path / "gone.md"), str(tmp_path / "a.exe"), str(tmp_path / "empty")])
+    text = str(error.value)
+    assert "file not found" in text and "unknown file type .exe" in text and "no documents in the folder" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pdf", b"%PDF-1.4 broken", "unreadable .pdf"),
+        ("a.docx", b"not a zip", "unreadable .docx"),
+        ("a.json", b"{", "unreadable .json"),
+        ("a.jsonl", b'{"a": 1}\n{', "a.jsonl:2"),
+        ("a.md", b"  \n\n", "no text"),
+        ("a.csv", b"", "no text"),
+    ],
+)
+def test_unreadable_and_empty_documents(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_document(tmp_path / name, name)
+    assert message in str(error.value)
+
+
+def test_a_pdf_without_text_is_named(tmp_path):
+    make_pdf(tmp_path / "scan.pdf", "")
+    with pytest.raises(UserError, match="OCR"):
+        load_document(tmp_path / "scan.pdf", "scan.pdf")
+
+
+def test_passages_fit_the_window_overlap_and_lose_nothing(tmp_path, tokenizer):
+    words = " ".join(f"word{n} means thing{n}." for n in range(400))
+    heading = "A very long heading " * 6
+    (tmp_path / "long.md").write_text(f"# {heading}\n\n{words}\n\n```\n# no heading\n```\n")
+    passages = split_pages(load_document(tmp_path / "long.md", "long.md"), tokenizer, 256, 200, 40)
+    assert len(passages) > 5
+    for passage in passages:
+        assert len(tokenizer(passage.page_content, add_special_tokens=False).input_ids) <= 200
+        assert len(tokenizer(embedded_text(passage)).input_ids) <= 256
+        assert passage.metadata["heading"] == heading.strip()
+    assert all(any(f"word{n} " in passage.page_content for passage in passages) for n in range(400))
+    shared = [set(a.page_content.split()) & set(b.page_content.split()) for a, b in itertools.pairwise(passages)]
+    assert sum(len(words) > 3 for words in shared) >= len(shared) - 1
+
+
+def test_lines_count_within_a_section(tmp_path, tokenizer):
+    text = "# T\n\nintro\n\n## S\n\n" + "\n".join(f"Line {n} of this text is here." for n in range(1, 200))
+    (tmp_path / "t.md").write_text(text)
+    lines = text.split("\n")
+    for passage in split_pages(load_document(tmp_path / "t.md", "t.md"), tokenizer, 256, 100, 20):
+        assert passage.page_content.split("\n")[0] in lines[passage.metadata["line"] - 1]
+
+
+def test_fingerprint_depends_on_content_and_splitting(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").write_text("x")
+    assert fingerprint(tmp_path / "a", 200) == fingerprint(tmp_path / "b", 200) != fingerprint(tmp_path / "a", 100)

@@ -1,0 +1,138 @@
+"""The store over a real PostgreSQL, and the embedded server's life."""
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import psycopg2
+import pytest
+from conftest import PROJECT, rag
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
+
+from qlora import embedded_postgres
+from qlora.console import UserError
+from qlora.pgvector_store import PgVectorStore, connect, describe_url
+
+
+def open_store(url, name, model="fake", size=8) -> PgVectorStore:
+    return PgVectorStore(connect(url), DeterministicFakeEmbedding(size=size), model, name)
+
+
+def passages(*texts, source="a.md"):
+    return [Document(text, metadata={"source": source, "line": n}) for n, text in enumerate(texts, 1)]
+
+
+def test_nearest_first_with_metadata_and_scores(database, collection):
+    store = open_store(database, collection)
+    store.put_document("a.md", "1", passages("one", "two", "three"))
+    found = store.similarity_search("two", k=2)
+    assert next(d.page_content for d in found) == "two" and len(found) == 2
+    assert found[0].metadata["source"] == "a.md" and found[0].metadata["line"] == 2
+    assert found[0].metadata["score"] > 0.999 > found[1].metadata["score"]
+    assert store.as_retriever(search_kwargs={"k": 1}).invoke("two")[0].page_content == "two"
+
+
+def test_a_document_is_replaced_whole(database, collection):
+    store = open_store(database, collection)
+    store.put_document("a.md", "1", passages("one", "two"))
+    store.put_document("b.md", "1", passages("other", source="b.md"))
+    store.put_document("a.md", "2", passages("new"))
+    assert store.count() == 2 and store.fingerprints() == {"a.md": "2", "b.md": "1"}
+    with pytest.raises(psycopg2.DataError):  # JSON has no NUL: the second row fails after the delete
+        store.put_document("a.md", "3", [*passages("good"), Document("bad", metadata={"source": "a.md", "x": "\0"})])
+    assert store.fingerprints()["a.md"] == "2" and store.similarity_search("new", 1)[0].page_content == "new"
+
+
+def test_texts_with_quotes_are_bound(database, collection):
+    store = open_store(database, collection + "'; DROP SCHEMA rag CASCADE; --")
+    store.add_texts(["'); DROP SCHEMA rag CASCADE; --"], [{"source": "x'; --"}])
+    assert store.similarity_search("' OR 1=1", 1)[0].metadata["source"] == "x'; --"
+
+
+def test_collection_refuses_another_embedding_model(database, collection):
+    open_store(database, collection)
+    with pytest.raises(UserError, match="made with embedding model fake"):
+        open_store(database, collection, model="other", size=16)
+    assert open_store(database, collection).count() == 0
+
+
+def test_unreachable_and_unreadable_databases_never_show_the_password():
+    for url in ("postgresql://me:hunter2@127.0.0.1:9/x", "postgresql://me:hunter2@[oops"):
+        with pytest.raises(UserError) as error:
+            connect(url)
+        assert "hunter2" not in str(error.value)
+    assert describe_url("postgresql://me:hunter2@db.example:5432/papers") == "papers at db.example"
+
+
+def test_database_without_pgvector(database, tmp_path):
+    admin = psycopg2.connect(database)
+    admin.autocommit = True
+    admin.cursor().execute("CREATE DATABASE plain")
+    url = database.replace("/postgres?", "/plain?") + f"&options=-c%20extension_control_path%3D{tmp_path}"
+    with pytest.raises(UserError, match="no pgvector"):
+        connect(url)
+
+
+def test_tools_tell_what_is_wrong(collection, capsys, monkeypatch, tiny_adapter):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter2@127.0.0.1:9/x")
+    assert rag("ask", "--adapter", tiny_adapter, "--top-k", "0", "--bogus", "Who?") == 2
+    err = capsys.readouterr().err
+    assert "database unreachable" in err and "--top-k 0 is not valid" in err and "unknown argument --bogus" in err
+    assert "hunter2" not in err and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------- embedded server
+
+USER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {project!r})
+import psycopg2
+from qlora import embedded_postgres
+psycopg2.connect(embedded_postgres.start_server(Path({folder!r})))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def start_user(folder: Path) -> subprocess.Popen:
+    code = USER.format(project=str(PROJECT), folder=str(folder))
+    started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert started.stdout.readline() == "ready\n"
+    return started
+
+
+def server_runs(pid: int) -> bool:
+    deadline = time.time() + 20
+    while time.time() < deadline and psutil.pid_exists(pid):
+        time.sleep(0.1)
+    return psutil.pid_exists(pid)
+
+
+def test_server_is_private_shared_and_stops_with_its_last_user():
+    folder = Path(tempfile.mkdtemp(prefix="pg")) / "data"
+    first, second = start_user(folder), start_user(folder)
+    pid = int((folder / "postmaster.pid").read_text().split()[0])
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not [c for c in psutil.Process(pid).net_connections() if c.status == "LISTEN" and c.family.name != "AF_UNIX"]
+    first.kill()  # no chance to say goodbye
+    first.wait()
+    assert psutil.pid_exists(pid)
+    third = start_user(folder)  # forgets the killed one
+    assert int((folder / "postmaster.pid").read_text().split()[0]) == pid
+    for user in (second, third):
+        user.send_signal(2)
+        user.wait(timeout=30)
+    assert not server_runs(pid)
+
+
+def test_path_too_long_for_a_socket():
+    with pytest.raises(UserError, match="too long"):
+        embedded_postgres.start_server(Path("/tmp") / ("x" * 120))
+    assert not os.path.exists("/tmp/" + "x" * 120)
