@@ -204,6 +204,9 @@ def check_inputs(args, problems: console.Problems) -> None:
     with problems.collecting():
         existing = next(folder for folder in args.output.resolve().parents if folder.exists())
         base_model.check_disk(existing, adapter.BYTES_NEEDED)
+    for name in args.filter.keys() - set(dataset.COLUMNS):
+        problems.add(f"unknown column {name}", "--filter", f"filter by one of {', '.join(dataset.COLUMNS)}")
+        del args.filter[name]
     if args.base_model != base_model.EMBEDDED:
         with problems.collecting():
             base_model.resolve_base_model(args.base_model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from langchain_core.documents import Document
 
-MARK = re.compile(r"\s*\[(\d+)\]")
+MARK = re.compile(r"\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def check_answer(text: str, documents: Sequence[Document], refusal: str) -> Answ
         return Answer(refusal, True, (), passages, 0)
     numbers = [int(number) for number in MARK.findall(text)]
     known = [n for n in dict.fromkeys(numbers) if 1 <= n <= len(passages)]
-    clean = MARK.sub(lambda mark: mark[0] if 1 <= int(mark[1]) <= len(passages) else "", text).strip()
+    clean = MARK.sub(lambda mark: mark[0] if 1 <= int(mark[1]) <= len(passages) else "", text)
+    clean = re.sub(r"\s+([.,;:!?]|$)", r"\1", clean).strip()
     unknown = sum(not 1 <= n <= len(passages) for n in numbers)
     return Answer(clean, False, tuple(passages[n - 1] for n in known), passages, unknown)
 

@@ -172,13 +172,10 @@ def keep_usable(rows: Sequence[Row], filters: dict[str, set[str]]) -> tuple[list
     """The rows that pass, and how many were dropped for which reason.
 
     `filters` maps a column to the values it may have. Rows with an empty instruction or response and
-    repeated rows go too. Raises UserError for an unknown column and when nothing is left.
+    repeated rows go too. Raises UserError when nothing is left.
     """
     kept: dict[Row, None] = {}
     dropped: Counter = Counter()
-    for name in filters:
-        if name not in COLUMNS:
-            raise fail(f"unknown column {name}", "--filter", f"filter by one of {', '.join(COLUMNS)}")
     for row in rows:
         reason = reason_to_drop(row, filters) or ("duplicate" if row in kept else "")
         if reason:

@@ -73,7 +73,7 @@ def connect(url: str):
     try:
         connection = psycopg2.connect(url, connect_timeout=10, application_name="rag_qlora")
     except psycopg2.OperationalError as error:
-        cause = str(error).strip().splitlines()[-1]
+        cause = str(error).strip().splitlines()[0]
         raise fail(f"database unreachable ({cause})", where, "start it, or mend DATABASE_URL") from error
     try:
         with connection, connection.cursor() as cursor:

@@ -125,6 +125,14 @@ def rag(*words) -> int:
     return console.run(rag_qlora.main, list(map(str, words)))
 
 
+def without_network() -> tuple[str, ...]:
+    """What to put before a command so that it has no network at all; skips where that is not allowed."""
+    words = ("unshare", "--net") if os.geteuid() == 0 else ("unshare", "--net", "--map-root-user")
+    if process("-c", "", prefix=words).returncode:
+        pytest.skip("unshare is not allowed here")
+    return words
+
+
 def process(*words, prefix=(), **environment) -> subprocess.CompletedProcess:
     """A real process of one of the scripts, from the project's folder."""
     return subprocess.run(

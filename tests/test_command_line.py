@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import PROJECT, QUICK, SAMPLE, process, rag, train
+from conftest import QUICK, SAMPLE, process, rag, train, without_network
 
 from qlora import settings
 
@@ -21,18 +21,15 @@ def words(tiny_base, rows_file, tmp_path):
 
 def test_all_mistakes_of_one_call_are_told_together(words, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
-    code = train(
-        *words, "--rank", 0, "--learning-rate", -1, "--lerning-rate=2", "--filter", "subject=x", "--columns", "a"
-    )
+    code = train(*words, "--rank", 0, "--learning-rate", -1, "--lerning-rate=2", "--filter", "subject=x")
     err = capsys.readouterr().err
     assert code == 2
     for text in (
-        "6 things to mend",
+        "5 things to mend",
         "--rank 0 is not valid - command line - give a whole number of at least 1",
         "--learning-rate -1 is not valid",
         "unknown argument --lerning-rate=2 - command line - did you mean --learning-rate?",
         "the output is a file",
-        "--columns a is no pair",
         "unknown column subject",
     ):
         assert text in err
@@ -81,9 +78,8 @@ def test_precedence_is_flag_environment_dotenv_default(tiny_base, tmp_path, monk
     monkeypatch.undo()  # the real .env reader
     monkeypatch.delenv("QLORA_BASE_MODEL", raising=False)
     monkeypatch.delenv("QLORA_ADAPTER", raising=False)
-    assert script.resolve_arguments(["--preset", "laptop", "--output", str(tmp_path / "x")]).base_model.startswith(
-        "Smol"
-    )
+    args = script.resolve_arguments(["--preset", "laptop", "--output", str(tmp_path / "x")])
+    assert args.base_model == "SmolLM2-135M-Instruct"
     (tmp_path / ".env").write_text(f"QLORA_BASE_MODEL={tiny_base}\nQLORA_ADAPTER={tmp_path}/from-dotenv\n")
     monkeypatch.chdir(tmp_path)
     settings.load_dotenv_once.cache_clear()
@@ -113,7 +109,7 @@ def test_ingest_search_ask_and_chat(collection, documents, tiny_adapter, capsys,
     assert rag("ingest", documents) == 0
     assert "0 added, 0 changed, 4 unchanged" in capsys.readouterr().err
     with (documents / "ferry" / "crew.md").open("a") as file:
-        file.write("\nThe bosun feeds the ship's otter at noon.\n")
+        file.write("\n## Otters\n\nThe bosun feeds the otter of the ship at noon.\n")
     assert rag("ingest", documents) == 0
     assert "0 added, 1 changed, 3 unchanged" in capsys.readouterr().err
 
@@ -130,7 +126,7 @@ def test_ingest_search_ask_and_chat(collection, documents, tiny_adapter, capsys,
     assert set(turns[0]["passages"][0]) == {"n", "source", "score", "text"}
     assert set(turns[0]["timings"]) == {"retrieve_s", "first_token_s", "generate_s"}
     assert 0 < turns[0]["timings"]["first_token_s"] <= turns[0]["timings"]["generate_s"]
-    assert turns[0]["tokens"]["completion"] == 8 and turns[0]["tokens"]["prompt"] > 100
+    assert 1 <= turns[0]["tokens"]["completion"] <= 8 and turns[0]["tokens"]["prompt"] > 100
     assert turns[0]["model"]["adapter"] == str(tiny_adapter)
 
     lines = iter(["Who feeds the otter?", "And when?", ""])
@@ -205,14 +201,11 @@ def test_answers_go_to_stdout_and_everything_else_to_stderr(collection, database
 
 
 def test_the_network_is_not_needed(tiny_adapter, tmp_path):
-    cut_off = ("unshare", "--net", "--map-root-user")
-    if process("-c", "", prefix=cut_off).returncode:
-        pytest.skip("unshare is not allowed here")
+
     words = ("--base-model", json.loads((tiny_adapter / "run.json").read_text())["base_model"]["name"])
     done = process(
         "instruct_train_qlora.py",
         *(*words, "--dataset", SAMPLE / "train.jsonl", "--output", tmp_path / "out", *QUICK, "--max-steps", 1),
-        prefix=cut_off,
+        prefix=without_network(),
     )
     assert done.returncode == 0, done.stderr
-    assert PROJECT.joinpath("sample_data").is_dir()

@@ -1,0 +1,212 @@
+"""The rules of the project itself: layout, budgets, settings, dependencies, sample data."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, SAMPLE, sample_rows
+
+import instruct_train_qlora
+import rag_qlora
+from qlora import settings
+
+SCRIPTS = (instruct_train_qlora, rag_qlora)
+MODULES = sorted((PROJECT / "qlora").glob("*.py"))
+CODE = [*MODULES, *(Path(script.__file__) for script in SCRIPTS)]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST) -> set[str]:
+    names = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            names.add(child.module.split(".")[0])
+    return names
+
+
+# ------------------------------------------------------------------------------- layout
+
+
+def test_scripts_import_no_script_and_modules_import_no_script():
+    names = {Path(script.__file__).stem for script in SCRIPTS}
+    for path in CODE:
+        assert not imports(tree(path)) & names, path
+
+
+def test_scripts_import_nothing_heavy_at_the_top():
+    for script in SCRIPTS:
+        body = tree(Path(script.__file__)).body
+        top = imports(ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]))
+        assert top - {"qlora"} <= sys.stdlib_module_names
+
+
+def test_budgets_of_files_and_functions():
+    lengths = []
+    for path in CODE:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                lengths.append(node.end_lineno - node.lineno + 1)
+                assert lengths[-1] <= 50, f"{path.name}: {node.name} has {lengths[-1]} lines"
+    assert statistics.median(lengths) <= 14
+
+
+def test_public_functions_of_modules_have_docstrings():
+    for path in MODULES:
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.end_lineno - node.lineno > 6:
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_step_names_are_the_same_everywhere(script):
+    text = Path(script.__file__).read_text(encoding="utf-8")
+    banners = re.findall(r"^# =+ (.+)$", text, re.M)
+    assert tuple(banners[:4]) == script.STEPS and banners[4:] == ["Command line"]
+    for name in script.STEPS:
+        assert f'console.step(STEPS, "{name}")' in text
+        assert name in README
+
+
+def test_only_settings_touches_the_environment():
+    for path in CODE:
+        if path.name != "settings.py":
+            assert not re.search(r"\bos\.(environ|getenv|putenv)\b", path.read_text(encoding="utf-8")), path
+
+
+def test_nothing_loads_remote_code_or_pickles():
+    for path in CODE:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"trust_remote_code\W+True|pickle|torch\.load|shell=True", text), path
+
+
+# ------------------------------------------------------------------------------- settings, dependencies
+
+
+def test_env_example_lists_every_setting_and_nothing_else():
+    lines = (PROJECT / ".env.example").read_text(encoding="utf-8").splitlines()
+    assert [line.split("=")[0] for line in lines if "=" in line and not line.startswith("#")] == list(settings.KEYS)
+    read = {key for path in CODE for key in re.findall(r'settings\.get\("(\w+)"\)', path.read_text(encoding="utf-8"))}
+    read |= set(re.findall(r'\bget\("(\w+)"\)', (PROJECT / "qlora/settings.py").read_text(encoding="utf-8")))
+    assert read | {"HF_TOKEN"} == set(settings.KEYS)  # huggingface_hub itself reads HF_TOKEN
+
+
+def pinned() -> dict[str, str]:
+    """Package -> version of all three requirement files."""
+    pins = {}
+    for path in PROJECT.glob("requirements*.txt"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            words = line.split("#")[0].split()
+            if words:
+                name, version = words[0].split("==")
+                pins[name] = version
+    return pins
+
+
+def test_every_pin_is_installed_and_used():
+    files = [*CODE, *(PROJECT / "tests").glob("*.py"), PROJECT / "Makefile"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    behind = {  # what a library of ours uses for us
+        "gguf": "gguf_file",
+        "pypdf": "PyPDFLoader",
+        "docx2txt": "Docx2txtLoader",
+        "beautifulsoup4": "BSHTMLLoader",
+        "chardet": "autodetect_encoding",
+        "python-dotenv": "import load_dotenv",
+        "python-docx": "import docx",
+        "psycopg2-binary": "import psycopg2",
+        "sentence-transformers": "HuggingFaceEmbeddings",
+        "accelerate": "device_map",
+    }
+    for name, version in pinned().items():
+        assert importlib.metadata.version(name) == version, name
+        assert behind.get(name, name.replace("-", "_")) in text, f"nothing uses {name}"
+
+
+def test_nothing_names_this_machine():
+    files = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        text = (PROJECT / name).read_text(encoding="utf-8")
+        assert not re.search(r"/wor[k]/|/roo[t]/|\.\./share[d]", text), name
+
+
+# ------------------------------------------------------------------------------- README
+
+
+def test_readme_shows_only_commands_and_flags_that_exist():
+    known = "\n".join(command.format_help() for command in rag_qlora.build_parser()[1].values())
+    known += instruct_train_qlora.build_parser().format_help()
+    foreign = {"--num-processes"}
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - foreign:
+        assert flag in known, flag
+    targets = set(re.findall(r"^(\w+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"`?make (\w+)", README)) <= targets
+    for path in MODULES[1:]:
+        assert path.name in README, f"{path.name} has no gloss"
+    for key in settings.KEYS:
+        assert key in README
+
+
+# ------------------------------------------------------------------------------- sample data
+
+
+def plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def stands_in(answer: str, context: str) -> bool:
+    """A span of the context, after "Yes," or "No," where the question asks for it."""
+    span = re.sub(r"^(yes|no)\b[,.]?\s*", "", plain(answer)).rstrip(".")
+    return span in plain(context)
+
+
+def questions() -> list[dict]:
+    return [json.loads(line) for line in (SAMPLE / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_sample_documents():
+    documents = list((SAMPLE / "documents").rglob("*.md"))
+    assert len(documents) >= 40 and len({path.parent.name for path in documents}) >= 8
+    for path in documents:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("# ") and "\n## " in text and 150 <= len(text.split()) <= 500, path
+
+
+def test_sample_rows():
+    rows = sample_rows()
+    assert len(rows) >= 420 and len({row["source"] for row in rows}) >= 30
+    assert len({row["instruction"] for row in rows}) == len(rows)
+    refused = [row for row in rows if row["category"] == "unanswerable"]
+    assert 0.13 < len(refused) / len(rows) < 0.2
+    for row in rows:
+        document = (SAMPLE / "documents" / row["source"]).read_text(encoding="utf-8")
+        assert row["context"] in document
+        assert (row["response"] == "I don't know.") == (row["category"] == "unanswerable")
+        assert row in refused or stands_in(row["response"], row["context"]), row
+    kinds = ("who", "when", "how many", "why", "which", "where", "what", "how")
+    assert all(sum(kind in row["instruction"].lower() for row in rows) >= 5 for kind in kinds)
+    assert sum(row["response"].startswith(("Yes,", "No,")) for row in rows) >= 20
+
+
+def test_sample_questions_touch_no_document_of_the_rows():
+    rows, asked = sample_rows(), questions()
+    assert len(asked) >= 90 and len({q["source"] for q in asked}) >= 10
+    assert not {q["source"] for q in asked} & {row["source"] for row in rows}
+    assert not {plain(q["question"]) for q in asked} & {plain(row["instruction"]) for row in rows}
+    assert 0.13 < sum(not q["answers"] for q in asked) / len(asked) < 0.2
+    for q in asked:
+        assert q["context"] in (SAMPLE / "documents" / q["source"]).read_text(encoding="utf-8")
+        assert all(stands_in(answer, q["context"]) for answer in q["answers"]), q
+        assert not q["answers"] or any(plain(a) not in ("yes", "no") for a in q["answers"]), q
