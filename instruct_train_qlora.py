@@ -6,8 +6,8 @@
     python instruct_train_qlora.py --preset llama2-7b --filter category=closed_qa,information_extraction
     python instruct_train_qlora.py --base-model ./my-llama --output adapters/mine --max-steps 20
 
-Every row becomes context / instruction / response in the base model's own chat format. What a flag
-does not say comes from the environment, then from .env, then from the preset.
+Every row becomes context / instruction / response in the base model's own chat format.
+Precedence: flag > environment > .env > preset or default.
 """
 
 import argparse

@@ -8,7 +8,7 @@
     python rag_qlora.py chat                              # several turns
 
 Without a command: chat at a terminal, otherwise a short demonstration over the sample documents.
-What a flag does not say comes from the environment, then from .env, then from the default.
+Precedence: flag > environment > .env > default. Answers go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from qlora import adapter, base_model, console, presets, settings
 from qlora.console import note
 
 STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
-COMMANDS = ("ingest", "search", "ask", "chat", "demo")
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 DEMO_QUESTIONS = (
     "Which extension do I ring to order a pilot?",
@@ -312,8 +311,6 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
         argv = ["chat" if sys.stdin.isatty() else "demo", *argv]
     parser, commands = build_parser()
     args, problems = console.parse_arguments(parser, argv, commands)
-    if args.command == "demo":
-        args.questions = list(DEMO_QUESTIONS)
     args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or base_model.EMBEDDED_EMBEDDER
     args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
     if args.command == "ingest":
@@ -362,22 +359,28 @@ def build_parser():
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="rag_qlora.py [command] [flags]", description=title, epilog=text)
     commands = parser.add_subparsers(dest="command", metavar="command")
-    database, model = database_flags(), model_flags()
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--json", action="store_true", help="one JSON object a question on stdout")
+    database, model, answers = database_flags(), model_flags(), answer_flags()
 
-    one = commands.add_parser("ingest", parents=[database], help="put files and folders into the collection")
+    def add(name: str, parents: list, purpose: str, words: str = "") -> argparse.ArgumentParser:
+        usage = f"rag_qlora.py {name} [flags] {words}".rstrip()
+        return commands.add_parser(name, parents=parents, usage=usage, description=purpose, help=purpose)
+
+    one = add("ingest", [database], "put files and folders into the collection", "PATH ...")
     one.add_argument(
-        "paths", nargs="+", metavar="PATH", help=".txt .md .html .pdf .docx .csv .json .jsonl, or a folder"
+        "paths", nargs="+", metavar="PATH", help="files, folders: .txt .md .html .pdf .docx .csv .json .jsonl"
     )
-    one = commands.add_parser("search", parents=[database, output], help="show the nearest passages")
+    one.add_argument("--passage-tokens", type=console.number(int, 16), default=200, help="tokens a passage (200)")
+    one.add_argument("--overlap", type=console.number(int, 0), default=40, help="tokens two passages share (40)")
+    one = add("search", [database, answers], "show the nearest passages", "question")
     one.add_argument("question")
-    for name, purpose in (("ask", "answer questions"), ("demo", "answer three questions on the sample documents")):
-        one = commands.add_parser(name, parents=[model, database, output], help=purpose)
-        if name == "ask":
-            one.add_argument("questions", nargs="+", metavar="question")
-        one.add_argument("--strict", action="store_true", help="exit code 3 when a question is refused")
-    commands.add_parser("chat", parents=[model, database], help="several turns")
+    one = add("ask", [model, database, answers], "answer questions, citing passages", "question ...")
+    one.add_argument("questions", nargs="+", metavar="question")
+    one.add_argument("--strict", action="store_true", help="exit code 3 when a question is refused")
+    one = add("demo", [model, database, answers], "answer three questions on the sample documents")
+    one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
+    for name in ("search", "ask", "demo"):
+        commands.choices[name].add_argument("--json", action="store_true", help="one JSON object a question on stdout")
+    add("chat", [model, database, answers], "several turns")
     return parser, commands.choices
 
 
@@ -391,9 +394,8 @@ def model_flags() -> argparse.ArgumentParser:
     group = flags.add_argument_group(STEPS[1])
     group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")
     group.add_argument("--top-p", type=share, default=1.0, help="share of probability to sample from (1)")
-    group.add_argument(
-        "--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="length of an answer (96)"
-    )
+    tokens = console.number(int, 1, 4096)
+    group.add_argument("--max-new-tokens", type=tokens, default=96, help="length of an answer (96)")
     group.add_argument("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is none (1)")
     group.add_argument("--seed", type=console.number(int, 0), default=0, help="of the sampling (0)")
     return flags
@@ -404,9 +406,14 @@ def database_flags() -> argparse.ArgumentParser:
     group = flags.add_argument_group(STEPS[2])
     group.add_argument("--collection", help="name of the collection (documents)")
     group.add_argument("--embedding-model", help=f"sentence-transformers model ({base_model.EMBEDDED_EMBEDDER})")
+    flags.set_defaults(passage_tokens=200, overlap=40)  # for the sample documents in an empty collection
+    return flags
+
+
+def answer_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group(STEPS[3])
     group.add_argument("--top-k", type=console.number(int, 1, 50), default=3, help="passages a question (3)")
-    group.add_argument("--passage-tokens", type=console.number(int, 16), default=200, help="tokens a passage (200)")
-    group.add_argument("--overlap", type=console.number(int, 0), default=40, help="tokens two passages share (40)")
     return flags
 
 
