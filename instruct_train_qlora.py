@@ -33,14 +33,14 @@ def main(argv: list[str]) -> int:
 
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
-        rows = load_and_filter(args)
-        training, held_out = format_rows(args, tokenizer, prompt, rows)
+        rows, counts = load_and_filter(args)
+        training, held_out = format_rows(args, tokenizer, prompt, rows, counts)
     with console.step(STEPS, "Model Setup"):
         model = load_model(args)
     with console.step(STEPS, "Training Process"):
         result = train_model(args, model, tokenizer, training, held_out, partial)
     with console.step(STEPS, "Model Saving"):
-        save_adapter(args, model, tokenizer, prompt, describe_run(args, rows, training, held_out, result))
+        save_adapter(args, model, tokenizer, prompt, describe_run(args, rows, counts, training, held_out, result))
     console.note(f'Next: python rag_qlora.py ask --adapter {args.output} "Your question?"')
     return 0
 
@@ -54,32 +54,35 @@ def load_prompt(args):
 
     tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(args.base_model))
     prompt = choose_prompt(tokenizer)
-    tokenizer.chat_template = prompt.chat_template
     return tokenizer, prompt
 
 
-def load_and_filter(args) -> list[dataset.Row]:
-    """The usable rows; how many were dropped, and why, is printed and kept for run.json."""
+def load_and_filter(args):
+    """The usable rows, and how many were dropped for which reason."""
     loaded = dataset.load_rows(args.dataset, args.columns)
-    rows, args.dropped = dataset.keep_usable(loaded, args.filter)
+    rows, dropped = dataset.keep_usable(loaded, args.filter)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
-    for reason, count in args.dropped.items():
+    for reason, count in dropped.items():
         console.note(f"  {count} dropped: {reason}")
-    return rows
+    return rows, dropped
 
 
-def format_rows(args, tokenizer, prompt, rows):
-    """Training and held-out examples: context / instruction / response as token ids with labels."""
+def format_rows(args, tokenizer, prompt, rows, counts):
+    """Training and held-out examples: context / instruction / response as token ids with labels.
+
+    Adds to `counts` how many rows were shortened, and how many were too long.
+    """
     parts = []
     for name, part in zip(("training", "held out"), dataset.hold_out(rows, args.eval_share, args.seed), strict=True):
         shaped = dataset.add_distractors(part, args.distractors, args.gold_probability, prompt, args.seed)
-        examples, counts = dataset.tokenize_rows(tokenizer, prompt, shaped, args.max_length)
+        examples, cut = dataset.tokenize_rows(tokenizer, prompt, shaped, args.max_length)
         tokens = sum(len(example.input_ids) for example in examples)
         documents = len({row.document for row in part})
         console.note(f"{name}: {len(examples)} rows of {documents} documents, {tokens} tokens")
-        for what, count in counts.items():
+        for what, count in cut.items():
             if count:
                 console.note(f"  {count} rows {what}: --max-length {args.max_length}")
+                counts[f"{what} ({name})"] += count
         parts.append(examples)
     return parts
 
@@ -125,7 +128,7 @@ def save_adapter(args, model, tokenizer, prompt, run: dict) -> None:
     console.note(f"Adapter, model card and loss curve: {args.output}")
 
 
-def describe_run(args, rows, training, held_out, result: dict) -> dict:
+def describe_run(args, rows, counts, training, held_out, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
     digest = hashlib.sha256("\n".join(json.dumps(asdict(row), sort_keys=True) for row in rows).encode()).hexdigest()
     return {
@@ -135,11 +138,11 @@ def describe_run(args, rows, training, held_out, result: dict) -> dict:
             "source": args.dataset,
             "sha256_of_rows": digest,
             "rows_kept": len(rows),
-            "rows_dropped": dict(args.dropped),
+            "rows_dropped_or_shortened": dict(counts),
             "training_rows": len(training),
             "held_out_rows": len(held_out),
         },
-        "arguments": {name: printable(value) for name, value in vars(args).items() if name != "dropped"},
+        "arguments": {name: printable(value) for name, value in vars(args).items()},
         "result": result,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
@@ -177,7 +180,9 @@ def git_commit() -> str | None:
 
 def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
+    settings.load_dotenv_once()
     args, problems = console.parse_arguments(build_parser(), argv)
+    named = args.base_model or (None if args.preset else settings.get("QLORA_BASE_MODEL"))
     preset = presets.PRESETS["laptop"]
     with problems.collecting():
         args.preset = presets.choose_preset(args.preset, detect=not problems.found)
@@ -185,8 +190,8 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("dataset", "max_length", "batch_size", "accumulation", "learning_rate", "epochs"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
-    args.base_model = args.base_model or settings.get("QLORA_BASE_MODEL") or preset.base_model
-    args.output = Path(args.output or settings.get("QLORA_ADAPTER") or default_output(args.base_model))
+    args.base_model = named or preset.base_model
+    args.output = choose_output(args.output, args.base_model)
     args.alpha = args.alpha or (2 * args.rank if isinstance(args.rank, int) else None)
     args.columns = read_pairs(args.columns, "--columns", problems)
     filters = read_pairs(args.filter, "--filter", problems)
@@ -201,9 +206,8 @@ def check_inputs(args, problems: console.Problems) -> None:
     """Adds what is wrong with the files that the arguments name."""
     with problems.collecting():
         adapter.check_output(args.output, args.overwrite)
-    with problems.collecting():
-        existing = next(folder for folder in args.output.resolve().parents if folder.exists())
-        base_model.check_disk(existing, adapter.BYTES_NEEDED)
+        rank = args.rank if isinstance(args.rank, int) else 1
+        base_model.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(rank))
     for name in args.filter.keys() - set(dataset.COLUMNS):
         problems.add(f"unknown column {name}", "--filter", f"filter by one of {', '.join(dataset.COLUMNS)}")
         del args.filter[name]
@@ -215,8 +219,11 @@ def check_inputs(args, problems: console.Problems) -> None:
             dataset.keep_usable(dataset.load_rows(args.dataset, args.columns), args.filter)
 
 
-def default_output(name: str) -> str:
-    return f"adapters/{Path(name).name}"
+def choose_output(flag: str | None, base: str) -> Path:
+    """The adapter folder: flag > QLORA_ADAPTER (unless it is none) > adapters/NAME-OF-BASE."""
+    setting = settings.get("QLORA_ADAPTER")
+    folder = Path(flag or (setting if setting != "none" else None) or f"adapters/{Path(base).name}").expanduser()
+    return folder if folder.name else folder.resolve()
 
 
 def read_pairs(texts: list[str], flag: str, problems: console.Problems) -> dict[str, str]:
@@ -233,50 +240,51 @@ def read_pairs(texts: list[str], flag: str, problems: console.Problems) -> dict[
 def build_parser() -> argparse.ArgumentParser:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
-    count, share = console.number(int, 1), console.number(float, 0, 1)
-    parser.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b; auto looks for a CUDA GPU")
-    parser.add_argument("--seed", type=console.number(int, 0), default=0, help="order, split, LoRA start (0)")
-
-    group = parser.add_argument_group(STEPS[0])
-    group.add_argument("--dataset", help="hub id, or .jsonl, .json, .csv or .parquet file (preset's)")
-    group.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="names of the dataset's columns")
-    group.add_argument("--filter", nargs="+", default=[], metavar="COLUMN=A,B", help="keep rows with these values")
-    group.add_argument("--eval-share", type=share, default=0.1, help="share of rows held out, by document (0.1)")
-    group.add_argument("--distractors", type=console.number(int, 0, 20), default=2, help="other passages a row (2)")
-    group.add_argument("--gold-probability", type=share, default=0.9, help="rows that keep the right passage (0.9)")
-    group.add_argument("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
-
-    group = parser.add_argument_group(STEPS[1])
-    group.add_argument("--base-model", help="hub id or folder of a Llama-family model (preset's)")
-    group.add_argument("--rank", type=count, default=16, help="LoRA rank (16)")
-    group.add_argument("--alpha", type=count, help="LoRA alpha (twice the rank)")
-    group.add_argument("--dropout", type=share, default=0.0, help="LoRA dropout (0)")
-    group.add_argument(
-        "--gradient-checkpointing",
-        type=console.choice("auto", "on", "off"),
-        default="auto",
-        help="recompute activations: less memory, slower; auto: from a billion weights on",
-    )
-
-    group = parser.add_argument_group(STEPS[2])
-    group.add_argument("--batch-size", type=count, help="rows a forward pass (preset's)")
-    group.add_argument("--accumulation", type=count, help="forward passes an optimizer step (preset's)")
-    group.add_argument("--epochs", type=console.number(float, 0, above=True), help="passes over the rows (preset's)")
-    group.add_argument(
-        "--max-steps", type=console.number(int, 0), default=0, help="optimizer steps; goes before --epochs"
-    )
-    group.add_argument("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
-    group.add_argument("--warmup", type=share, default=0.05, help="share of steps with rising rate (0.05)")
-    schedulers = ("cosine", "linear", "constant_with_warmup")
-    group.add_argument("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
-    group.add_argument(
-        "--eval-steps", type=console.number(int, 0), default=0, help="held-out loss every N steps (twice a run)"
-    )
-
-    group = parser.add_argument_group(STEPS[3])
-    group.add_argument("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
-    group.add_argument("--overwrite", action="store_true", help="replace the adapter that is there")
+    flag = parser.add_argument
+    flag("--preset", help="auto (default), laptop, llama2-7b or llama2-13b; auto looks for a CUDA GPU")
+    flag("--seed", type=console.number(int, 0), default=0, help="order, split, LoRA start (0)")
+    add_dataset_flags(parser.add_argument_group(STEPS[0]).add_argument)
+    add_model_flags(parser.add_argument_group(STEPS[1]).add_argument)
+    add_training_flags(parser.add_argument_group(STEPS[2]).add_argument)
+    flag = parser.add_argument_group(STEPS[3]).add_argument
+    flag("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
+    flag("--overwrite", action="store_true", help="replace the adapter that is there")
     return parser
+
+
+def add_dataset_flags(flag) -> None:
+    share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
+    held_out = console.number(float, 0, 0.9, above=True)
+    flag("--dataset", help="hub id, or .jsonl, .json, .csv or .parquet file (preset's)")
+    flag("--columns", metavar="OURS=THEIRS", help="names of the dataset's columns", **pairs)
+    flag("--filter", metavar="COLUMN=A,B", help="keep rows with these values", **pairs)
+    flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
+    flag("--distractors", type=console.number(int, 0, 20), default=2, help="other passages a row (2)")
+    flag("--gold-probability", type=share, default=0.9, help="rows that keep the right passage (0.9)")
+    flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
+
+
+def add_model_flags(flag) -> None:
+    choice = console.choice("auto", "on", "off")
+    flag("--base-model", help="hub id or folder of a Llama-family model (preset's)")
+    flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank (16)")
+    flag("--alpha", type=console.number(int, 1), help="LoRA alpha (twice the rank)")
+    flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout (0)")
+    text = "recompute activations, less memory but slower: auto, on, off (auto: from a billion weights on)"
+    flag("--gradient-checkpointing", type=choice, default="auto", help=text)
+
+
+def add_training_flags(flag) -> None:
+    count, steps = console.number(int, 1), console.number(int, 0)
+    schedulers = ("cosine", "linear", "constant_with_warmup")
+    flag("--batch-size", type=count, help="rows a forward pass (preset's)")
+    flag("--accumulation", type=count, help="forward passes an optimizer step (preset's)")
+    flag("--epochs", type=console.number(float, 0, 1000, above=True), help="passes over the rows (preset's)")
+    flag("--max-steps", type=steps, default=0, help="optimizer steps; above 0 it goes before --epochs")
+    flag("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
+    flag("--warmup", type=console.number(float, 0, 1), default=0.05, help="share of steps with rising rate (0.05)")
+    flag("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
+    flag("--eval-steps", type=steps, default=0, help="held-out loss every N steps (0: twice a run)")
 
 
 if __name__ == "__main__":

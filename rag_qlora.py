@@ -37,9 +37,11 @@ def main(argv: list[str]) -> int:
     if args.command in ("ingest", "search"):
         with console.step(STEPS, "Database Integration"):
             store = open_store(args)
-            if args.command == "ingest":
-                return ingest(args, store, args.paths)
-            return search(args, store)
+            if args.command == "search":
+                return search(args, store)
+            ingest(args, store, args.paths)
+            note(f'Next: python rag_qlora.py ask --collection {args.collection} "Your question?"')
+            return 0
 
     with console.step(STEPS, "Model and Tokenizer Setup"):
         model, tokenizer, prompt = load_model(args)
@@ -67,7 +69,6 @@ def load_model(args):
     if args.adapter is None:
         tokenizer = base_model.load_tokenizer(source)
         prompt = choose_prompt(tokenizer)
-        tokenizer.chat_template = prompt.chat_template
         note(f"{args.base_model} in 4-bit, without an adapter")
         return model, tokenizer, prompt
     trained = adapter.read_adapter(args.adapter, args.base_model)
@@ -123,36 +124,31 @@ def open_store(args):
     return store
 
 
-def ingest(args, store, paths: list[str]) -> int:
-    """Adds new files, replaces changed ones, leaves unchanged ones alone; 2 when a file could not be read."""
+def ingest(args, store, paths: list[str]) -> None:
+    """Adds new files, replaces changed ones, leaves unchanged ones alone.
+
+    Raises UserError with the files that could not be read, when all others are in.
+    """
     from qlora import documents
 
     files = documents.find_files(paths)
     known = store.fingerprints()
     embedder = store.embeddings._client  # the SentenceTransformer: its tokenizer and its window
-    splitting = (args.passage_tokens, args.overlap, args.embedding_model)
+    sizes = (embedder.max_seq_length, args.passage_tokens, args.overlap)
     problems = console.Problems()
     counts = {"added": 0, "changed": 0, "unchanged": 0, "passages": 0}
     with console.progress() as bar:
-        task = bar.add_task("documents", total=len(files), detail="")
-        for file, source in files:
+        for file, source in bar.track(files, description="documents"):
             with problems.collecting():
-                fingerprint = documents.fingerprint(file, *splitting)
+                fingerprint = documents.fingerprint(file, sizes, args.embedding_model)
                 state = "unchanged" if known.get(source) == fingerprint else "changed" if source in known else "added"
                 if state != "unchanged":
-                    pages = documents.load_document(file, source)
-                    window = embedder.max_seq_length
-                    passages = documents.split_pages(
-                        pages, embedder.tokenizer, window, args.passage_tokens, args.overlap
-                    )
+                    passages = documents.load_passages(file, source, embedder.tokenizer, *sizes)
                     store.put_document(source, fingerprint, passages)
                     counts["passages"] += len(passages)
                 counts[state] += 1
-            bar.advance(task)
     note(", ".join(f"{count} {name}" for name, count in counts.items()) + f", {len(problems.found)} unreadable")
     problems.raise_if_any()
-    note('Next: python rag_qlora.py ask "Your question?"')
-    return 0
 
 
 def fill_if_empty(args, store) -> None:
@@ -200,10 +196,11 @@ def build_chain(args, store, prompt, generator):
     def fill_prompt(state: dict):
         question = defuse(tokenizer, state["question"])
         texts = [defuse(tokenizer, document.page_content) for document in state["documents"]]
-        texts = fit_passages(tokenizer, prompt, question, texts, budget, history=state["history"])
+        history = [{**turn, "content": defuse(tokenizer, turn["content"])} for turn in state["history"]]
+        texts = fit_passages(tokenizer, prompt, question, texts, budget, history)
         if not any(texts):
             raise console.fail("the question fills the whole window", f"{budget} tokens", "ask a shorter question")
-        return as_langchain(prompt, texts, question, state["history"])
+        return as_langchain(prompt, texts, question, history)
 
     def check(state: dict):
         return check_answer(state["message"].text, state["documents"], prompt.refusal)
@@ -274,6 +271,8 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
         metadata = cited.document.metadata
         print(f"   [{cited.n}] {place(metadata)} (score {metadata['score']:.2f})")
         print(indent(cited.document.page_content, "       "))
+    if turn.answer.unknown:
+        note(f"{turn.answer.unknown} citations of passages that were not given were removed")
     if turn.answer.refused:
         nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in turn.answer.passages))
         print(f"   (nearest documents: {nearest})")
@@ -307,6 +306,7 @@ def indent(text: str, margin: str = "    ") -> str:
 
 def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
+    settings.load_dotenv_once()
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["chat" if sys.stdin.isatty() else "demo", *argv]
     parser, commands = build_parser()
@@ -335,7 +335,9 @@ def check_database() -> None:
 def resolve_model(args, detect: bool) -> None:
     """Sets base_model and adapter: the adapter names its base, so that naming either is enough."""
     preset = presets.PRESETS[presets.choose_preset(args.preset, detect)]
-    named = args.base_model or settings.get("QLORA_BASE_MODEL") or (preset.base_model if args.preset else None)
+    named = args.base_model or (preset.base_model if args.preset else None)
+    if not named and not args.adapter:
+        named = settings.get("QLORA_BASE_MODEL")
     folder = args.adapter or settings.get("QLORA_ADAPTER")
     if folder == "none":
         args.adapter, args.base_model = None, named or preset.base_model

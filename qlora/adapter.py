@@ -6,16 +6,21 @@ prompt.json  run.json  metrics.jsonl  loss.png  README.md
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora.console import Problems, UserError, fail
+from qlora.console import Problems, fail
 from qlora.prompt import SCHEMA, Prompt
 
 RUN_SCHEMA = 1
+OURS = {  # what a folder may hold that --overwrite replaces
+    *("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json", "metrics.jsonl", "loss.png"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "README.md"),
+}
 REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "run.json")
-BYTES_NEEDED = 200_000_000  # an adapter of a 13B model with rank 16, and its tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,22 @@ class Adapter:
         return self.run["base_model"]["name"]
 
 
+def bytes_needed(rank: int) -> int:
+    """Disk for an adapter of a 13B model, the largest of the presets, and its tokenizer."""
+    return 16_000_000 * rank + 50_000_000  # 3.9 M weights a rank in fp32
+
+
 def partial_folder(folder: Path) -> Path:
     """Where a run writes until it is complete; `folder` itself only ever holds a whole adapter."""
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def existing_parent(folder: Path) -> Path:
+    """The nearest folder above that is there. Raises UserError when it is a file or cannot be written to."""
+    parent = next(above for above in folder.resolve().parents if above.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise fail("no folder can be made there", str(folder), "give a place that you can write to with --output")
+    return parent
 
 
 def start_folder(folder: Path) -> Path:
@@ -49,11 +67,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Raises UserError when the folder already holds something and may not be replaced."""
     if folder.is_file():
         raise fail("the output is a file", str(folder), "give a folder with --output")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / "adapter_config.json").is_file():
-        raise fail("the output folder holds other files", str(folder), "give a new folder with --output")
-    if not overwrite:
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if inside - OURS:
+        others = ", ".join(sorted(inside - OURS)[:3])
+        raise fail(f"the output folder holds other files ({others})", str(folder), "give a new folder with --output")
+    if inside and not overwrite:
         raise fail(
             "the output folder already holds an adapter", str(folder), "add --overwrite or choose another --output"
         )
@@ -69,7 +87,7 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
     write_json(partial / "run.json", {"schema": RUN_SCHEMA, **run})
     plot_losses(partial / "metrics.jsonl", partial / "loss.png")
     (partial / "README.md").write_text(model_card(run), encoding="utf-8")
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -118,14 +136,13 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
 def load_adapter(base, adapter: Adapter):
     """The base model with the adapter's weights on it, for answering."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
-    except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0][:160]
-        raise UserError(
-            *fail(f"the weights do not fit {adapter.base_model} ({first})", str(adapter.folder), "train again").problems
-        ) from error
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        message = f"the weights do not fit {adapter.base_model} ({str(error).splitlines()[0][:160]})"
+        raise fail(message, str(adapter.folder), "train again, or copy the whole folder") from error
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:

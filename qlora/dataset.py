@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -74,22 +75,23 @@ def load_file(path: Path):
         check_json_lines(path)
     import datasets
 
-    options = {"features": text_columns(path)} if path.suffix == ".csv" else {}
     try:
+        options = csv_options(path) if path.suffix == ".csv" else {}
         return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
         if "no data" in cause:
             raise fail("the dataset has no rows", str(path), "give a dataset with at least two rows") from error
         raise fail(f"unreadable dataset ({cause})", str(path), "mend the file, or convert it to JSON Lines") from error
 
 
-def text_columns(path: Path):
-    """Features that read every column of a CSV file as text, so that an answer such as 27 stays "27"."""
+def csv_options(path: Path) -> dict:
+    """Options that read every cell of a CSV file as the text it is: 27 stays "27", and NA "NA"."""
     import datasets
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return datasets.Features({name: datasets.Value("string") for name in next(csv.reader(file))})
+        names = next(csv.reader(file), [])
+    return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
 
 
 def check_json_lines(path: Path) -> None:
@@ -119,17 +121,14 @@ def check_json_lines(path: Path) -> None:
 def load_from_hub(name: str):
     """The train split of a hub dataset."""
     import datasets
-    import huggingface_hub.errors as hub
 
     try:
         return datasets.load_dataset(name, split="train")
-    except hub.GatedRepoError as error:
-        raise fail(f"dataset {name} is gated", "--dataset", "accept its licence, then set HF_TOKEN") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError) as error:  # DatasetNotFoundError, also of a gated dataset, is an OSError
         raise fail(
-            f"dataset {name} cannot be reached ({type(error).__name__})",
+            f"dataset {name} cannot be loaded ({str(error).strip().splitlines()[0][:160]})",
             "--dataset",
-            "check the name and the network, or give a local .jsonl, .json, .csv or .parquet file",
+            "check the name and the network (gated? set HF_TOKEN), or give a .jsonl, .json, .csv or .parquet file",
         ) from error
 
 
@@ -268,6 +267,11 @@ def shape_row(row, nearby, everything, count, gold_probability, prompt: Prompt, 
     return replace(row, passages=tuple(passages), response=cited)
 
 
+def answer_span(response: str) -> str:
+    """The response without its citation, a leading "Yes," or "No," and the full stop: what the context holds."""
+    return re.sub(r"^(yes|no)\b[,.:;]?\s*|\s*\[\d+\]$", "", response, flags=re.IGNORECASE).rstrip(".")
+
+
 @dataclass(frozen=True)
 class Example:
     """A tokenised row: `labels` equals `input_ids` where there is loss and is -100 elsewhere."""
@@ -292,8 +296,11 @@ def tokenize_rows(
         input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
         if len(input_ids) > max_length and passages:
             trained = sum(label >= 0 for label in labels)
-            answer = response.rsplit(" [", 1)[0].rstrip(".")
-            passages = fit_passages(tokenizer, prompt, instruction, passages, max_length - trained, keep=answer)
+            gold = row.passages.index(row.context) if row.context in row.passages else None
+            budget = max_length - trained
+            passages = fit_passages(
+                tokenizer, prompt, instruction, passages, budget, last=gold, keep=answer_span(response)
+            )
             input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
             counts["shortened"] += len(input_ids) <= max_length
         if len(input_ids) > max_length:

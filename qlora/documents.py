@@ -4,6 +4,7 @@ A passage keeps its source, the path of headings above it, and where it stands: 
 HTML), a page (PDF) or a row (CSV, JSON).
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -27,23 +28,31 @@ def find_files(paths: list[str]) -> list[tuple[Path, str]]:
     problems = Problems()
     found: dict[str, Path] = {}
     for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            inside = {
-                file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if is_document(file, path)
-            }
-            if not inside:
-                problems.add("no documents in the folder", name, f"give files of type {', '.join(SUFFIXES)}")
+        with problems.collecting():
+            inside = files_below(Path(name))
+            for source in sorted(inside.keys() & found.keys()):
+                both = f"{found[source]} and {inside[source]}"
+                problems.add(f"two files with one name, {source}", both, "ingest the folder above them")
             found |= inside
-        elif not path.is_file():
-            problems.add("file not found", name, "check the path")
-        elif path.suffix.lower() not in SUFFIXES:
-            known = ", ".join(SUFFIXES)
-            problems.add(f"unknown file type {path.suffix or '(none)'}", name, f"convert it to one of {known}")
-        else:
-            found[path.name] = path
     problems.raise_if_any()
     return [(file, source) for source, file in found.items()]
+
+
+def files_below(path: Path) -> dict[str, Path]:
+    """Source -> file for a folder, or for one file."""
+    if path.is_dir():
+        inside = {
+            file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if is_document(file, path)
+        }
+        if not inside:
+            raise fail("no documents in the folder", str(path), f"give files of type {', '.join(SUFFIXES)}")
+        return inside
+    if not path.is_file():
+        raise fail("file not found", str(path), "check the path")
+    if path.suffix.lower() not in SUFFIXES:
+        fix = f"convert it to one of {', '.join(SUFFIXES)}"
+        raise fail(f"unknown file type {path.suffix or '(none)'}", str(path), fix)
+    return {path.name: path}
 
 
 def is_document(file: Path, root: Path) -> bool:
@@ -53,32 +62,48 @@ def is_document(file: Path, root: Path) -> bool:
 
 def fingerprint(file: Path, *splitting: object) -> str:
     """sha256 of the content and of how it is split and embedded: equal means nothing to do."""
-    digest = hashlib.sha256(file.read_bytes())
+    with explaining_file(file):
+        digest = hashlib.sha256(file.read_bytes())
     digest.update(repr(splitting).encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def explaining_file(file: Path) -> Iterator[None]:
+    """Turns whatever a file's parser raises into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = (str(error).splitlines() or [""])[0][:120]
+        message = f"unreadable {file.suffix} file ({type(error).__name__}: {cause})"
+        raise fail(message, str(file), "open and save it again, or leave it out") from error
 
 
 # ------------------------------------------------------------------------------- load
 
 
-def load_document(file: Path, source: str) -> list[Document]:
-    """The pages of a file as text. Raises UserError when it cannot be read or holds no text."""
-    try:
+def load_passages(file: Path, source: str, tokenizer, window: int, size: int, overlap: int) -> list[Document]:
+    """The passages of a file, as `split_pages` makes them.
+
+    Raises UserError when it cannot be read or holds no text.
+    """
+    with explaining_file(file):
         pages = list(read_pages(file))
-    except UserError:
-        raise
-    except Exception as error:  # loaders raise whatever their parsers do
-        cause = (str(error).splitlines() or [""])[0][:120]
-        message = f"unreadable {file.suffix} file ({type(error).__name__}: {cause})"
-        raise fail(message, str(file), "open and save it again, or leave it out") from error
-    pages = [page for page in pages if page.page_content.strip()]
-    if not pages:
+        for page in pages:
+            page.page_content = clean(page.page_content)
+            page.metadata["source"] = source
+        passages = split_pages(pages, tokenizer, window, size, overlap)
+    if not passages:
         fix = "scanned? run OCR on it first" if file.suffix.lower() == ".pdf" else "leave it out"
         raise fail("the document holds no text", str(file), fix)
-    for page in pages:
-        page.page_content = page.page_content.replace("\0", "").replace("\r\n", "\n")
-        page.metadata["source"] = source
-    return pages
+    return passages
+
+
+def clean(text: str) -> str:
+    """The text without what PostgreSQL or a tokenizer cannot hold: NUL bytes and lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "").replace("\r\n", "\n")
 
 
 def read_pages(file: Path) -> Iterator[Document]:
@@ -92,7 +117,9 @@ def read_pages(file: Path) -> Iterator[Document]:
     elif suffix == ".docx":
         yield from strip_metadata(loaders.Docx2txtLoader(str(file)).load())
     elif suffix in (".html", ".htm"):
-        yield from strip_metadata(loaders.BSHTMLLoader(str(file), bs_kwargs={"features": "html.parser"}).load())
+        yield from strip_metadata(
+            loaders.BSHTMLLoader(str(file), get_text_separator=" ", bs_kwargs={"features": "html.parser"}).load()
+        )
     elif suffix == ".csv":
         for row in loaders.CSVLoader(str(file), encoding="utf-8-sig").load():
             yield Document(row.page_content, metadata={"row": row.metadata["row"] + 1})
@@ -112,7 +139,7 @@ def read_json(file: Path) -> Iterator[Document]:
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix.lower() == ".jsonl":
         items = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 items += [json.loads(line)] if line.strip() else []
             except ValueError as error:
@@ -142,6 +169,8 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
     passages = []
     for page in pages:
         for heading, text, line in split_sections(page):
+            while count(heading) > window // 2:  # no heading, but a line that looks like one
+                heading = heading[: len(heading) // 2]
             room = min(size, window - 2 - count(heading + "\n"))
             splitter = RecursiveCharacterTextSplitter(
                 separators=["\n\n", "\n", ". ", " ", ""],

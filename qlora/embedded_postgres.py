@@ -45,6 +45,10 @@ def check_path(folder: Path) -> None:
     """Refuses paths for which the server would fall back to a socket folder open to everybody."""
     if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_LIMIT:
         raise fail("the path is too long for a database socket", str(folder), "set QLORA_DATA_DIR to a shorter path")
+    if any(letter.isspace() for letter in str(folder)):
+        raise fail(
+            "the path has a space, which pg_ctl cannot pass on", str(folder), "set QLORA_DATA_DIR to one without"
+        )
     if os.geteuid() == 0:
         closed = [parent for parent in folder.parents if parent.exists() and parent.stat().st_mode & 0o005 != 0o005]
         for parent in closed:

@@ -119,6 +119,14 @@ class PgVectorStore(VectorStore):
         return self._embeddings
 
     def _open(self, name: str, model: str) -> Collection:
+        try:
+            return self._find_or_make(name, model)
+        except psycopg2.Error as error:
+            cause = str(error).strip().splitlines()[0]
+            fix = "let the owner of the database run this once, or grant CREATE on it"
+            raise fail(f"collection {name} cannot be opened ({cause})", "database", fix) from error
+
+    def _find_or_make(self, name: str, model: str) -> Collection:
         with self.connection, self.connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
             cursor.execute(SCHEMA)

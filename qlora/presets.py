@@ -26,7 +26,7 @@ class Preset:
 
 PRESETS = {
     # Learning rate for a 135M model; the larger ones have QLoRA's own (arXiv 2305.14314, table 9).
-    "laptop": Preset(EMBEDDED, str(SAMPLE_DATA / "train.jsonl"), 768, 4, 1, 1e-3, 1.0),
+    "laptop": Preset(EMBEDDED, str(SAMPLE_DATA / "train.jsonl"), 768, 2, 1, 1e-3, 1.0),
     "llama2-7b": Preset(
         "meta-llama/Llama-2-7b-hf", "databricks/databricks-dolly-15k", 2048, 4, 4, 2e-4, 1.0, DOLLY_WITH_CONTEXT
     ),

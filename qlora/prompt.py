@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
+from qlora.console import fail
+
 SCHEMA = 1
 IGNORED = -100  # the label of tokens without loss, torch's cross_entropy default
 
@@ -71,8 +73,20 @@ def as_langchain(prompt: Prompt, passages: Sequence[str], instruction: str, hist
 
 
 def choose_prompt(tokenizer) -> Prompt:
-    """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models)."""
-    return Prompt(chat_template=tokenizer.chat_template or LLAMA2_TEMPLATE)
+    """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models).
+
+    The tokenizer uses it from here on. Raises UserError when the template takes no system message.
+    """
+    from jinja2 import TemplateError
+
+    prompt = Prompt(chat_template=tokenizer.chat_template or LLAMA2_TEMPLATE)
+    tokenizer.chat_template = prompt.chat_template
+    try:
+        encode_prompt(tokenizer, prompt.messages("?"))
+    except TemplateError as error:
+        fix = "use a base model whose chat template takes system messages"
+        raise fail(f"the chat template refuses our messages ({error})", "--base-model", fix) from error
+    return prompt
 
 
 def number_passages(passages: Sequence[str]) -> str:
@@ -120,24 +134,25 @@ def fit_passages(
     instruction: str,
     passages: Sequence[str],
     budget: int,
-    keep: str = "",
     history: Sequence[dict] = (),
+    last: int | None = None,
+    keep: str = "",
 ) -> list[str]:
-    """The passages, shortened from the last one on until the prompt has at most `budget` tokens.
+    """The passages, shortened from the end of the list on until the prompt has at most `budget` tokens.
 
-    A passage that holds `keep` (the answer) is shortened last, and around it. Rules and instruction
-    are never cut: the caller checks whether the rest fits. Passages shortened to nothing stay as
-    empty strings, so that numbers keep their meaning.
+    Passage number `last` (the one with the answer) is shortened after all others, and around `keep`.
+    Rules and instruction are never cut: the caller checks whether the rest fits. Passages shortened
+    to nothing stay as empty strings, so that numbers keep their meaning.
     """
     passages = list(passages)
 
     def excess() -> int:
         return len(encode_prompt(tokenizer, prompt.messages(instruction, passages, history))) - budget
 
-    order = sorted(range(len(passages)), key=lambda n: (bool(keep) and keep in passages[n], -n))
+    order = sorted(range(len(passages)), key=lambda n: (n == last, -n))
     for n in order:
         while (over := excess()) > 0:
-            shorter = shorten(tokenizer, passages[n], over, keep)
+            shorter = shorten(tokenizer, passages[n], over, keep if n == last else "")
             if shorter == passages[n]:
                 break
             passages[n] = shorter
@@ -148,7 +163,7 @@ def shorten(tokenizer, text: str, excess: int, keep: str) -> str:
     """The text without about `excess` tokens: from the end, or from both ends around `keep`."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     left = len(offsets) - excess
-    start = text.find(keep) if keep else -1
+    start = text.lower().find(keep.lower()) if keep else -1
     if start < 0:
         return text[: offsets[left][0]].rstrip() if left > 0 else ""
     inside = [n for n, (a, b) in enumerate(offsets) if a < start + len(keep) and b > start]

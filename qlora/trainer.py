@@ -168,7 +168,7 @@ class ResponseTrainer(SFTTrainer):
             output_dir=str(folder),
             learning_rate=plan.learning_rate,
             per_device_train_batch_size=plan.micro_batch,
-            per_device_eval_batch_size=plan.micro_batch,
+            per_device_eval_batch_size=2 * plan.micro_batch,  # no gradients to keep
             gradient_accumulation_steps=plan.accumulation,
             max_steps=plan.steps,
             warmup_steps=plan.warmup_steps,
@@ -189,13 +189,16 @@ class ResponseTrainer(SFTTrainer):
             dataset_kwargs={"skip_prepare_dataset": True},
             seed=plan.seed,
         )
+        # TRL refuses the DataParallel that Trainer would choose with several GPUs and one process.
+        config._n_gpu = min(config.n_gpu, 1)
         super().__init__(
             model=model,
             args=config,
             processing_class=tokenizer,
             data_collator=collate,
             train_dataset=as_dataset(training),
-            eval_dataset=as_dataset(held_out),
+            # Longest first: the peak of memory comes at once, and rows of a batch need little padding.
+            eval_dataset=as_dataset(sorted(held_out, key=lambda example: -len(example.input_ids))),
         )
         self.remove_callback(PrinterCallback)
         self.lengths = [len(example.input_ids) for example in training]
@@ -214,10 +217,20 @@ class ResponseTrainer(SFTTrainer):
             self.useful_tokens += int(inputs["attention_mask"].sum())
         return (loss, None) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return response_loss(model, inputs).detach(), None, None
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Held-out loss as a mean over tokens: it doesn't depend on the batch size, as Trainer's mean of means does."""
+        started = time.perf_counter()
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for inputs in self.get_eval_dataloader():
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += response_loss(self.model, inputs, items=1).item()
+            tokens += int((inputs["labels"] != IGNORED).sum())
+        metrics = {"eval_loss": total / tokens, "eval_runtime": time.perf_counter() - started}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def as_dataset(examples: Sequence[Example]):
@@ -239,7 +252,7 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.start()
-        self.task = self.bar.add_task("training", total=state.max_steps, detail="")
+        self.task = self.bar.add_task("training", total=state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(self.task, completed=state.global_step)
@@ -252,7 +265,7 @@ class Recorder(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **known}) + "\n")
         if "loss" in known:
             detail = f"loss {known['loss']:.3f}"
-            self.bar.update(self.task, detail=detail)
+            self.bar.update(self.task, description=f"training, {detail}")
             if not self.bar.console.is_terminal and state.global_step % math.ceil(state.max_steps / 10) == 0:
                 left = self.bar.tasks[self.task].time_remaining or 0
                 console.note(f"step {state.global_step} of {state.max_steps}, {detail}, {left:.0f} s left")

@@ -138,7 +138,7 @@ def process(*words, prefix=(), **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*prefix, sys.executable, *map(str, words)],
         cwd=PROJECT,
-        env={**os.environ, **environment},
+        env={**os.environ, **dict.fromkeys(set(settings.KEYS) - {"QLORA_DATA_DIR"}, ""), **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,12 +1,15 @@
 """Both scripts as a user calls them: in one process through main, and as real processes."""
 
 import json
+import os
 import shutil
 
 import pytest
 from conftest import QUICK, SAMPLE, process, rag, train, without_network
 
 from qlora import settings
+
+read_dotenv = settings.load_dotenv_once  # before conftest puts it away
 
 SHAPE = {"question", "answer", "refused", "citations", "passages", "timings", "tokens", "model"}
 
@@ -75,22 +78,20 @@ def test_gated_or_unreachable_model_names_both_ways_out(rows_file, tmp_path):
 def test_precedence_is_flag_environment_dotenv_default(tiny_base, tmp_path, monkeypatch):
     import instruct_train_qlora as script
 
-    monkeypatch.undo()  # the real .env reader
-    monkeypatch.delenv("QLORA_BASE_MODEL", raising=False)
-    monkeypatch.delenv("QLORA_ADAPTER", raising=False)
-    args = script.resolve_arguments(["--preset", "laptop", "--output", str(tmp_path / "x")])
-    assert args.base_model == "SmolLM2-135M-Instruct"
+    monkeypatch.setattr(settings, "load_dotenv_once", read_dotenv)
+    monkeypatch.setenv("QLORA_PRESET", "laptop")
+    assert script.resolve_arguments(["--output", str(tmp_path / "x")]).base_model == "SmolLM2-135M-Instruct"
     (tmp_path / ".env").write_text(f"QLORA_BASE_MODEL={tiny_base}\nQLORA_ADAPTER={tmp_path}/from-dotenv\n")
     monkeypatch.chdir(tmp_path)
-    settings.load_dotenv_once.cache_clear()
-    try:
-        monkeypatch.setenv("QLORA_ADAPTER", str(tmp_path / "from-environment"))
-        args = script.resolve_arguments(["--preset", "laptop"])
-        assert args.base_model == str(tiny_base) and args.output.name == "from-environment"
-        assert script.resolve_arguments(["--output", str(tmp_path / "flag")]).output.name == "flag"
-    finally:
-        settings.load_dotenv_once.cache_clear()
-        monkeypatch.delenv("QLORA_BASE_MODEL")
+    read_dotenv.cache_clear()
+    monkeypatch.setenv("QLORA_ADAPTER", str(tmp_path / "from-environment"))
+    monkeypatch.setenv("QLORA_BASE_MODEL", "")
+    del os.environ["QLORA_BASE_MODEL"]  # what .env sets here, monkeypatch removes
+    args = script.resolve_arguments([])
+    assert args.base_model == str(tiny_base) and args.output.name == "from-environment"
+    assert script.resolve_arguments(["--output", str(tmp_path / "flag")]).output.name == "flag"
+    assert script.resolve_arguments(["--preset", "laptop"]).base_model == "SmolLM2-135M-Instruct"
+    read_dotenv.cache_clear()
 
 
 # ------------------------------------------------------------------------------- answering
@@ -161,9 +162,9 @@ def test_another_embedding_model_is_refused(collection, documents, capsys, tmp_p
 
 
 def test_mistakes_in_answering(collection, tiny_adapter, capsys, tmp_path):
-    assert rag("ingest", tmp_path / "gone", "--top-k", 0, "--passage-tokens", 20, "--overlap", 30) == 2
+    assert rag("ingest", tmp_path / "gone", "--top-k", 3, "--passage-tokens", 20, "--overlap", 30) == 2
     err = capsys.readouterr().err
-    assert "file not found" in err and "--top-k 0" in err and "--overlap reaches" in err
+    assert "file not found" in err and "unknown argument --top-k" in err and "--overlap reaches" in err
     assert rag("ask", "--adapter", tmp_path / "gone", "Who?") == 2
     assert "adapter folder not found" in capsys.readouterr().err
     assert rag("ask", "--adapter", tiny_adapter, "--base-model", "other", "Who?") == 2

@@ -7,7 +7,7 @@ from conftest import SAMPLE
 
 from qlora.base_model import load_tokenizer
 from qlora.console import UserError
-from qlora.dataset import Row, add_distractors, hold_out, keep_usable, load_rows, tokenize_rows
+from qlora.dataset import Row, add_distractors, answer_span, hold_out, keep_usable, load_rows, tokenize_rows
 from qlora.prompt import Prompt, choose_prompt
 
 ROWS = [Row(f"Question {n}?", f"answer{n}", f"Context with answer{n}.", "qa", f"doc{n // 3}.md") for n in range(30)]
@@ -116,7 +116,7 @@ def test_rows_without_context_stay_closed_book():
 
 def test_too_long_rows_lose_passages_never_question_or_answer(tiny_base):
     tokenizer = load_tokenizer(str(tiny_base))
-    tokenizer.chat_template = choose_prompt(tokenizer).chat_template
+    choose_prompt(tokenizer)
     rows = add_distractors(load_rows(str(SAMPLE / "train.jsonl"))[:60], 2, 1.0, Prompt(), 0)
     examples, counts = tokenize_rows(tokenizer, Prompt(), rows, 400)
     assert counts["shortened"] > 10 and counts["too long"] == 0 and len(examples) == 60
@@ -125,8 +125,26 @@ def test_too_long_rows_lose_passages_never_question_or_answer(tiny_base):
         assert len(example.input_ids) <= 400
         assert row.instruction in text and text.endswith(row.response + "</s>")
         if "[" in row.response:
-            answer = row.response.rsplit(" [")[0]
             context = text.split("### Context:")[1].split("### Instruction:")[0]
-            assert answer.lower() in context.lower() or answer.lower().startswith(("yes", "no"))
+            assert answer_span(row.response).lower() in context.lower()
     with pytest.raises(UserError, match="every row is too long"):
         tokenize_rows(tokenizer, Prompt(), rows, 20)
+
+
+def test_the_gold_passage_is_shortened_last_even_when_the_answer_is_no_span_of_it(tiny_base):
+    tokenizer = load_tokenizer(str(tiny_base))
+    choose_prompt(tokenizer)
+    rows = [Row("Why?", f"made up {n}", f"gold{n} " * 250, "", f"d{n}") for n in range(6)]
+    for row in add_distractors(rows, 2, 1.0, Prompt(), 0):
+        example = tokenize_rows(tokenizer, Prompt(), [row], 600)[0][0]
+        name = row.context.split()[0]
+        assert tokenizer.decode(example.input_ids).count(name) > 20
+        assert example.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_csv_of_another_encoding_is_told(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("instruction,response\nWo?,Köln\n".encode("cp1252"))
+    with pytest.raises(UserError, match="unreadable dataset"):
+        load_rows(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_text("instruction,response\nWhich code?,NA\nAnd then?,null\n")
+    assert [row.response for row in load_rows(str(tmp_path / "rows.csv"))] == ["NA", "null"]

@@ -7,7 +7,7 @@ import pytest
 
 from qlora import base_model
 from qlora.console import UserError
-from qlora.documents import embedded_text, find_files, fingerprint, load_document, place, split_pages
+from qlora.documents import embedded_text, find_files, fingerprint, load_passages, place
 
 FACT = "The gale flag is hoisted at force seven."
 
@@ -36,7 +36,7 @@ def make_docx(path):
 def folder(tmp_path):
     (tmp_path / "a.txt").write_bytes(f"Préface\n{FACT}".encode("latin-1"))
     (tmp_path / "b.md").write_text(f"# Flags\n\n## Gales\n\n{FACT}\n", encoding="utf-8")
-    (tmp_path / "c.html").write_text(f"<html><title>t</title><script>x()</script><p>{FACT}</p></html>")
+    (tmp_path / "c.html").write_text(f"<title>t</title><script>x()</script><p>{FACT}</p><td>nine</td><td>ten</td>")
     make_pdf(tmp_path / "d.pdf", "First page.", FACT)
     make_docx(tmp_path / "e.docx")
     (tmp_path / "f.csv").write_text(f"name,rule\nnothing,none\nflag,{FACT}\n")
@@ -52,10 +52,14 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER))
 
 
+def load(file, tokenizer, size=200, overlap=40):
+    return load_passages(file, file.name, tokenizer, 256, size, overlap)
+
+
 def test_every_type_is_read_and_says_where_the_fact_stands(folder, tokenizer):
     places = {}
     for file, source in find_files([str(folder)]):
-        passages = split_pages(load_document(file, source), tokenizer, 256, 200, 40)
+        passages = load_passages(file, source, tokenizer, 256, 200, 40)
         found = [passage for passage in passages if FACT in passage.page_content]
         assert len(found) == 1, source
         assert found[0].metadata["source"] == source
@@ -102,26 +106,27 @@ def test_all_bad_paths_are_told_at_once(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{', "a.jsonl:2"),
         ("a.md", b"  \n\n", "no text"),
         ("a.csv", b"", "no text"),
+        ("b.md", b"# Only a heading\n", "no text"),
     ],
 )
-def test_unreadable_and_empty_documents(tmp_path, name, content, message):
+def test_unreadable_and_empty_documents(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        load_document(tmp_path / name, name)
+        load(tmp_path / name, tokenizer)
     assert message in str(error.value)
 
 
-def test_a_pdf_without_text_is_named(tmp_path):
+def test_a_pdf_without_text_is_named(tmp_path, tokenizer):
     make_pdf(tmp_path / "scan.pdf", "")
     with pytest.raises(UserError, match="OCR"):
-        load_document(tmp_path / "scan.pdf", "scan.pdf")
+        load(tmp_path / "scan.pdf", tokenizer)
 
 
 def test_passages_fit_the_window_overlap_and_lose_nothing(tmp_path, tokenizer):
     words = " ".join(f"word{n} means thing{n}." for n in range(400))
     heading = "A very long heading " * 6
     (tmp_path / "long.md").write_text(f"# {heading}\n\n{words}\n\n```\n# no heading\n```\n")
-    passages = split_pages(load_document(tmp_path / "long.md", "long.md"), tokenizer, 256, 200, 40)
+    passages = load_passages(tmp_path / "long.md", "long.md", tokenizer, 256, 200, 40)
     assert len(passages) > 5
     for passage in passages:
         assert len(tokenizer(passage.page_content, add_special_tokens=False).input_ids) <= 200
@@ -136,7 +141,7 @@ def test_lines_count_within_a_section(tmp_path, tokenizer):
     text = "# T\n\nintro\n\n## S\n\n" + "\n".join(f"Line {n} of this text is here." for n in range(1, 200))
     (tmp_path / "t.md").write_text(text)
     lines = text.split("\n")
-    for passage in split_pages(load_document(tmp_path / "t.md", "t.md"), tokenizer, 256, 100, 20):
+    for passage in load_passages(tmp_path / "t.md", "t.md", tokenizer, 256, 100, 20):
         assert passage.page_content.split("\n")[0] in lines[passage.metadata["line"] - 1]
 
 
@@ -144,3 +149,23 @@ def test_fingerprint_depends_on_content_and_splitting(tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("x")
     assert fingerprint(tmp_path / "a", 200) == fingerprint(tmp_path / "b", 200) != fingerprint(tmp_path / "a", 100)
+
+
+def test_odd_text_goes_in(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text('["lone \\ud800 surrogate and \\u0000 byte"]')
+    assert load(tmp_path / "a.json", tokenizer)[0].page_content.count("?") == 1
+    (tmp_path / "b.jsonl").write_text('{"a": "line\u2028separator"}\n', encoding="utf-8")
+    assert len(load(tmp_path / "b.jsonl", tokenizer)) == 1
+    (tmp_path / "c.md").write_text("# " + "no heading " * 400 + "\n\ntext\n")
+    assert len(tokenizer(embedded_text(load(tmp_path / "c.md", tokenizer)[0])).input_ids) <= 256
+    (tmp_path / "d.html").write_text("<table><tr><td>nine</td><td>ten</td></tr></table>")
+    assert load(tmp_path / "d.html", tokenizer)[0].page_content.split() == ["nine", "ten"]
+
+
+def test_two_files_of_one_name_are_not_mixed_up(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(name)
+    with pytest.raises(UserError, match="two files with one name"):
+        find_files([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert len(find_files([str(tmp_path)])) == 2

@@ -146,11 +146,14 @@ def test_nothing_names_this_machine():
 
 
 def test_readme_shows_only_commands_and_flags_that_exist():
-    known = "\n".join(command.format_help() for command in rag_qlora.build_parser()[1].values())
-    known += instruct_train_qlora.build_parser().format_help()
-    foreign = {"--num-processes"}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - foreign:
-        assert flag in known, flag
+    helps = {name: command.format_help() for name, command in rag_qlora.build_parser()[1].items()}
+    training = instruct_train_qlora.build_parser().format_help()
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
+        assert flag in training + "".join(helps.values()), flag
+    for script, command, rest in re.findall(r"^\$ python (\w+)\.py ?(\w*)(.*)$", README, re.M):
+        known = helps[command] if script == "rag_qlora" else training
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split("#")[0]):
+            assert flag in known, f"{command} {flag}"
     targets = set(re.findall(r"^(\w+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert set(re.findall(r"(?:`|\$ )make (\w+)", README)) <= targets
     for path in MODULES[1:]:
