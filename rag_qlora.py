@@ -12,6 +12,7 @@ Precedence: flag > environment > .env > default. Answers go to stdout, everythin
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from qlora.console import note
 
 STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
+SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
 DEMO_QUESTIONS = (
     "Which extension do I ring to order a pilot?",
     "Who may be hauled out of the water for a third less?",
@@ -51,6 +53,8 @@ def main(argv: list[str]) -> int:
         store = open_store(args)
         fill_if_empty(args, store)
     with console.step(STEPS, "Generate Response"):
+        if args.command == "evaluate":
+            return evaluate(args, store, prompt, generator)
         chain = build_chain(args, store, prompt, generator)
         if args.command == "chat":
             return chat(args, chain)
@@ -152,8 +156,14 @@ def ingest(args, store, paths: list[str]) -> None:
 
 
 def fill_if_empty(args, store) -> None:
-    """Puts the sample documents into an empty collection, after saying so."""
+    """Puts the sample documents into an empty collection, after saying so.
+
+    Raises UserError when other questions are to be evaluated on it.
+    """
     if store.count() == 0:
+        if getattr(args, "questions", None) != SAMPLE_QUESTIONS and args.command == "evaluate":
+            fix = f"python rag_qlora.py ingest PATH --collection {args.collection}"
+            raise console.fail(f"collection {args.collection} is empty", "--collection", fix)
         note(f"Collection {args.collection} is empty: filling it with the sample documents")
         ingest(args, store, [str(SAMPLE_DOCUMENTS)])
 
@@ -187,27 +197,23 @@ def build_chain(args, store, prompt, generator):
     from langchain_core.runnables import RunnablePassthrough
 
     from qlora.citations import check_answer
-    from qlora.prompt import as_langchain, defuse, fit_passages
+    from qlora.prompt import as_langchain, fill_prompt
 
-    tokenizer = generator.tokenizer
     retriever = store.as_retriever(search_kwargs={"k": args.top_k})
-    budget = generator.window - generator.max_new_tokens
 
-    def fill_prompt(state: dict):
-        question = defuse(tokenizer, state["question"])
-        texts = [defuse(tokenizer, document.page_content) for document in state["documents"]]
-        history = [{**turn, "content": defuse(tokenizer, turn["content"])} for turn in state["history"]]
-        texts = fit_passages(tokenizer, prompt, question, texts, budget, history)
-        if not any(texts):
-            raise console.fail("the question fills the whole window", f"{budget} tokens", "ask a shorter question")
-        return as_langchain(prompt, texts, question, history)
+    def ask_with(state: dict):
+        texts = [document.page_content for document in state["documents"]]
+        budget = generator.window - generator.max_new_tokens
+        return as_langchain(
+            fill_prompt(generator.tokenizer, prompt, budget, state["question"], texts, state["history"])
+        )
 
     def check(state: dict):
         return check_answer(state["message"].text, state["documents"], prompt.refusal)
 
     return (
         RunnablePassthrough.assign(documents=itemgetter("question") | retriever)
-        | RunnablePassthrough.assign(prompt=fill_prompt)
+        | RunnablePassthrough.assign(prompt=ask_with)
         | RunnablePassthrough.assign(message=itemgetter("prompt") | generator)
         | RunnablePassthrough.assign(answer=check)
     )
@@ -256,7 +262,7 @@ def ask(args, chain) -> int:
             print(json.dumps(turn.as_json(args), ensure_ascii=False), flush=True)
         else:
             print_turn(turn)
-    note("Next: python rag_qlora.py chat")
+    note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} --collection {args.collection}")
     return 3 if args.strict and refused else 0
 
 
@@ -293,6 +299,58 @@ def chat(args, chain) -> int:
         turn = answer_question(chain, question, tuple(history[-6:]))
         print_turn(turn, show_question=False)
         history += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer.text}]
+
+
+def evaluate(args, store, prompt, generator) -> int:
+    """Answers all questions with base and tuned model from every context, scores them, and writes the report."""
+    from qlora import evaluation, report
+
+    questions = evaluation.load_questions(args.questions, args.limit)
+    found = [store.similarity_search(question.question, max(evaluation.RANKS)) for question in questions]
+    contexts = evaluation.gather_passages(questions, found, args.top_k)
+    without_adapter = generator.model.disable_adapter if args.adapter else contextlib.nullcontext
+    modes = {"base": without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
+    if not args.adapter:
+        note("No adapter: the base model alone is evaluated")
+    values = evaluation_settings(args, prompt)
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = report.AnswerLog(args.output / "answers.jsonl", values)
+    with console.progress() as bar:
+        task = bar.add_task("answers", total=len(modes) * sum(map(len, contexts.values())))
+        cells = evaluation.answer_cells(
+            log,
+            modes,
+            contexts,
+            complete=lambda pairs: complete_batch(prompt, generator, pairs),
+            batch=args.batch_size,
+            advance=lambda count: bar.advance(task, count),
+        )
+    result = evaluation.build_report(questions, found, cells, {**values, "questions": str(args.questions)}, args.seed)
+    report.write_report(args.output, result)
+    report.print_table(result)
+    note(f"evaluation.md, .json, .png and answers.jsonl: {args.output}")
+    return 0
+
+
+def complete_batch(prompt, generator, pairs) -> list:
+    """A checked Answer for each (question, documents), in the words that ask() uses."""
+    from qlora.citations import check_answer
+    from qlora.prompt import fill_prompt
+
+    budget = generator.window - generator.max_new_tokens
+    asked = [
+        fill_prompt(generator.tokenizer, prompt, budget, question.question, [d.page_content for d in documents])
+        for question, documents in pairs
+    ]
+    texts = generator.complete(asked)
+    return [check_answer(text, documents, prompt.refusal) for text, (_, documents) in zip(texts, pairs, strict=True)]
+
+
+def evaluation_settings(args, prompt) -> dict:
+    """What an answer depends on besides question and passages: an answer of the same settings is not made again."""
+    names = ("base_model", "max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "top_k")
+    digest = adapter.digest_weights(args.adapter) if args.adapter else None
+    return {**{name: getattr(args, name) for name in names}, "adapter": digest, "prompt": prompt.digest}
 
 
 def indent(text: str, margin: str = "    ") -> str:
@@ -345,6 +403,16 @@ def resolve_model(args, detect: bool) -> None:
         args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
         args.base_model = adapter.read_adapter(args.adapter, named).base_model
     del args.preset
+    if args.command == "evaluate":
+        check_evaluation(args)
+
+
+def check_evaluation(args) -> None:
+    """Sets the output folder. Raises UserError when the questions cannot be read."""
+    from qlora.evaluation import load_questions
+
+    args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
+    load_questions(args.questions)
 
 
 def check_ingest(args, problems: console.Problems) -> None:
@@ -378,6 +446,11 @@ def build_parser():
     one = add("ask", [model, database, answers], "answer questions, citing passages", "question ...")
     one.add_argument("questions", nargs="+", metavar="question")
     one.add_argument("--strict", action="store_true", help="exit code 3 when a question is refused")
+    one = add("evaluate", [model, database, answers], "score base and tuned model on questions with known answers")
+    one.add_argument("--questions", type=Path, default=SAMPLE_QUESTIONS, help="ours, dataset rows, or SQuAD (sample's)")
+    one.add_argument("--limit", type=console.number(int, 1), help="so many of the questions, evenly spread (all)")
+    one.add_argument("--batch-size", type=console.number(int, 1), default=8, help="answers at a time (8)")
+    one.add_argument("--output", type=Path, help="folder of the report (evaluations/NAME-OF-ADAPTER)")
     one = add("demo", [model, database, answers], "answer three questions on the sample documents")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
     for name in ("search", "ask", "demo"):

@@ -5,6 +5,7 @@ tokenizer.json  tokenizer_config.json  chat_template.jinja
 prompt.json  run.json  metrics.jsonl  loss.png  README.md
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -131,6 +132,11 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
         problems.add(f"the adapter was made for {made_for}, not for {base_model}", where, fix)
     problems.raise_if_any()
     return Adapter(folder, prompt, run)
+
+
+def digest_weights(folder: Path) -> str:
+    """sha256 of the adapter's weights."""
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def load_adapter(base, adapter: Adapter):

@@ -54,9 +54,6 @@ def prepare_embedded_model() -> Path:
     settings.quieten_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
@@ -154,9 +151,6 @@ def load_base_model(source: str, training: bool = False):
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
     with explaining(source):
         model = AutoModelForCausalLM.from_pretrained(

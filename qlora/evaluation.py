@@ -1,0 +1,327 @@
+"""The evaluation table: what fine-tuning and retrieval bought, without a judge model.
+
+{base, tuned} x {closed-book, retrieved, oracle context}: exact match and token F1 as SQuAD defines
+them, refusals, citations, faithfulness; retrieval metrics; paired bootstrap intervals; one verdict.
+"""
+
+import json
+import math
+import re
+import statistics
+import string
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora.citations import MARK, Answer
+from qlora.console import Problems, fail
+
+MODELS = ("base", "tuned")
+CONTEXTS = ("closed-book", "retrieved", "oracle")
+RANKS = (1, 3, 10)
+DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its right answers (none: the documents don't answer it) and where they stand."""
+
+    question: str
+    answers: tuple[str, ...]
+    source: str | None = None
+    context: str | None = None
+
+
+# ------------------------------------------------------------------------------- load
+
+
+def load_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
+
+    With `limit` a deterministic sample: every n-th question. Raises UserError that names each bad line.
+    """
+    if not path.is_file():
+        raise fail("question file not found", str(path), "check --questions")
+    questions = read_squad(path) if path.suffix == ".json" else read_lines(path)
+    if not questions:
+        raise fail("no questions in the file", str(path), "write one JSON object a line: question, answers")
+    if limit and limit < len(questions):
+        questions = [questions[n * len(questions) // limit] for n in range(limit)]
+    return questions
+
+
+def read_lines(path: Path) -> list[Question]:
+    """The questions of a .jsonl file; all bad lines are told together."""
+    problems, questions = Problems(), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(read_question(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"no question ({type(error).__name__}: {error})"
+            fix = '{"question": "...", "answers": ["..."], "source": null, "context": null}'
+            problems.add(what, f"{path}:{number}", f"write {fix}")
+    problems.raise_if_any()
+    return questions
+
+
+def read_question(row: dict) -> Question:
+    """One of our questions, or a dataset row, whose response is the answer."""
+    if "question" not in row and "instruction" in row:
+        refused = row.get("category") == "unanswerable" or row["response"].lower().startswith("i don't know")
+        row = {**row, "question": row["instruction"], "answers": [] if refused else [row["response"]]}
+    texts = [row["question"], *row["answers"]]
+    if isinstance(row["answers"], str) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("question and answers must be text")
+    return Question(row["question"], tuple(row["answers"]), row.get("source") or None, row.get("context") or None)
+
+
+def read_squad(path: Path) -> list[Question]:
+    """The questions of SQuAD's own format; the article's title, as a Markdown file, is the source."""
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [
+            Question(
+                entry["question"].strip(),
+                tuple(dict.fromkeys(answer["text"] for answer in entry["answers"])),
+                f"{article['title']}.md",
+                paragraph["context"],
+            )
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for entry in paragraph["qas"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise fail(f"no SQuAD file ({error})", str(path), "give SQuAD v1 or v2 JSON, or .jsonl") from error
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+def normalize(text: str) -> str:
+    """Lower case without punctuation, articles and extra white space (SQuAD's evaluate-v2.0.py)."""
+    text = text.lower().translate(PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    return float(any(normalize(prediction) == normalize(answer) for answer in answers))
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best harmonic mean of token precision and recall over the answers, 0 to 1."""
+    return max((pair_f1(normalize(prediction).split(), normalize(answer).split()) for answer in answers), default=0.0)
+
+
+def pair_f1(found: list[str], wanted: list[str]) -> float:
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted)) if common else float(found == wanted)
+
+
+def supports(text: str, question: Question) -> bool:
+    """Whether a passage holds one of the answers (after "Yes," or "No,", which stand in no passage)."""
+    spans = [re.sub(r"^(yes|no)\b", "", normalize(answer)).strip() for answer in question.answers]
+    return any(span and f" {span} " in f" {normalize(text)} " for span in spans)
+
+
+def score_answer(question: Question, answer: Answer) -> dict:
+    """Every score of one answer; None where it has no meaning (no answer to find, no passage to cite)."""
+    text = MARK.sub("", answer.text).strip()
+    answerable = bool(question.answers)
+    passages = [cited.document.page_content for cited in answer.passages]
+    cited = [supports(cited.document.page_content, question) for cited in answer.citations]
+    citable = answerable and not answer.refused and any(supports(passage, question) for passage in passages)
+    found = any(f" {normalize(text)} " in f" {normalize(passage)} " for passage in passages)
+    return {
+        "em": exact_match(text, question.answers) * (not answer.refused) if answerable else None,
+        "f1": token_f1(text, question.answers) * (not answer.refused) if answerable else None,
+        "refused": answer.refused,
+        "answerable": answerable,
+        "citations": len(cited) if answerable else None,
+        "right_citations": sum(cited) if answerable else None,
+        "cited_support": float(any(cited)) if citable else None,
+        "faithful": float(found) if passages and not answer.refused else None,
+        "words": len(text.split()),
+    }
+
+
+def summarize(scores: Sequence[dict]) -> dict:
+    """One cell of the table from the scores of its answers."""
+    refused = sum(score["refused"] for score in scores)
+    unanswerable = sum(not score["answerable"] for score in scores)
+    right = sum(score["refused"] and not score["answerable"] for score in scores)
+    precision, recall = ratio(right, refused), ratio(right, unanswerable)
+    return {
+        "em": mean(scores, "em"),
+        "f1": mean(scores, "f1"),
+        "refusal_precision": precision,
+        "refusal_recall": recall,
+        "refusal_f1": None if recall is None else ratio(2 * right, refused + unanswerable),
+        "citation_precision": ratio(total(scores, "right_citations"), total(scores, "citations")),
+        "citation_recall": mean(scores, "cited_support"),
+        "faithfulness": mean(scores, "faithful"),
+        "words_mean": mean(scores, "words"),
+        "seconds_median": round(statistics.median(score["seconds"] for score in scores), 3),
+    }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def total(scores: Sequence[dict], key: str) -> float:
+    return sum(score[key] for score in scores if score[key] is not None)
+
+
+def mean(scores: Sequence[dict], key: str) -> float | None:
+    """The mean over the scores that are not None."""
+    return ratio(total(scores, key), sum(score[key] is not None for score in scores))
+
+
+def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence]) -> dict:
+    """recall@1/3/10, MRR and nDCG@10 over answerable questions: by answer span, and by source.
+
+    `found` holds ten documents a question, best first. A passage is relevant when it holds an answer.
+    """
+    answerable = [(q, documents) for q, documents in zip(questions, found, strict=True) if q.answers]
+    by_span = [[supports(d.page_content, q) for d in documents] for q, documents in answerable]
+    by_source = [[d.metadata["source"] == q.source for d in documents] for q, documents in answerable if q.source]
+    return {**rank_metrics(by_span), "by_source": rank_metrics(by_source)}
+
+
+def rank_metrics(relevance: Sequence[Sequence[bool]]) -> dict:
+    """Metrics of ranked lists of relevant or not; nDCG takes all relevant passages found as the ideal."""
+    if not relevance:
+        return {}
+    gains = [sum(hit / math.log2(n + 2) for n, hit in enumerate(row)) for row in relevance]
+    ideals = [sum(1 / math.log2(n + 2) for n in range(sum(row))) for row in relevance]
+    return {
+        **{f"recall@{k}": ratio(sum(any(row[:k]) for row in relevance), len(relevance)) for k in RANKS},
+        "mrr": ratio(sum(next((1 / n for n, hit in enumerate(row, 1) if hit), 0) for row in relevance), len(relevance)),
+        "ndcg@10": ratio(sum(g / i for g, i in zip(gains, ideals, strict=True) if i), len(relevance)),
+    }
+
+
+# ------------------------------------------------------------------------------- differences
+
+
+def paired_bootstrap(left: Sequence[float], right: Sequence[float], seed: int) -> dict:
+    """Mean of left - right with its 95 % percentile interval over resampled questions."""
+    import numpy
+
+    differences = numpy.asarray(left, dtype=float) - numpy.asarray(right, dtype=float)
+    draws = numpy.random.default_rng(seed).integers(0, len(differences), (DRAWS, len(differences)))
+    low, high = numpy.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
+    return {
+        "mean": round(float(differences.mean()), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "n": len(differences),
+    }
+
+
+def compare_cells(cells: dict[tuple[str, str], list[dict]], seed: int) -> list[dict]:
+    """tuned - base for every context, and retrieved - closed-book for every model, in F1 question by question."""
+
+    def values(key: tuple[str, str]) -> list[float]:
+        return [score["f1"] for score in cells[key] if score["f1"] is not None]
+
+    pairs = [("tuned - base", context, ("tuned", context), ("base", context)) for context in CONTEXTS]
+    pairs += [("retrieved - closed-book", model, (model, "retrieved"), (model, "closed-book")) for model in MODELS]
+    return [
+        {"what": what, "of": of, "metric": "f1", **paired_bootstrap(values(left), values(right), seed)}
+        for what, of, left, right in pairs
+        if left in cells and right in cells and values(left)
+    ]
+
+
+def give_verdict(differences: Sequence[dict]) -> str:
+    """One line on whether the tuned model answers better from retrieved passages."""
+    found = next((d for d in differences if (d["what"], d["of"]) == ("tuned - base", "retrieved")), None)
+    if found is None:
+        return "base model alone: nothing to compare"
+    numbers = f"{found['mean']:+.2f} F1 [{found['low']:.2f}, {found['high']:.2f}], n={found['n']}"
+    if found["low"] > 0:
+        return f"tuned answers better: {numbers}"
+    if found["high"] < 0:
+        return f"tuned answers worse, keep the base: {numbers}"
+    return f"no evidence that tuned answers better: {numbers}"
+
+
+# ------------------------------------------------------------------------------- run
+
+
+def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], top_k: int) -> dict[str, list]:
+    """For each context, (question, documents) of every question it can be asked with; no empty ones."""
+    from langchain_core.documents import Document
+
+    pairs = {
+        "closed-book": [(question, []) for question in questions],
+        "retrieved": [(q, list(documents[:top_k])) for q, documents in zip(questions, found, strict=True)],
+        "oracle": [
+            (q, [Document(q.context, metadata={"source": q.source or "context", "score": 1.0})])
+            for q in questions
+            if q.context
+        ],
+    }
+    return {context: asked for context, asked in pairs.items() if asked}
+
+
+def answer_cells(log, modes: dict, contexts: dict[str, list], complete, batch: int, advance) -> dict:
+    """The scores of every answer, by (model, context).
+
+    `modes` maps a model's name to the context manager under which `complete(pairs)` answers with it, an
+    Answer for each (question, documents). `advance(n)` moves the progress bar. The log is closed with all.
+    """
+    keys = {}
+    for model, mode in modes.items():
+        with mode():
+            for context, asked in contexts.items():
+                keys[model, context] = answer_cell(log, model, context, asked, complete, batch, advance)
+    log.close([key for cell in keys.values() for key in cell])
+    return {cell: [log.known[key]["scores"] for key in cell_keys] for cell, cell_keys in keys.items()}
+
+
+def answer_cell(log, model: str, context: str, asked: list[tuple], complete, batch: int, advance) -> list[str]:
+    """The log's keys of one cell's answers; what the log does not know yet is generated, longest prompts first."""
+    texts = [[document.page_content for document in documents] for _, documents in asked]
+    keys = [log.key(model, context, pair[0].question, passages) for pair, passages in zip(asked, texts, strict=True)]
+    missing = [entry for entry in zip(keys, asked, texts, strict=True) if entry[0] not in log.known]
+    advance(len(asked) - len(missing))
+    missing.sort(key=lambda entry: -sum(map(len, entry[2])))
+    for at in range(0, len(missing), batch):
+        part = missing[at : at + batch]
+        started = time.perf_counter()
+        answers = complete([pair for _, pair, _ in part])
+        seconds = round((time.perf_counter() - started) / len(part), 3)
+        for (key, (question, documents), _), answer in zip(part, answers, strict=True):
+            record = {"model": model, "context": context, "question": question.question, "answers": question.answers}
+            record |= {"passages": [{"source": d.metadata["source"], "text": d.page_content} for d in documents]}
+            record |= {"answer": answer.text, "citations": [cited.n for cited in answer.citations]}
+            log.add(key, {**record, "scores": {**score_answer(question, answer), "seconds": seconds}})
+        advance(len(part))
+    return keys
+
+
+def build_report(questions, found, cells: dict[tuple[str, str], list[dict]], settings: dict, seed: int) -> dict:
+    """evaluation.json: every cell, retrieval, differences and the verdict."""
+    rows = []
+    for (model, context), scores in cells.items():
+        values = [score["f1"] for score in scores if score["f1"] is not None]
+        spread = paired_bootstrap(values, [0.0] * len(values), seed) if values else {"low": None, "high": None}
+        rows.append({"model": model, "context": context, **summarize(scores)})
+        rows[-1] |= {"f1_low": spread["low"], "f1_high": spread["high"]}
+    differences = compare_cells(cells, seed)
+    return {
+        "questions": len(questions),
+        "answerable": sum(bool(question.answers) for question in questions),
+        "cells": rows,
+        "retrieval": score_retrieval(questions, found),
+        "differences": differences,
+        "verdict": give_verdict(differences),
+        "settings": settings,
+    }
