@@ -26,9 +26,9 @@ STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration",
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
 DEMO_QUESTIONS = (
-    "Which extension do I ring to order a pilot?",
-    "Who may be hauled out of the water for a third less?",
-    "What is the wifi password of the lighthouse?",
+    "What commission does the Trust charge someone who sells fish at auction?",
+    "Which four foods are kept in the moth cupboard?",
+    "What is the price of having a hull antifouled by the boatyard?",
 )
 
 

@@ -2,7 +2,7 @@
 
 Three things make it fast and leave the loss as it is: logits for the response positions only (rows
 are padded on the left, so that all responses end together), batches of rows of similar length, and
-bf16 autocast. On two CPU cores they bring 4.9 times the useful tokens per second of TRL's defaults.
+bf16 autocast.
 """
 
 import json
