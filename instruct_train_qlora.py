@@ -187,7 +187,7 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     with problems.collecting():
         args.preset = presets.choose_preset(args.preset, detect=not problems.found)
         preset = presets.PRESETS[args.preset]
-    for name in ("dataset", "max_length", "batch_size", "accumulation", "learning_rate", "epochs"):
+    for name in ("dataset", "max_length", "batch_size", "accumulation", "learning_rate", "epochs", "distractors"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
     args.base_model = named or preset.base_model
@@ -259,7 +259,7 @@ def add_dataset_flags(flag) -> None:
     flag("--columns", metavar="OURS=THEIRS", help="names of the dataset's columns", **pairs)
     flag("--filter", metavar="COLUMN=A,B", help="keep rows with these values", **pairs)
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
-    flag("--distractors", type=console.number(int, 0, 20), default=2, help="other passages a row (2)")
+    flag("--distractors", type=console.number(int, 0, 20), help="other passages a row (preset's)")
     flag("--gold-probability", type=share, default=0.9, help="rows that keep the right passage (0.9)")
     flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
 
