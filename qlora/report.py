@@ -111,11 +111,13 @@ def print_table(report: dict) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    head, *body = table_rows(report)
-    table = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number < 2 else "right")
-    for row in body:
+    models, contexts, *metrics = zip(*table_rows(report), strict=True)  # a metric a line: fits 80 columns
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for model, context in zip(models, contexts, strict=True):
+        table.add_column(
+            "" if model == "model" else f"{model}\n{context}", justify="right" if table.columns else "left"
+        )
+    for row in metrics:
         table.add_row(*row)
     console.print(table)
     print(f"Retrieval: {describe_retrieval(report)}")
