@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import sys
-from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
@@ -36,14 +35,12 @@ def main(argv: list[str]) -> int:
     args = resolve_arguments(argv)
     settings.quieten_libraries()
     console.print_settings(f"RAG: {args.command}", vars(args))
-    if args.command in ("ingest", "search"):
+    without_model = {"ingest": ingest, "search": search, "sweep": sweep}
+    if args.command == "compare":
+        return compare(args)
+    if args.command in without_model:
         with console.step(STEPS, "Database Integration"):
-            store = open_store(args)
-            if args.command == "search":
-                return search(args, store)
-            ingest(args, store, args.paths)
-            note(f'Next: python rag_qlora.py ask --collection {args.collection} "Your question?"')
-            return 0
+            return without_model[args.command](args, open_store(args))
 
     with console.step(STEPS, "Model and Tokenizer Setup"):
         model, tokenizer, prompt = load_model(args)
@@ -116,43 +113,25 @@ def load_embeddings(args):
         )
 
 
-def open_store(args):
-    """The collection in the database that DATABASE_URL names, else in the embedded one."""
+def open_store(args, name: str | None = None, embeddings=None):
+    """The collection (or the one with another name) in the database that DATABASE_URL names, else the embedded one."""
     from qlora import embedded_postgres, pgvector_store
 
     url = settings.get("DATABASE_URL")
     connection = pgvector_store.connect(url or embedded_postgres.start_server())
-    store = pgvector_store.PgVectorStore(connection, load_embeddings(args), args.embedding_model, args.collection)
+    name, embeddings = name or args.collection, embeddings or load_embeddings(args)
+    store = pgvector_store.PgVectorStore(connection, embeddings, args.embedding_model, name)
     where = pgvector_store.describe_url(url) if url else "the embedded PostgreSQL"
-    note(f"Collection {args.collection} in {where}: {store.count()} passages")
+    note(f"Collection {name} in {where}: {store.count()} passages")
     return store
 
 
-def ingest(args, store, paths: list[str]) -> None:
-    """Adds new files, replaces changed ones, leaves unchanged ones alone.
+def ingest(args, store) -> int:
+    from qlora.collection import put_files
 
-    Raises UserError with the files that could not be read, when all others are in.
-    """
-    from qlora import documents
-
-    files = documents.find_files(paths)
-    known = store.fingerprints()
-    embedder = store.embeddings._client  # the SentenceTransformer: its tokenizer and its window
-    sizes = (embedder.max_seq_length, args.passage_tokens, args.overlap)
-    problems = console.Problems()
-    counts = {"added": 0, "changed": 0, "unchanged": 0, "passages": 0}
-    with console.progress() as bar:
-        for file, source in bar.track(files, description="documents"):
-            with problems.collecting():
-                fingerprint = documents.fingerprint(file, sizes, args.embedding_model)
-                state = "unchanged" if known.get(source) == fingerprint else "changed" if source in known else "added"
-                if state != "unchanged":
-                    passages = documents.load_passages(file, source, embedder.tokenizer, *sizes)
-                    store.put_document(source, fingerprint, passages)
-                    counts["passages"] += len(passages)
-                counts[state] += 1
-    note(", ".join(f"{count} {name}" for name, count in counts.items()) + f", {len(problems.found)} unreadable")
-    problems.raise_if_any()
+    put_files(store, args.paths, args.embedding_model, args.passage_tokens, args.overlap)
+    note(f'Next: python rag_qlora.py ask --collection {args.collection} "Your question?"')
+    return 0
 
 
 def fill_if_empty(args, store) -> None:
@@ -160,16 +139,19 @@ def fill_if_empty(args, store) -> None:
 
     Raises UserError when other questions are to be evaluated on it.
     """
+    from qlora.collection import put_files
+
     if store.count() == 0:
-        if getattr(args, "questions", None) != SAMPLE_QUESTIONS and args.command == "evaluate":
+        if args.command in ("evaluate", "sweep") and args.questions != SAMPLE_QUESTIONS:
             fix = f"python rag_qlora.py ingest PATH --collection {args.collection}"
             raise console.fail(f"collection {args.collection} is empty", "--collection", fix)
         note(f"Collection {args.collection} is empty: filling it with the sample documents")
-        ingest(args, store, [str(SAMPLE_DOCUMENTS)])
+        put_files(store, [str(SAMPLE_DOCUMENTS)], args.embedding_model, args.passage_tokens, args.overlap)
 
 
 def search(args, store) -> int:
     """Prints the nearest passages; loads no language model."""
+    from qlora.conversation import indent
     from qlora.documents import place
 
     fill_if_empty(args, store)
@@ -192,14 +174,19 @@ def search(args, store) -> int:
 def build_chain(args, store, prompt, generator):
     """retriever | prompt | model | citations, as one LangChain runnable: {"question", "history"} -> state.
 
-    The state that comes out also holds `documents`, `message` (with token counts) and `answer`.
+    The state that comes out also holds `documents`, `answer` and, unless the passages are all below the
+    collection's refusal threshold, `message` (with token counts).
     """
-    from langchain_core.runnables import RunnablePassthrough
+    from langchain_core.runnables import RunnableBranch, RunnablePassthrough
 
-    from qlora.citations import check_answer
+    from qlora.citations import best_score, check_answer, refuse
     from qlora.prompt import as_langchain, fill_prompt
 
     retriever = store.as_retriever(search_kwargs={"k": args.top_k})
+    threshold = store.refusal_threshold or -1.0
+
+    def is_promising(state: dict) -> bool:
+        return bool(state["documents"]) and best_score(state["documents"]) >= threshold
 
     def ask_with(state: dict):
         texts = [document.page_content for document in state["documents"]]
@@ -211,49 +198,21 @@ def build_chain(args, store, prompt, generator):
     def check(state: dict):
         return check_answer(state["message"].text, state["documents"], prompt.refusal)
 
-    return (
-        RunnablePassthrough.assign(documents=itemgetter("question") | retriever)
-        | RunnablePassthrough.assign(prompt=ask_with)
+    generate = (
+        RunnablePassthrough.assign(prompt=ask_with)
         | RunnablePassthrough.assign(message=itemgetter("prompt") | generator)
         | RunnablePassthrough.assign(answer=check)
     )
-
-
-@dataclass
-class Turn:
-    """A question with its answer, the passages behind it, and what it cost."""
-
-    question: str
-    answer: object
-    timings: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-
-    def as_json(self, args) -> dict:
-        return {
-            "question": self.question,
-            "answer": self.answer.text,
-            "refused": self.answer.refused,
-            "citations": [cited.as_json() for cited in self.answer.citations],
-            "passages": [cited.as_json() for cited in self.answer.passages],
-            "timings": self.timings,
-            "tokens": self.tokens,
-            "model": {"base": args.base_model, "adapter": str(args.adapter) if args.adapter else None},
-        }
-
-
-def answer_question(chain, question: str, history: tuple = ()) -> Turn:
-    """Runs the chain once, with a stopwatch."""
-    from qlora.stopwatch import Stopwatch
-
-    watch = Stopwatch()
-    state = chain.invoke({"question": question, "history": history}, config={"callbacks": [watch]})
-    usage = state["message"].usage_metadata
-    tokens = {"prompt": usage["input_tokens"], "completion": usage["output_tokens"]}
-    return Turn(question, state["answer"], watch.timings(), tokens)
+    refuse_unread = RunnablePassthrough.assign(answer=lambda state: refuse(state["documents"], prompt.refusal))
+    return RunnablePassthrough.assign(documents=itemgetter("question") | retriever) | RunnableBranch(
+        (is_promising, generate), refuse_unread
+    )
 
 
 def ask(args, chain) -> int:
     """Answers each question; the answers go to stdout. 3 with --strict when one was refused."""
+    from qlora.conversation import answer_question, print_turn
+
     refused = False
     for question in args.questions:
         turn = answer_question(chain, question)
@@ -266,27 +225,10 @@ def ask(args, chain) -> int:
     return 3 if args.strict and refused else 0
 
 
-def print_turn(turn: Turn, show_question: bool = True) -> None:
-    """The answer on stdout, then each passage it cites with source and score."""
-    from qlora.documents import place
-
-    if show_question:
-        print(f"\nQ: {turn.question}")
-    print(f"A: {turn.answer.text}")
-    for cited in turn.answer.citations:
-        metadata = cited.document.metadata
-        print(f"   [{cited.n}] {place(metadata)} (score {metadata['score']:.2f})")
-        print(indent(cited.document.page_content, "       "))
-    if turn.answer.unknown:
-        note(f"{turn.answer.unknown} citations of passages that were not given were removed")
-    if turn.answer.refused:
-        nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in turn.answer.passages))
-        print(f"   (nearest documents: {nearest})")
-    sys.stdout.flush()
-
-
 def chat(args, chain) -> int:
     """Several turns; the last three are shown to the model. An empty line or Ctrl-D ends it."""
+    from qlora.conversation import answer_question, print_turn
+
     history: list[dict] = []
     note("Ask about your documents. An empty line or Ctrl-D ends.")
     while True:
@@ -306,7 +248,7 @@ def evaluate(args, store, prompt, generator) -> int:
     from qlora import evaluation, report
 
     questions = evaluation.load_questions(args.questions, args.limit)
-    found = [store.similarity_search(question.question, max(evaluation.RANKS)) for question in questions]
+    found = evaluation.search_all(store, questions, args.top_k)
     contexts = evaluation.gather_passages(questions, found, args.top_k)
     without_adapter = generator.model.disable_adapter if args.adapter else contextlib.nullcontext
     modes = {"base": without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
@@ -315,6 +257,7 @@ def evaluate(args, store, prompt, generator) -> int:
     values = evaluation_settings(args, prompt)
     args.output.mkdir(parents=True, exist_ok=True)
     log = report.AnswerLog(args.output / "answers.jsonl", values)
+    threshold = None if args.calibrate else store.refusal_threshold
     with console.progress() as bar:
         task = bar.add_task("answers", total=len(modes) * sum(map(len, contexts.values())))
         cells = evaluation.answer_cells(
@@ -322,13 +265,50 @@ def evaluate(args, store, prompt, generator) -> int:
             modes,
             contexts,
             complete=lambda pairs: complete_batch(prompt, generator, pairs),
+            threshold=threshold,
             batch=args.batch_size,
             advance=lambda count: bar.advance(task, count),
         )
-    result = evaluation.build_report(questions, found, cells, {**values, "questions": str(args.questions)}, args.seed)
+    values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": threshold}
+    result = evaluation.build_report(questions, found, cells, values, args.seed)
+    if args.calibrate:
+        scores = cells["tuned" if args.adapter else "base", "retrieved"]
+        result["calibration"] = evaluation.calibrate(questions, [d[: args.top_k] for d in found], scores, args.seed)
+        store.refusal_threshold = result["calibration"]["threshold"]
     report.write_report(args.output, result)
-    report.print_table(result)
+    if args.adapter:
+        report.put_section(args.adapter / "README.md", args.output)
+    print(json.dumps(result, ensure_ascii=False) if args.json else report.as_text(result))
     note(f"evaluation.md, .json, .png and answers.jsonl: {args.output}")
+    return 0
+
+
+def sweep(args, store) -> int:
+    """Retrieval metrics for every value of each swept setting, best first; loads no language model."""
+    from qlora import evaluation, sweep
+    from qlora.collection import put_files
+
+    fill_if_empty(args, store)
+    questions = evaluation.load_questions(args.questions, args.limit)
+
+    def open_trial(tokens: int):
+        trial = open_store(args, f"sweep {args.collection} {tokens}", store.embeddings)
+        put_files(trial, args.documents, args.embedding_model, tokens, tokens // 5)
+        return trial
+
+    results = [sweep.score_values(store, questions, *setting, args.top_k, open_trial) for setting in args.sweep]
+    sweep.write_results(args.output, results)
+    print(json.dumps(results, ensure_ascii=False) if args.json else sweep.as_text(results))
+    note(f"sweep.json, .md and .png: {args.output}")
+    return 0
+
+
+def compare(args) -> int:
+    """The paired difference of two runs over the questions that both have."""
+    from qlora import comparison, report
+
+    rows = comparison.compare_runs(*args.compare, args.seed)
+    print(json.dumps(rows, ensure_ascii=False) if args.json else report.comparison_as_text(rows, *args.compare))
     return 0
 
 
@@ -353,12 +333,6 @@ def evaluation_settings(args, prompt) -> dict:
     return {**{name: getattr(args, name) for name in names}, "adapter": digest, "prompt": prompt.digest}
 
 
-def indent(text: str, margin: str = "    ") -> str:
-    import textwrap
-
-    return textwrap.fill(" ".join(text.split()), 100, initial_indent=margin, subsequent_indent=margin)
-
-
 # ============================================================================ Command line
 
 
@@ -371,13 +345,16 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     args, problems = console.parse_arguments(parser, argv, commands)
     args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or base_model.EMBEDDED_EMBEDDER
     args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
+    if args.command == "evaluate":
+        check_evaluation(args, problems)
     if args.command == "ingest":
         check_ingest(args, problems)
-    elif args.command != "search":
+    elif args.command not in ("search", "sweep", "compare"):
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
-    with problems.collecting():
-        check_database()
+    if args.command != "compare":
+        with problems.collecting():
+            check_database()
     problems.raise_if_any()
     return args
 
@@ -404,15 +381,25 @@ def resolve_model(args, detect: bool) -> None:
         args.base_model = adapter.read_adapter(args.adapter, named).base_model
     del args.preset
     if args.command == "evaluate":
-        check_evaluation(args)
+        args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
 
 
-def check_evaluation(args) -> None:
-    """Sets the output folder. Raises UserError when the questions cannot be read."""
+def check_evaluation(args, problems: console.Problems) -> None:
+    """Makes sweep and compare commands of their own; adds what is wrong with questions and documents."""
+    from qlora.documents import find_files
     from qlora.evaluation import load_questions
 
-    args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
-    load_questions(args.questions)
+    args.command = "compare" if args.compare else "sweep" if args.sweep else "evaluate"
+    with problems.collecting():
+        load_questions(args.questions)
+    if args.command == "sweep":
+        args.output = args.output or Path("evaluations/sweep")
+        sample = [str(SAMPLE_DOCUMENTS)] if args.questions == SAMPLE_QUESTIONS else []
+        args.documents = args.documents or sample
+        if not args.documents and any(setting[0] == "passages" for setting in args.sweep):
+            problems.add("no documents to split", "--sweep passages", "name them with --documents PATH ...")
+        with problems.collecting():
+            find_files(args.documents)
 
 
 def check_ingest(args, problems: console.Problems) -> None:
@@ -451,12 +438,27 @@ def build_parser():
     one.add_argument("--limit", type=console.number(int, 1), help="so many of the questions, evenly spread (all)")
     one.add_argument("--batch-size", type=console.number(int, 1), default=8, help="answers at a time (8)")
     one.add_argument("--output", type=Path, help="folder of the report (evaluations/NAME-OF-ADAPTER)")
+    text = "fit the collection's refusal threshold on half of the questions, report on the other half"
+    one.add_argument("--calibrate", action="store_true", help=text)
+    text = "retrieval alone, for several values: passages=120,200,256 or top-k=1,3,5"
+    one.add_argument("--sweep", type=read_sweep, action="append", default=[], metavar="SETTING=A,B", help=text)
+    one.add_argument(
+        "--documents", nargs="+", default=[], metavar="PATH", help="what --sweep passages splits (sample's)"
+    )
+    text = "two evaluation.json: the paired difference of their answers, nothing is run"
+    one.add_argument("--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help=text)
     one = add("demo", [model, database, answers], "answer three questions on the sample documents")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
-    for name in ("search", "ask", "demo"):
-        commands.choices[name].add_argument("--json", action="store_true", help="one JSON object a question on stdout")
+    for name in ("search", "ask", "demo", "evaluate"):
+        commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
     add("chat", [model, database, answers], "several turns")
     return parser, commands.choices
+
+
+def read_sweep(text: str):
+    from qlora.sweep import read_setting
+
+    return read_setting(text)
 
 
 def model_flags() -> argparse.ArgumentParser:

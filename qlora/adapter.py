@@ -17,9 +17,9 @@ from qlora.prompt import SCHEMA, Prompt
 
 RUN_SCHEMA = 1
 OURS = {  # what a folder may hold that --overwrite replaces
-    *("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json", "metrics.jsonl", "loss.png"),
+    *("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json", "metrics.jsonl"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "README.md"),
+    *("chat_template.jinja", "README.md", "loss.png", "evaluation.png"),
 }
 REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "run.json")
 

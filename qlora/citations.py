@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from langchain_core.documents import Document
 
+from qlora.prompt import Prompt
+
 MARK = re.compile(r"\[(\d+)\]")
 
 
@@ -37,11 +39,21 @@ class Answer:
     unknown: int
 
 
+def best_score(documents: Sequence[Document]) -> float:
+    """The similarity of the best passage; -1, the lowest there is, when there is none."""
+    return max((document.metadata["score"] for document in documents), default=-1.0)
+
+
+def refuse(documents: Sequence[Document], refusal: str = Prompt.refusal) -> Answer:
+    """The refusal, with the passages that did not answer."""
+    return Answer(refusal, True, (), tuple(Cited(n, document) for n, document in enumerate(documents, 1)), 0)
+
+
 def check_answer(text: str, documents: Sequence[Document], refusal: str) -> Answer:
     """The answer with its citations resolved, in order of first mention. A refusal cites nothing."""
-    passages = tuple(Cited(n, document) for n, document in enumerate(documents, 1))
     if is_refusal(text, refusal):
-        return Answer(refusal, True, (), passages, 0)
+        return refuse(documents, refusal)
+    passages = tuple(Cited(n, document) for n, document in enumerate(documents, 1))
     numbers = [int(number) for number in MARK.findall(text)]
     known = [n for n in dict.fromkeys(numbers) if 1 <= n <= len(passages)]
     clean = MARK.sub(lambda mark: mark[0] if 1 <= int(mark[1]) <= len(passages) else "", text)

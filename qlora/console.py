@@ -140,10 +140,11 @@ def parse_arguments(
         nearest = difflib.get_close_matches(text.partition("=")[0], flags, n=1)
         fix = f"did you mean {nearest[0]}?" if nearest else "see --help"
         problems.add(f"unknown argument {text}", "command line", fix)
-    for name, value in vars(args).items():
-        if isinstance(value, Invalid):
-            flag = "--" + name.replace("_", "-")
-            problems.add(f"{flag} {value.text} is not valid", "command line", f"give {value.expected}")
+    for name, values in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, Invalid):
+                problems.add(f"{flag} {value.text} is not valid", "command line", f"give {value.expected}")
     return args, problems
 
 

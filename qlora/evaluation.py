@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.citations import MARK, Answer
-from qlora.console import Problems, fail
+from qlora.citations import MARK, Answer, best_score, refuse
+from qlora.comparison import compare_cells, fit_threshold, give_verdict, paired_bootstrap, split_halves
+from qlora.console import Problems, fail, progress
 
-MODELS = ("base", "tuned")
-CONTEXTS = ("closed-book", "retrieved", "oracle")
 RANKS = (1, 3, 10)
-DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -41,7 +39,8 @@ class Question:
 def load_questions(path: Path, limit: int | None = None) -> list[Question]:
     """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
 
-    With `limit` a deterministic sample: every n-th question. Raises UserError that names each bad line.
+    With `limit` a deterministic sample, spread evenly over answerable and unanswerable ones. Raises
+    UserError that names each bad line.
     """
     if not path.is_file():
         raise fail("question file not found", str(path), "check --questions")
@@ -49,7 +48,9 @@ def load_questions(path: Path, limit: int | None = None) -> list[Question]:
     if not questions:
         raise fail("no questions in the file", str(path), "write one JSON object a line: question, answers")
     if limit and limit < len(questions):
-        questions = [questions[n * len(questions) // limit] for n in range(limit)]
+        ordered = sorted(range(len(questions)), key=lambda n: bool(questions[n].answers))
+        chosen = sorted(ordered[n * len(ordered) // limit] for n in range(limit))
+        questions = [questions[n] for n in chosen]
     return questions
 
 
@@ -136,9 +137,11 @@ def score_answer(question: Question, answer: Answer) -> dict:
     cited = [supports(cited.document.page_content, question) for cited in answer.citations]
     citable = answerable and not answer.refused and any(supports(passage, question) for passage in passages)
     found = any(f" {normalize(text)} " in f" {normalize(passage)} " for passage in passages)
+    f1 = token_f1(text, question.answers) * (not answer.refused)
     return {
         "em": exact_match(text, question.answers) * (not answer.refused) if answerable else None,
-        "f1": token_f1(text, question.answers) * (not answer.refused) if answerable else None,
+        "f1": f1 if answerable else None,
+        "overall_f1": f1 if answerable else float(answer.refused),
         "refused": answer.refused,
         "answerable": answerable,
         "citations": len(cited) if answerable else None,
@@ -158,6 +161,7 @@ def summarize(scores: Sequence[dict]) -> dict:
     return {
         "em": mean(scores, "em"),
         "f1": mean(scores, "f1"),
+        "overall_f1": mean(scores, "overall_f1"),
         "refusal_precision": precision,
         "refusal_recall": recall,
         "refusal_f1": None if recall is None else ratio(2 * right, refused + unanswerable),
@@ -182,7 +186,16 @@ def mean(scores: Sequence[dict], key: str) -> float | None:
     return ratio(total(scores, key), sum(score[key] is not None for score in scores))
 
 
-def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence]) -> dict:
+def search_all(store, questions: Sequence[Question], depth: int = max(RANKS)) -> list[list]:
+    """The `depth` nearest passages of every question, at least ten."""
+    with progress() as bar:
+        return [
+            store.similarity_search(question.question, max(*RANKS, depth))
+            for question in bar.track(questions, description="searches")
+        ]
+
+
+def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence], ranks: Sequence[int] = RANKS) -> dict:
     """recall@1/3/10, MRR and nDCG@10 over answerable questions: by answer span, and by source.
 
     `found` holds ten documents a question, best first. A passage is relevant when it holds an answer.
@@ -190,69 +203,49 @@ def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence]) ->
     answerable = [(q, documents) for q, documents in zip(questions, found, strict=True) if q.answers]
     by_span = [[supports(d.page_content, q) for d in documents] for q, documents in answerable]
     by_source = [[d.metadata["source"] == q.source for d in documents] for q, documents in answerable if q.source]
-    return {**rank_metrics(by_span), "by_source": rank_metrics(by_source)}
+    return {**rank_metrics(by_span, ranks), "by_source": rank_metrics(by_source, ranks)}
 
 
-def rank_metrics(relevance: Sequence[Sequence[bool]]) -> dict:
+def rank_metrics(relevance: Sequence[Sequence[bool]], ranks: Sequence[int] = RANKS) -> dict:
     """Metrics of ranked lists of relevant or not; nDCG takes all relevant passages found as the ideal."""
     if not relevance:
         return {}
     gains = [sum(hit / math.log2(n + 2) for n, hit in enumerate(row)) for row in relevance]
     ideals = [sum(1 / math.log2(n + 2) for n in range(sum(row))) for row in relevance]
     return {
-        **{f"recall@{k}": ratio(sum(any(row[:k]) for row in relevance), len(relevance)) for k in RANKS},
+        **{f"recall@{k}": ratio(sum(any(row[:k]) for row in relevance), len(relevance)) for k in ranks},
         "mrr": ratio(sum(next((1 / n for n, hit in enumerate(row, 1) if hit), 0) for row in relevance), len(relevance)),
         "ndcg@10": ratio(sum(g / i for g, i in zip(gains, ideals, strict=True) if i), len(relevance)),
     }
 
 
-# ------------------------------------------------------------------------------- differences
-
-
-def paired_bootstrap(left: Sequence[float], right: Sequence[float], seed: int) -> dict:
-    """Mean of left - right with its 95 % percentile interval over resampled questions."""
-    import numpy
-
-    differences = numpy.asarray(left, dtype=float) - numpy.asarray(right, dtype=float)
-    draws = numpy.random.default_rng(seed).integers(0, len(differences), (DRAWS, len(differences)))
-    low, high = numpy.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
-    return {
-        "mean": round(float(differences.mean()), 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-        "n": len(differences),
-    }
-
-
-def compare_cells(cells: dict[tuple[str, str], list[dict]], seed: int) -> list[dict]:
-    """tuned - base for every context, and retrieved - closed-book for every model, in F1 question by question."""
-
-    def values(key: tuple[str, str]) -> list[float]:
-        return [score["f1"] for score in cells[key] if score["f1"] is not None]
-
-    pairs = [("tuned - base", context, ("tuned", context), ("base", context)) for context in CONTEXTS]
-    pairs += [("retrieved - closed-book", model, (model, "retrieved"), (model, "closed-book")) for model in MODELS]
-    return [
-        {"what": what, "of": of, "metric": "f1", **paired_bootstrap(values(left), values(right), seed)}
-        for what, of, left, right in pairs
-        if left in cells and right in cells and values(left)
-    ]
-
-
-def give_verdict(differences: Sequence[dict]) -> str:
-    """One line on whether the tuned model answers better from retrieved passages."""
-    found = next((d for d in differences if (d["what"], d["of"]) == ("tuned - base", "retrieved")), None)
-    if found is None:
-        return "base model alone: nothing to compare"
-    numbers = f"{found['mean']:+.2f} F1 [{found['low']:.2f}, {found['high']:.2f}], n={found['n']}"
-    if found["low"] > 0:
-        return f"tuned answers better: {numbers}"
-    if found["high"] < 0:
-        return f"tuned answers worse, keep the base: {numbers}"
-    return f"no evidence that tuned answers better: {numbers}"
-
-
 # ------------------------------------------------------------------------------- run
+
+
+def calibrate(questions: Sequence[Question], found: Sequence[Sequence], scores: Sequence[dict], seed: int) -> dict:
+    """The refusal threshold fitted on half of the questions, and what it changes on the other half.
+
+    `scores` are those of answers from the retrieved passages, made without a threshold.
+    """
+    confidences = [best_score(documents) for documents in found]
+    fitting, reporting = split_halves(scores)
+    threshold = fit_threshold([confidences[n] for n in fitting], [scores[n] for n in fitting])
+    plain = [scores[n] for n in reporting]
+    gated = [
+        score_answer(questions[n], refuse(found[n])) | {"seconds": 0.0}
+        if threshold is not None and confidences[n] < threshold
+        else scores[n]
+        for n in reporting
+    ]
+    overall = ([score["overall_f1"] for score in part] for part in (gated, plain))
+    return {
+        "threshold": threshold,
+        "fitted_on": len(fitting),
+        "reported_on": len(reporting),
+        "without": summarize(plain),
+        "with": summarize(gated),
+        "difference": {"metric": "overall_f1", **paired_bootstrap(*overall, seed)},
+    }
 
 
 def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], top_k: int) -> dict[str, list]:
@@ -271,40 +264,62 @@ def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], to
     return {context: asked for context, asked in pairs.items() if asked}
 
 
-def answer_cells(log, modes: dict, contexts: dict[str, list], complete, batch: int, advance) -> dict:
+def answer_cells(log, modes: dict, contexts: dict[str, list], complete, threshold, batch: int, advance) -> dict:
     """The scores of every answer, by (model, context).
 
     `modes` maps a model's name to the context manager under which `complete(pairs)` answers with it, an
-    Answer for each (question, documents). `advance(n)` moves the progress bar. The log is closed with all.
+    Answer for each (question, documents). Retrieved passages that all score below `threshold` are refused
+    unread, as `ask` does. `advance(n)` moves the progress bar. The log is closed with all.
     """
     keys = {}
     for model, mode in modes.items():
         with mode():
             for context, asked in contexts.items():
-                keys[model, context] = answer_cell(log, model, context, asked, complete, batch, advance)
+                gate = threshold if context == "retrieved" else None
+                keys[model, context] = answer_cell(log, model, context, asked, complete, gate, batch, advance)
     log.close([key for cell in keys.values() for key in cell])
     return {cell: [log.known[key]["scores"] for key in cell_keys] for cell, cell_keys in keys.items()}
 
 
-def answer_cell(log, model: str, context: str, asked: list[tuple], complete, batch: int, advance) -> list[str]:
+def answer_cell(log, model: str, context: str, asked: list[tuple], complete, gate, batch: int, advance) -> list[str]:
     """The log's keys of one cell's answers; what the log does not know yet is generated, longest prompts first."""
-    texts = [[document.page_content for document in documents] for _, documents in asked]
-    keys = [log.key(model, context, pair[0].question, passages) for pair, passages in zip(asked, texts, strict=True)]
-    missing = [entry for entry in zip(keys, asked, texts, strict=True) if entry[0] not in log.known]
-    advance(len(asked) - len(missing))
-    missing.sort(key=lambda entry: -sum(map(len, entry[2])))
+    keys, missing = [], []
+    for question, documents in asked:
+        refused = gate is not None and best_score(documents) < gate
+        texts = [document.page_content for document in documents]
+        keys.append(log.key(model, context, question.question, question.answers, texts, refused))
+        if keys[-1] in log.known:
+            advance(1)
+        elif refused:
+            log.add(keys[-1], describe_answer(model, context, question, refuse(documents), 0.0))
+            advance(1)
+        else:
+            missing.append((keys[-1], (question, documents)))
+    missing.sort(key=lambda entry: -sum(len(document.page_content) for document in entry[1][1]))
     for at in range(0, len(missing), batch):
         part = missing[at : at + batch]
         started = time.perf_counter()
-        answers = complete([pair for _, pair, _ in part])
+        answers = complete([pair for _, pair in part])
         seconds = round((time.perf_counter() - started) / len(part), 3)
-        for (key, (question, documents), _), answer in zip(part, answers, strict=True):
-            record = {"model": model, "context": context, "question": question.question, "answers": question.answers}
-            record |= {"passages": [{"source": d.metadata["source"], "text": d.page_content} for d in documents]}
-            record |= {"answer": answer.text, "citations": [cited.n for cited in answer.citations]}
-            log.add(key, {**record, "scores": {**score_answer(question, answer), "seconds": seconds}})
+        for (key, (question, _)), answer in zip(part, answers, strict=True):
+            log.add(key, describe_answer(model, context, question, answer, seconds))
         advance(len(part))
     return keys
+
+
+def describe_answer(model: str, context: str, question: Question, answer: Answer, seconds: float) -> dict:
+    """A line of answers.jsonl."""
+    passages = [cited.document for cited in answer.passages]
+    return {
+        "model": model,
+        "context": context,
+        "question": question.question,
+        "answers": question.answers,
+        "passages": [{"source": d.metadata["source"], "text": d.page_content} for d in passages],
+        "answer": answer.text,
+        "citations": [cited.n for cited in answer.citations],
+        "scores": {**score_answer(question, answer), "seconds": seconds},
+    }
 
 
 def build_report(questions, found, cells: dict[tuple[str, str], list[dict]], settings: dict, seed: int) -> dict:

@@ -1,6 +1,6 @@
 """The LangChain VectorStore over PostgreSQL + pgvector, on psycopg2.
 
-    rag.collections   name, embedding model, dimension
+    rag.collections   name, embedding model, dimension, refusal threshold
     rag.documents     collection, source, fingerprint (sha256 of content and splitting), when
     rag.passages_N    one table a collection: halfvec embedding, text, metadata, tsvector
 
@@ -31,8 +31,10 @@ CREATE TABLE IF NOT EXISTS rag.collections (
     name text UNIQUE NOT NULL,
     embedding_model text NOT NULL,
     dimension int NOT NULL,
+    refusal_threshold real,
     made timestamptz NOT NULL DEFAULT now()
 );
+ALTER TABLE rag.collections ADD COLUMN IF NOT EXISTS refusal_threshold real;
 CREATE TABLE IF NOT EXISTS rag.documents (
     id bigserial PRIMARY KEY,
     collection int NOT NULL REFERENCES rag.collections ON DELETE CASCADE,
@@ -41,6 +43,10 @@ CREATE TABLE IF NOT EXISTS rag.documents (
     added timestamptz NOT NULL DEFAULT now(),
     UNIQUE (collection, source)
 );
+"""
+# Whether SCHEMA ran on this database: run each time, its ALTER TABLE would wait for every reader.
+NEWEST_COLUMN = """
+SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass('rag.collections') AND attname = 'refusal_threshold'
 """
 PASSAGES = """
 CREATE TABLE IF NOT EXISTS {table} (
@@ -129,7 +135,9 @@ class PgVectorStore(VectorStore):
     def _find_or_make(self, name: str, model: str) -> Collection:
         with self.connection, self.connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            cursor.execute(SCHEMA)
+            cursor.execute(NEWEST_COLUMN)
+            if cursor.fetchone() is None:
+                cursor.execute(SCHEMA)
             cursor.execute("SELECT id, embedding_model, dimension FROM rag.collections WHERE name = %s", (name,))
             found = cursor.fetchone()
             if found and found[1] != model:
@@ -151,6 +159,27 @@ class PgVectorStore(VectorStore):
             statement = sql.SQL(PASSAGES).format(table=table, index=index, dimension=sql.Literal(dimension))
             cursor.execute(statement)
             return Collection(key, name, table)
+
+    # ----------------------------------------------------------------------- collection
+
+    @property
+    def refusal_threshold(self) -> float | None:
+        """The similarity that the best passage must reach for an answer; None when all are answered."""
+        with self.connection, self.connection.cursor() as cursor:
+            cursor.execute("SELECT refusal_threshold FROM rag.collections WHERE id = %s", (self.collection.id,))
+            return cursor.fetchone()[0]
+
+    @refusal_threshold.setter
+    def refusal_threshold(self, value: float | None) -> None:
+        with self.connection, self.connection.cursor() as cursor:
+            change = "UPDATE rag.collections SET refusal_threshold = %s WHERE id = %s"
+            cursor.execute(change, (value, self.collection.id))
+
+    def drop(self) -> None:
+        """Removes the collection with everything in it."""
+        with self.connection, self.connection.cursor() as cursor:
+            cursor.execute(sql.SQL("DROP TABLE {}").format(self.collection.table))
+            cursor.execute("DELETE FROM rag.collections WHERE id = %s", (self.collection.id,))
 
     # ----------------------------------------------------------------------- write
 

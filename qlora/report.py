@@ -1,22 +1,32 @@
-"""What an evaluation leaves: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl as it goes."""
+"""What an evaluation leaves: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl as it goes.
+
+python -m qlora.report README.md evaluations/demo      # puts table and picture into README.md
+"""
 
 import hashlib
 import json
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 COLUMNS = {  # key in a cell -> heading of the table
     "em": "exact match",
     "f1": "F1",
-    "refusal_precision": "refusal precision",
-    "refusal_recall": "refusal recall",
+    "overall_f1": "overall F1",
+    "refusal_precision": "refusal P",
+    "refusal_recall": "refusal R",
     "refusal_f1": "refusal F1",
-    "citation_precision": "citation precision",
-    "citation_recall": "citation recall",
+    "citation_precision": "citation P",
+    "citation_recall": "citation R",
     "faithfulness": "in context",
     "words_mean": "words",
-    "seconds_median": "s an answer",
+    "seconds_median": "seconds",
 }
+
+
+PICTURE = "evaluation.png"
+SECTION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 
 
 class AnswerLog:
@@ -60,11 +70,11 @@ def write_report(folder: Path, report: dict) -> None:
     """Writes evaluation.json, evaluation.md and evaluation.png."""
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(as_markdown(report), encoding="utf-8")
-    plot_cells(report, folder / "evaluation.png")
+    plot_cells(report, folder / PICTURE)
 
 
 def show(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def table_rows(report: dict) -> list[list[str]]:
@@ -75,55 +85,119 @@ def table_rows(report: dict) -> list[list[str]]:
 
 def describe_difference(difference: dict) -> str:
     """`tuned - base, retrieved: +0.31 F1 [0.24, 0.38], n=80`"""
+    return f"{difference['what']}, {difference['of']}: {describe_interval(difference)}"
+
+
+def describe_interval(difference: dict) -> str:
+    """`+0.31 F1 [0.24, 0.38], n=80`"""
     bounds = f"[{difference['low']:.2f}, {difference['high']:.2f}]"
-    return f"{difference['what']}, {difference['of']}: {difference['mean']:+.2f} F1 {bounds}, n={difference['n']}"
+    metric = "overall F1" if difference["metric"] == "overall_f1" else "F1"
+    return f"{difference['mean']:+.2f} {metric} {bounds}, n={difference['n']}"
 
 
 def describe_retrieval(report: dict) -> str:
-    return ", ".join(f"{key} {value:.2f}" for key, value in report["retrieval"].items() if isinstance(value, float))
+    metrics = ", ".join(f"{key} {value:.2f}" for key, value in report["retrieval"].items() if isinstance(value, float))
+    return f"Retrieval: {metrics or 'no answerable question'}"
+
+
+def describe_calibration(report: dict) -> list[str]:
+    """What a calibration found, in one or two sentences; nothing without one."""
+    found = report.get("calibration")
+    if not found:
+        return []
+    fitted = f"fitted on {found['fitted_on']} questions"
+    if found["threshold"] is None:
+        return [f"Refusal threshold: none, since none helps ({fitted}). All questions go to the model."]
+    before, after = show(found["without"]["refusal_f1"]), show(found["with"]["refusal_f1"])
+    return [
+        f"Refusal threshold: {found['threshold']:.3f} ({fitted}), now stored with the collection. On the other "
+        f"{found['reported_on']}: refusal F1 {before} -> {after}, {describe_interval(found['difference'])}."
+    ]
+
+
+def describe_findings(report: dict) -> list[str]:
+    """Retrieval, calibration and differences, a line each."""
+    differences = [describe_difference(difference) for difference in report["differences"]]
+    return [describe_retrieval(report), *describe_calibration(report), *differences]
+
+
+def verdict(report: dict) -> str:
+    return report["verdict"][0].upper() + report["verdict"][1:]
+
+
+def as_markdown_table(rows: list[list[str]], left: int = 1) -> str:
+    """Rows, the first of them headings, with the first `left` columns aligned left."""
+    head, *body = rows
+    ruler = ["---"] * left + ["--:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ruler, *body])
+
+
+def as_text_table(rows: list[list[str]]) -> str:
+    """Rows, the first of them headings, for a terminal; the first column aligned left."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    with console.capture() as text:
+        console.print(table)
+    return text.get().rstrip()
 
 
 def as_markdown(report: dict) -> str:
-    """The table, the differences and the verdict as Markdown."""
-    head, *body = table_rows(report)
-    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * 2 + ["--:"] * (len(head) - 2), *body]]
+    """The verdict, the table and the findings as Markdown."""
     return "\n".join(
         [
-            f"**{report['verdict'][0].upper()}{report['verdict'][1:]}**",
+            f"**{verdict(report)}**",
             "",
-            f"{report['questions']} questions, {report['answerable']} of them answerable. Exact match, F1 and "
-            "citations are over the answerable ones; differences have paired bootstrap 95 % intervals.",
+            as_markdown_table(table_rows(report), left=2),
             "",
-            *lines,
+            f"{report['questions']} questions, {report['answerable']} of them answerable. P is precision, R recall. "
+            "Exact match, F1 and citations are over the answerable ones; overall F1 counts a refusal of another one as "
+            "right, as SQuAD 2.0 does. Intervals: paired bootstrap, 95 %.",
             "",
-            f"Retrieval: {describe_retrieval(report)}.",
-            "",
-            *(f"* {describe_difference(difference)}" for difference in report["differences"]),
+            *(f"* {finding}" for finding in describe_findings(report)),
             "",
         ]
     )
 
 
-def print_table(report: dict) -> None:
-    """The table, differences and verdict on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def as_text(report: dict) -> str:
+    """The table with a metric a line (so that it fits 80 columns), the findings and the verdict."""
+    models, *rows = zip(*table_rows(report), strict=True)
+    contexts, *metrics = rows
+    headings = ["", *(f"{model}\n{context}" for model, context in zip(models[1:], contexts[1:], strict=True))]
+    table = as_text_table([headings, *map(list, metrics)])
+    return "\n".join([table, "", *describe_findings(report), "", verdict(report)])
 
-    console = Console(highlight=False)
-    models, contexts, *metrics = zip(*table_rows(report), strict=True)  # a metric a line: fits 80 columns
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for model, context in zip(models, contexts, strict=True):
-        table.add_column(
-            "" if model == "model" else f"{model}\n{context}", justify="right" if table.columns else "left"
-        )
-    for row in metrics:
-        table.add_row(*row)
-    console.print(table)
-    print(f"Retrieval: {describe_retrieval(report)}")
-    for difference in report["differences"]:
-        print(describe_difference(difference))
-    print(f"\n{report['verdict'][0].upper()}{report['verdict'][1:]}")
+
+def comparison_as_text(rows: list[dict], first: Path, second: Path) -> str:
+    """A line a cell and metric: both means, and first - second with its interval."""
+    table = [["", "first", "second", "first - second"]]
+    for row in rows:
+        metric = "overall F1" if row["metric"] == "overall_f1" else "F1"
+        numbers = [show(row["first"]), show(row["second"]), f"{describe_interval(row)}"]
+        table.append([f"{row['model']}, {row['context']}, {metric}", *numbers])
+    return f"first:  {first}\nsecond: {second}\n{as_text_table(table)}"
+
+
+def put_section(document: Path, folder: Path) -> None:
+    """Puts the table and the picture of an evaluation into a Markdown file, in place of those that were there."""
+    picture = document.parent / PICTURE
+    shutil.copyfile(folder / PICTURE, picture)
+    table = (folder / "evaluation.md").read_text(encoding="utf-8")
+    section = f"{SECTION[0]}\n![F1 of every model and context]({PICTURE})\n\n{table}{SECTION[1]}\n"
+    text = document.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(SECTION[0])
+    after = rest.partition(f"{SECTION[1]}\n")[2] if mark else ""
+    if not mark:
+        before += "\n## Evaluation\n\n"
+    document.write_text(before + section + after, encoding="utf-8")
 
 
 def plot_cells(report: dict, picture: Path) -> None:
@@ -148,3 +222,7 @@ def plot_cells(report: dict, picture: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(picture)
+
+
+if __name__ == "__main__":  # python -m qlora.report README.md evaluations/demo
+    put_section(*map(Path, sys.argv[1:]))

@@ -31,9 +31,11 @@ class Stopwatch(BaseCallbackHandler):
 
     def timings(self) -> dict[str, float]:
         """Seconds, rounded to milliseconds; the first token counts from the start of generation."""
-        end = self.marks["generated"]
+        retrieved = self.marks["retrieved"]
+        start = self.marks.get("generate", retrieved)  # a question refused unread generates nothing
+        end = self.marks.get("generated", start)
         return {
-            "retrieve_s": round(self.marks["retrieved"] - self.marks["retrieve"], 3),
-            "first_token_s": round(self.marks.get("first_token", end) - self.marks["generate"], 3),
-            "generate_s": round(end - self.marks["generate"], 3),
+            "retrieve_s": round(retrieved - self.marks["retrieve"], 3),
+            "first_token_s": round(self.marks.get("first_token", end) - start, 3),
+            "generate_s": round(end - start, 3),
         }

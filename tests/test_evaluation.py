@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from conftest import rag
+from conftest import SAMPLE, rag
 from langchain_core.documents import Document
 
+from qlora import comparison as c
 from qlora import evaluation as e
+from qlora.base_model import EMBEDDED_EMBEDDER
 from qlora.citations import check_answer
 from qlora.console import UserError
 
@@ -51,6 +53,7 @@ def test_a_cell_by_hand():
         return {
             "em": None if f1 is None else float(f1 == 1),
             "f1": f1,
+            "overall_f1": float(refused) if f1 is None else f1,
             "refused": refused,
             "answerable": f1 is not None,
             "citations": citations,
@@ -64,7 +67,7 @@ def test_a_cell_by_hand():
     cell = e.summarize(
         [score(1, False, 2, 1), score(0.5, False, 1, 1), score(0, True), score(None, True), score(None, False)]
     )
-    assert (cell["em"], cell["f1"]) == (pytest.approx(1 / 3, abs=1e-4), 0.5)
+    assert (cell["em"], cell["f1"], cell["overall_f1"]) == (pytest.approx(1 / 3, abs=1e-4), 0.5, 2.5 / 5)
     assert (cell["refusal_precision"], cell["refusal_recall"], cell["refusal_f1"]) == (0.5, 0.5, 0.5)
     assert cell["citation_precision"] == pytest.approx(2 / 3, abs=1e-4) and cell["faithfulness"] is None
     assert cell["seconds_median"] == 0.5
@@ -85,17 +88,49 @@ def test_support_ignores_yes_and_no_and_needs_whole_words():
     assert not e.supports("It costs 19 crowns.", e.Question("How much?", ("9 crowns",)))
 
 
+def score_of(answerable, f1=0.0, refused=False):
+    return {"answerable": answerable, "overall_f1": f1 if answerable else float(refused)}
+
+
+def test_threshold_is_the_best_cut_of_the_fitting_half():
+    confidences = [0.1, 0.2, 0.3, 0.4, 0.5]
+    scores = [score_of(False), score_of(True, 0.25), score_of(False), score_of(True, 1.0), score_of(False)]
+    assert c.fit_threshold(confidences, scores) == pytest.approx(0.35)  # +1, -0.25, +1 before, -1, +1 after
+    assert c.fit_threshold(confidences, [score_of(True, 1.0)] * 5) is None
+    assert c.fit_threshold(confidences, [score_of(False)] * 5) > 0.5
+    assert c.fit_threshold([0.3, 0.3], [score_of(False), score_of(True, 1.0)]) is None  # no cut between equals
+    halves = c.split_halves([score_of(n % 4 > 0) for n in range(20)])
+    assert sorted(halves[0] + halves[1]) == list(range(20))
+    assert [sum(n % 4 == 0 for n in half) for half in halves] == [3, 2]
+
+
+def test_calibration_reports_on_questions_it_was_not_fitted_on():
+    """Unanswerable questions score low and are answered by the model: a threshold turns them into refusals."""
+    questions, found, scores = [], [], []
+    for n in range(40):
+        answers = () if n % 4 == 0 else ("nine crowns",)
+        document = Document("It costs nine crowns.", metadata={"source": "a.md", "score": 0.6 if answers else 0.2})
+        questions.append(e.Question(f"{n}?", answers))
+        found.append([document])
+        answer = check_answer("nine crowns [1]", [document], "I don't know.")
+        scores.append({**e.score_answer(questions[-1], answer), "seconds": 1.0})
+    result = e.calibrate(questions, found, scores, seed=0)
+    assert result["threshold"] == pytest.approx(0.4) and (result["fitted_on"], result["reported_on"]) == (20, 20)
+    assert (result["without"]["refusal_f1"], result["with"]["refusal_f1"]) == (0, 1)
+    assert result["difference"]["mean"] == 0.25 and result["difference"]["low"] > 0
+
+
 def test_bootstrap_on_known_data():
-    sure = e.paired_bootstrap([1.0] * 50, [0.5] * 50, seed=0)
+    sure = c.paired_bootstrap([1.0] * 50, [0.5] * 50, seed=0)
     assert sure == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 50}
     left = [float(n % 2) for n in range(100)]
-    even = e.paired_bootstrap(left, left[1:] + left[:1], seed=0)
+    even = c.paired_bootstrap(left, left[1:] + left[:1], seed=0)
     assert (
         even["mean"] == 0
         and even["low"] == pytest.approx(-0.2, abs=0.03)
         and even["high"] == pytest.approx(0.2, abs=0.03)
     )
-    assert even == e.paired_bootstrap(left, left[1:] + left[:1], seed=0)
+    assert even == c.paired_bootstrap(left, left[1:] + left[:1], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +138,8 @@ def test_bootstrap_on_known_data():
 )
 def test_verdicts(low, high, words):
     difference = {"what": "tuned - base", "of": "retrieved", "mean": (low + high) / 2, "low": low, "high": high, "n": 9}
-    assert words in e.give_verdict([difference]) and "n=9" in e.give_verdict([difference])
-    assert "base model alone" in e.give_verdict([])
+    assert words in c.give_verdict([difference]) and "n=9" in c.give_verdict([difference])
+    assert "base model alone" in c.give_verdict([])
 
 
 def test_questions_of_all_formats(tmp_path):
@@ -117,7 +152,7 @@ def test_questions_of_all_formats(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = e.load_questions(tmp_path / "q.jsonl")
     assert [q.answers for q in found] == [("a",), (), ("c",), ()] and found[0].source == "x.md"
-    assert e.load_questions(tmp_path / "q.jsonl", limit=2) == [found[0], found[2]]
+    assert e.load_questions(tmp_path / "q.jsonl", limit=2) == [found[0], found[1]]  # one of each kind
     entry = {"question": " Q? ", "answers": [{"text": "a"}, {"text": "a"}, {"text": "b"}], "id": "1"}
     squad = {"data": [{"title": "Force", "paragraphs": [{"context": "a b", "qas": [entry]}]}]}
     (tmp_path / "squad.json").write_text(json.dumps(squad))
@@ -139,7 +174,18 @@ def test_bad_question_files_name_the_line(tmp_path):
 # ------------------------------------------------------------------------------- the command
 
 CELL = {
-    *("model", "context", "em", "f1", "f1_low", "f1_high", "refusal_precision", "refusal_recall", "refusal_f1"),
+    *(
+        "model",
+        "context",
+        "em",
+        "f1",
+        "overall_f1",
+        "f1_low",
+        "f1_high",
+        "refusal_precision",
+        "refusal_recall",
+        "refusal_f1",
+    ),
     *("citation_precision", "citation_recall", "faithfulness", "words_mean", "seconds_median"),
 }
 
@@ -153,7 +199,7 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (report["questions"], report["answerable"]) == (12, sum(bool(q.answers) for q in sample_questions(12)))
     cells = [(cell["model"], cell["context"]) for cell in report["cells"]]
-    assert cells == [(model, context) for model in e.MODELS for context in e.CONTEXTS]
+    assert cells == [(model, context) for model in c.MODELS for context in c.CONTEXTS]
     assert all(set(cell) == CELL for cell in report["cells"])
     assert report["retrieval"]["recall@3"] > 0.5 and set(report["retrieval"]) >= {
         "recall@1",
@@ -165,7 +211,10 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("evaluation.json", "evaluation.md", "evaluation.png", "answers.jsonl"),
     }
-    assert "| tuned | retrieved |" in (tmp_path / "out" / "evaluation.md").read_text()
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| tuned | retrieved |" in table
+    card = (tiny_adapter / "README.md").read_text()
+    assert card.count(table) == 1 and card.startswith("---\n") and (tiny_adapter / "evaluation.png").is_file()
     answers = (tmp_path / "out" / "answers.jsonl").read_text()
     assert len(answers.splitlines()) == 72
 
@@ -181,11 +230,17 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
         for cell in report_["cells"]:
             del cell["seconds_median"]
     assert again == report
+    assert (tiny_adapter / "README.md").read_text().count("| tuned | retrieved |") == 1  # replaced, not added
+
+    capsys.readouterr()
+    runs = ["--compare", tmp_path / "out" / "evaluation.json", tmp_path / "out" / "evaluation.json"]
+    assert rag("evaluate", *runs, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["model"], row["context"]) for row in rows} == set(cells)
+    assert all(row["mean"] == row["low"] == row["high"] == 0 and row["first"] == row["second"] for row in rows)
 
 
 def sample_questions(limit):
-    from conftest import SAMPLE
-
     return e.load_questions(SAMPLE / "questions.jsonl", limit)
 
 
@@ -213,3 +268,80 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
     assert rag(*words, "--questions", tmp_path / "q.jsonl", "--collection", "nothing-here") == 2
     assert "collection nothing-here is empty" in capsys.readouterr().err
     assert rag(*words, "--questions", tmp_path / "q.jsonl") == 0
+
+
+def test_calibrate_stores_the_threshold_that_ask_obeys(collection, database, tiny_base, tmp_path, capsys):
+    """Questions that nothing in the documents is near to, and a model that never refuses: a threshold must come out."""
+    from qlora.pgvector_store import PgVectorStore, connect
+
+    sample = [q for q in sample_questions(40) if q.source.startswith("canteen/")]
+    assert rag("ingest", SAMPLE / "documents" / "canteen") == 0
+    lines = [{"question": q.question, "answers": q.answers, "source": q.source} for q in sample]
+    far = ["How hot is the core of Jupiter?", "Who won the chess final of 1972?", "What is an eigenvector?"]
+    far += ["Which enzyme unwinds DNA?", "Who painted the Night Watch?", "What does a capacitor store?"]
+    lines = [{**line, "answers": line["answers"] or ["otters"]} for line in lines]
+    lines += [{"question": question, "answers": []} for question in far]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--adapter", "none", "--base-model", tiny_base, "--max-new-tokens", 2]
+    words_of_run = [*words, "--questions", tmp_path / "q.jsonl", "--output", tmp_path / "out"]
+    assert rag("evaluate", *words_of_run, "--calibrate") == 0
+    assert "Refusal threshold: 0." in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["calibration"]
+    assert found["with"]["refusal_recall"] > found["without"]["refusal_recall"] == 0
+
+    def threshold():
+        return PgVectorStore(connect(database), None, EMBEDDED_EMBEDDER, collection).refusal_threshold
+
+    assert threshold() == pytest.approx(found["threshold"], abs=1e-4)
+    assert rag("ask", *words, "--json", "What is an eigenvector?") == 0
+    turn = json.loads(capsys.readouterr().out)
+    assert turn["refused"] and turn["tokens"] == {"prompt": 0, "completion": 0} and len(turn["passages"]) == 3
+    assert rag("evaluate", *words_of_run) == 0  # without --calibrate the stored threshold applies
+    cells = json.loads((tmp_path / "out" / "evaluation.json").read_text())["cells"]
+    recall = {cell["context"]: cell["refusal_recall"] for cell in cells}
+    assert recall["retrieved"] > 0.5 > recall["closed-book"] == 0
+
+
+def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database, tmp_path, capsys):
+    import psycopg2
+
+    documents = SAMPLE / "documents" / "canteen"
+    assert rag("ingest", documents) == 0
+    rows = [row for row in map(json.loads, (SAMPLE / "questions.jsonl").open()) if row["source"].startswith("canteen/")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "--questions", tmp_path / "q.jsonl", "--documents", documents, "--output", tmp_path / "out"]
+    words += ["--sweep", "top-k=1,12,3"]
+    capsys.readouterr()
+    assert rag(*words, "--sweep", "passages=24,200", "--json") == 0
+    by_count, by_length = json.loads(capsys.readouterr().out)
+    assert [row["value"] for row in by_length["rows"]] == [200, 24]  # 24 tokens cut answers in two
+    assert by_length["rows"][0]["given"] > by_length["rows"][1]["given"]
+    assert [row["value"] for row in by_count["rows"]] == [12, 3, 1]
+    top = {row["value"]: row for row in by_count["rows"]}
+    assert top[1]["given"] == top[1]["recall@1"] and top[3]["given"] == top[3]["recall@3"]
+    assert top[1]["words"] < top[3]["words"] < top[12]["words"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
+    with psycopg2.connect(database) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM rag.collections WHERE name LIKE 'sweep%'")
+        assert cursor.fetchone()[0] == 0
+    assert rag(*words) == 0
+    assert "`words`" in capsys.readouterr().out
+
+
+def test_mistakes_in_sweep_and_compare(collection, tmp_path, capsys):
+    assert rag("evaluate", "--sweep", "passages=0,x", "--sweep", "colour=red") == 2
+    err = capsys.readouterr().err
+    assert "--sweep passages=0,x is not valid" in err and "--sweep colour=red is not valid" in err
+    (tmp_path / "q.jsonl").write_text('{"question": "Why?", "answers": []}\n')
+    assert rag("evaluate", "--questions", tmp_path / "q.jsonl", "--sweep", "passages=100") == 2
+    assert "name them with --documents" in capsys.readouterr().err
+    assert rag("evaluate", "--compare", tmp_path / "a.json", tmp_path / "b.json") == 2
+    assert "no evaluation there" in capsys.readouterr().err
+    for name, question in (("a", "One?"), ("b", "Two?")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluation.json").write_text("{}")
+        scores = {"f1": 1.0, "overall_f1": 1.0}
+        line = {"model": "base", "context": "oracle", "question": question, "answers": ["x"], "scores": scores}
+        (tmp_path / name / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    assert rag("evaluate", "--compare", *(tmp_path / name / "evaluation.json" for name in "ab")) == 2
+    assert "share no question" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+"""Paired differences with bootstrap intervals, the verdict, the refusal threshold, and two runs side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora.console import fail
+
+MODELS = ("base", "tuned")
+CONTEXTS = ("closed-book", "retrieved", "oracle")
+DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
+
+
+def paired_bootstrap(left: Sequence[float], right: Sequence[float], seed: int) -> dict:
+    """Mean of left - right with its 95 % percentile interval over resampled questions."""
+    import numpy
+
+    differences = numpy.asarray(left, dtype=float) - numpy.asarray(right, dtype=float)
+    draws = numpy.random.default_rng(seed).integers(0, len(differences), (DRAWS, len(differences)))
+    low, high = numpy.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
+    return {
+        "mean": round(float(differences.mean()), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "n": len(differences),
+    }
+
+
+def compare_cells(cells: dict[tuple[str, str], list[dict]], seed: int) -> list[dict]:
+    """tuned - base for every context, and retrieved - closed-book for every model, in F1 question by question."""
+
+    def values(key: tuple[str, str]) -> list[float]:
+        return [score["f1"] for score in cells[key] if score["f1"] is not None]
+
+    pairs = [("tuned - base", context, ("tuned", context), ("base", context)) for context in CONTEXTS]
+    pairs += [("retrieved - closed-book", model, (model, "retrieved"), (model, "closed-book")) for model in MODELS]
+    return [
+        {"what": what, "of": of, "metric": "f1", **paired_bootstrap(values(left), values(right), seed)}
+        for what, of, left, right in pairs
+        if left in cells and right in cells and values(left)
+    ]
+
+
+def give_verdict(differences: Sequence[dict]) -> str:
+    """One line on whether the tuned model answers better from retrieved passages."""
+    found = next((d for d in differences if (d["what"], d["of"]) == ("tuned - base", "retrieved")), None)
+    if found is None:
+        return "base model alone: nothing to compare"
+    numbers = f"{found['mean']:+.2f} F1 [{found['low']:.2f}, {found['high']:.2f}], n={found['n']}"
+    if found["low"] > 0:
+        return f"tuned answers better: {numbers}"
+    if found["high"] < 0:
+        return f"tuned answers worse, keep the base: {numbers}"
+    return f"no evidence that tuned answers better: {numbers}"
+
+
+# ------------------------------------------------------------------------------- refusal threshold
+
+
+def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float | None:
+    """The retrieval score below which refusing unread gives the best overall F1; None when it never helps.
+
+    SQuAD 2.0's own rule (find_best_thresh in evaluate-v2.0.py), with the best passage's similarity as confidence.
+    Of equally good thresholds the lowest, which refuses least.
+    """
+    ordered = sorted(zip(confidences, scores, strict=True), key=lambda pair: pair[0])
+    gain = best = 0.0
+    threshold = None
+    for (here, score), (after, _) in zip(ordered, [*ordered[1:], (float("inf"), None)], strict=True):
+        gain += float(not score["answerable"]) - score["overall_f1"]
+        if gain > best + 1e-9 and after > here:
+            best, threshold = gain, here + 1e-4 if after == float("inf") else (here + after) / 2
+    return threshold and round(threshold, 5)
+
+
+def split_halves(scores: Sequence[dict]) -> tuple[list[int], list[int]]:
+    """Numbers of the questions to fit on and of those to report on; unanswerable ones in equal shares."""
+    ordered = sorted(range(len(scores)), key=lambda n: scores[n]["answerable"])
+    return sorted(ordered[::2]), sorted(ordered[1::2])
+
+
+# ------------------------------------------------------------------------------- two runs
+
+
+def read_run(report: Path) -> dict[tuple, dict]:
+    """(model, context, question, answers) -> scores, from the answers.jsonl beside an evaluation.json."""
+    answers = report.parent / "answers.jsonl"
+    if not (report.is_file() and answers.is_file()):
+        raise fail("no evaluation there", str(report), "name an evaluation.json that has its answers.jsonl beside it")
+    try:
+        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+        return {
+            (line["model"], line["context"], line["question"], tuple(line["answers"])): line["scores"] for line in lines
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise fail(f"damaged answers ({error})", str(answers), "evaluate again") from error
+
+
+def compare_runs(first: Path, second: Path, seed: int) -> list[dict]:
+    """first - second in F1 and overall F1 for every cell that both have, over the questions that both have.
+
+    Raises UserError when they share no question.
+    """
+    left, right = read_run(first), read_run(second)
+    rows = []
+    for cell in [(model, context) for model in MODELS for context in CONTEXTS]:
+        for metric in ("f1", "overall_f1"):
+            keys = [key for key in left if key[:2] == cell and key in right and left[key].get(metric) is not None]
+            if keys:
+                values = [[run[key][metric] for key in keys] for run in (left, right)]
+                means = [round(sum(part) / len(part), 4) for part in values]
+                row = {"model": cell[0], "context": cell[1], "metric": metric, "first": means[0], "second": means[1]}
+                rows.append({**row, **paired_bootstrap(*values, seed)})
+    if not rows:
+        raise fail("the two runs share no question", f"{first}, {second}", "compare runs over the same questions")
+    return rows
