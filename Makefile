@@ -1,5 +1,5 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
-# make evaluate  what fine-tuning and retrieval bought: base and tuned model on the sample questions (after make demo)
+# make evaluate  base and tuned model on the sample questions, into evaluations/demo and README.md (after make demo)
 # make test    set up if needed, lint, run the tests
 # make setup   the set-up alone: .venv and the embedded models
 # make clean   remove caches and the demo's adapter
@@ -36,6 +36,7 @@ demo: setup
 
 evaluate: setup
 	$(PY) rag_qlora.py evaluate $(DEMO) --output evaluations/demo
+	$(PY) -m qlora.report README.md evaluations/demo
 
 test: setup
 	.venv/bin/ruff check .

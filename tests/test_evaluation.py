@@ -1,6 +1,7 @@
 """Metrics against hand-computed cases and SQuAD's definitions; questions; intervals; verdicts."""
 
 import json
+import shutil
 
 import pytest
 from conftest import SAMPLE, rag
@@ -193,6 +194,7 @@ CELL = {
 def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys, monkeypatch):
     from qlora.generator import Generator
 
+    tiny_adapter = shutil.copytree(tiny_adapter, tmp_path / "tiny")
     words = ["evaluate", "--adapter", tiny_adapter, "--limit", 12, "--max-new-tokens", 4, "--output", tmp_path / "out"]
     assert rag(*words) == 0
     out = capsys.readouterr().out
