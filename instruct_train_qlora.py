@@ -19,9 +19,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from qlora import adapter, base_model, console, dataset, presets, settings
+from qlora import adapter, base_model, checkpoints, console, dataset, presets, settings
 
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
+REPORTERS = ("tensorboard", "wandb", "trackio")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -29,8 +30,6 @@ def main(argv: list[str]) -> int:
     args = resolve_arguments(argv)
     settings.quieten_libraries()
     console.print_settings("QLoRA fine-tuning", vars(args))
-    partial = adapter.start_folder(args.output)
-
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
         rows, counts = load_and_filter(args)
@@ -38,7 +37,9 @@ def main(argv: list[str]) -> int:
     with console.step(STEPS, "Model Setup"):
         model = load_model(args)
     with console.step(STEPS, "Training Process"):
-        result = train_model(args, model, tokenizer, training, held_out, partial)
+        result = train_model(args, model, tokenizer, training, held_out)
+    if settings.process_rank() > 0:
+        return 0  # the first process saves
     with console.step(STEPS, "Model Saving"):
         save_adapter(args, model, tokenizer, prompt, describe_run(args, rows, counts, training, held_out, result))
     console.note(f'Next: python rag_qlora.py ask --adapter {args.output} "Your question?"')
@@ -95,7 +96,9 @@ def load_model(args):
     from qlora import trainer
 
     base = base_model.load_base_model(base_model.resolve_base_model(args.base_model), training=True)
-    model = trainer.add_lora(base, args.rank, args.alpha, args.dropout, args.seed)
+    model = trainer.add_lora(
+        base, args.rank, args.alpha, args.dropout, args.seed, args.target_modules, args.rslora, args.dora
+    )
     trainable, total = trainer.count_parameters(model)
     console.note(
         f"{total / 1e6:,.0f} M weights in 4-bit NF4, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})"
@@ -106,18 +109,42 @@ def load_model(args):
 # ============================================================================ Training Process
 
 
-def train_model(args, model, tokenizer, training, held_out, partial: Path) -> dict:
-    """Trains; returns held-out loss before and after, speed and peak memory."""
-    from qlora import trainer
+def train_model(args, model, tokenizer, training, held_out) -> dict:
+    """Trains, or goes on where a run stopped; returns held-out loss before and after, speed and peak memory."""
+    from qlora import trainer, training_run
 
+    partial = adapter.partial_folder(args.output)
+    if settings.process_rank() == 0:
+        checkpoints.start_folder(partial, args.resume)
+        checkpoints.match_manifest(partial, describe_start(args, training, held_out))
     plan = trainer.plan_schedule(args, len(training), model.num_parameters())
-    effective = plan.micro_batch * plan.accumulation
     recompute = "on" if plan.checkpointing else "off"
-    console.note(f"{plan.steps} steps of {effective} rows, gradient checkpointing {recompute}")
+    console.note(f"{plan.steps} steps of {plan.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, plan, partial)
-    result = trainer.train(run, partial / "metrics.jsonl")
-    console.note(f"{result['useful_tokens_per_second']} useful tokens/s, {result['train_seconds']} s")
-    return {**result, "peak_memory": trainer.peak_memory()}
+    run.accelerator.wait_for_everyone()
+    result = training_run.train(run, checkpoints.last_checkpoint(partial))
+    return {**result, "peak_memory": training_run.peak_memory()}
+
+
+def describe_start(args, training, held_out) -> dict:
+    """The manifest: what a resumed run must have in common with the one that stopped."""
+    free = {"resume", "overwrite", "keep_checkpoints", "dry_run", "merge", "push_to_hub", "report_to"}
+    rows = {name: digest_rows(part) for name, part in (("training", training), ("held out", held_out))}
+    return {
+        "arguments": {name: printable(value) for name, value in vars(args).items() if name not in free},
+        "sha256 of rows": rows,
+        "base model": base_model.fingerprint(base_model.resolve_base_model(args.base_model)),
+        "processes": settings.process_count(),
+        "versions": library_versions(),
+    }
+
+
+def digest_rows(rows) -> str:
+    return hashlib.sha256("\n".join(json.dumps(asdict(row), sort_keys=True) for row in rows).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 # ============================================================================ Model Saving
@@ -130,13 +157,12 @@ def save_adapter(args, model, tokenizer, prompt, run: dict) -> None:
 
 def describe_run(args, rows, counts, training, held_out, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
-    digest = hashlib.sha256("\n".join(json.dumps(asdict(row), sort_keys=True) for row in rows).encode()).hexdigest()
     return {
         "base_model": {"name": args.base_model, "rebuild": rebuild_hint(args.base_model)},
         "quantisation": base_model.quantization_config().to_diff_dict(),
         "dataset": {
             "source": args.dataset,
-            "sha256_of_rows": digest,
+            "sha256_of_rows": digest_rows(rows),
             "rows_kept": len(rows),
             "rows_dropped_or_shortened": dict(counts),
             "training_rows": len(training),
@@ -144,7 +170,7 @@ def describe_run(args, rows, counts, training, held_out, result: dict) -> dict:
         },
         "arguments": {name: printable(value) for name, value in vars(args).items()},
         "result": result,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": library_versions(),
         "git_commit": git_commit(),
     }
 
@@ -205,6 +231,7 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
 def check_inputs(args, problems: console.Problems) -> None:
     """Adds what is wrong with the files that the arguments name."""
     with problems.collecting():
+        checkpoints.check_unfinished(adapter.partial_folder(args.output), args.resume, args.overwrite)
         adapter.check_output(args.output, args.overwrite)
         rank = args.rank if isinstance(args.rank, int) else 1
         base_model.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(rank))
@@ -270,6 +297,9 @@ def add_model_flags(flag) -> None:
     flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank (16)")
     flag("--alpha", type=console.number(int, 1), help="LoRA alpha (twice the rank)")
     flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout (0)")
+    flag("--target-modules", nargs="+", default="all-linear", help="names of the layers to adapt (all linear ones)")
+    flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
+    flag("--dora", action="store_true", help="train magnitudes, too: slower, sometimes better at low ranks")
     text = "recompute activations, less memory but slower: auto, on, off (auto: from a billion weights on)"
     flag("--gradient-checkpointing", type=choice, default="auto", help=text)
 
@@ -284,7 +314,14 @@ def add_training_flags(flag) -> None:
     flag("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
     flag("--warmup", type=console.number(float, 0, 1), default=0.05, help="share of steps with rising rate (0.05)")
     flag("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
-    flag("--eval-steps", type=steps, default=0, help="held-out loss every N steps (0: twice a run)")
+    flag("--neftune", type=console.number(float, 0, 100), default=0.0, help="noise on embeddings, 5 is usual (0: none)")
+    flag("--eval-steps", type=steps, default=0, help="held-out loss and answers every N steps (0: twice a run)")
+    flag("--eval-answers", type=steps, default=8, help="held-out rows to answer at each evaluation (8; 0: none)")
+    flag("--patience", type=steps, default=0, help="stop after N evaluations without a lower loss (0: never)")
+    flag("--save-steps", type=steps, default=0, help="checkpoint every N steps (0: ten times a run)")
+    flag("--keep-checkpoints", type=count, default=1, help="checkpoints to keep during the run (1)")
+    flag("--resume", action="store_true", help="go on with a run that was stopped or killed")
+    flag("--report-to", type=console.choice("none", *REPORTERS), default="none", help=f"none, {', '.join(REPORTERS)}")
 
 
 if __name__ == "__main__":

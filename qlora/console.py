@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-USER_MISTAKE = 2
+from qlora import settings
+
+RUN_FAILED, USER_MISTAKE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class UserError(Exception):
     def __init__(self, *problems: Problem):
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
+
+
+class RunError(UserError):
+    """Raised when a run failed in a way that we know, through no mistake in the call; exit code 1, no traceback."""
 
 
 @dataclass
@@ -64,7 +70,7 @@ def fail(what: str, where: str, fix: str) -> UserError:
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """The exit code of `main(argv)`: 0 done, 2 the user's mistakes (printed), 130 interrupted.
+    """The exit code of `main(argv)`: 0 done, 2 the user's mistakes, 1 a failed run (both printed), 130 interrupted.
 
     Other exceptions pass through: they are ours, and their traceback is wanted.
     """
@@ -72,7 +78,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print_problems(error.problems)
-        return USER_MISTAKE
+        return RUN_FAILED if isinstance(error, RunError) else USER_MISTAKE
     except KeyboardInterrupt:
         note("Stopped.")
         return 130
@@ -152,10 +158,13 @@ def parse_arguments(
 
 
 def stderr():
-    """A rich console on stderr, made anew so that redirection of sys.stderr is respected."""
+    """A rich console on stderr, made anew so that redirection of sys.stderr is respected.
+
+    Of several processes only the first is heard.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=settings.process_rank() > 0)
 
 
 def note(text: str) -> None:

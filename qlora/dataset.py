@@ -9,18 +9,29 @@ import difflib
 import hashlib
 import json
 import random
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora.console import Problems, UserError, fail
+from qlora.console import Problems, fail
 from qlora.prompt import Prompt, defuse, encode_row, fit_passages
+from qlora.row_filters import (
+    CITATIONS,
+    COLUMNS,
+    REQUIRED,
+    Dropped,
+    Selection,
+    answer_span,
+    is_refusal,
+    normalize,
+    pad_words,
+    reason_to_drop,
+    sample_rows,
+)
 
-COLUMNS = ("instruction", "response", "context", "category", "source")
-REQUIRED = ("instruction", "response")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+TEMPLATE = 5  # contexts from which on an instruction is a task for any text ("Summarise this"), no question
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,11 @@ class Row:
     def document(self) -> str:
         """What keeps rows together when a share is held out: the document, else the context, else the row."""
         return self.source or self.context or self.instruction
+
+    @property
+    def subject(self) -> str:
+        """What related documents share: the folder of `source`, else the category."""
+        return self.source.rpartition("/")[0] or self.category
 
 
 # ------------------------------------------------------------------------------- load
@@ -167,35 +183,34 @@ def check_cells(table, names: dict[str, str], source: str) -> None:
 # ------------------------------------------------------------------------------- filter, split
 
 
-def keep_usable(rows: Sequence[Row], filters: dict[str, set[str]]) -> tuple[list[Row], Counter]:
-    """The rows that pass, and how many were dropped for which reason.
+def keep_usable(
+    rows: Sequence[Row], selection: Selection | dict[str, set[str]], seed: int = 0
+) -> tuple[list[Row], Dropped]:
+    """The rows that pass, in their order, and how many were dropped for which reason, with examples.
 
-    `filters` maps a column to the values it may have. Rows with an empty instruction or response and
-    repeated rows go too. Raises UserError when nothing is left.
+    A dict stands for a `Selection` of the values that columns may have. Rows with an empty instruction
+    or response and repeated rows go too; `seed` decides which rows stay within `max_rows`. Raises
+    UserError when nothing is left.
     """
-    kept: dict[Row, None] = {}
-    dropped: Counter = Counter()
+    if isinstance(selection, dict):
+        selection = Selection(equal=selection)
+    passed: dict[Row, None] = {}
+    dropped = Dropped()
     for row in rows:
-        reason = reason_to_drop(row, filters) or ("duplicate" if row in kept else "")
+        reason = reason_to_drop(row, selection) or ("duplicate" if row in passed else "")
         if reason:
-            dropped[reason] += 1
+            dropped.add(reason, row)
         else:
-            kept[row] = None
-    if not kept:
+            passed[row] = None
+    if not passed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise fail("no row is left after filtering", reasons, "loosen --filter or give other rows")
-    return list(kept), dropped
-
-
-def reason_to_drop(row: Row, filters: dict[str, set[str]]) -> str:
-    """Why a row cannot be trained on, or an empty string."""
-    for name, values in filters.items():
-        if getattr(row, name) not in values:
-            return f"{name} not selected"
-    for name in REQUIRED:
-        if not getattr(row, name):
-            return f"empty {name}"
-    return ""
+    kept = sample_rows(list(passed), selection.max_rows, seed)
+    chosen = set(kept)
+    for row in passed:
+        if row not in chosen:
+            dropped.add("over --max-rows", row)
+    return kept, dropped
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -221,55 +236,112 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     return training, [row for row in rows if row.document in held]
 
 
+def drop_leaked(training: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], Dropped]:
+    """Training rows whose question and context no held-out row has, and what was dropped.
+
+    `hold_out` keeps documents apart, but two documents may share a paragraph, or answer one question.
+    Compared are whole words (`normalize`). An instruction for any text ("Summarise this"), which stands
+    with `TEMPLATE` contexts or more, is no question. Raises UserError when no training row is left.
+    """
+    contexts_of = defaultdict(set)
+    for row in [*training, *held_out]:
+        contexts_of[normalize(row.instruction)].add(normalize(row.context))
+    templates = {question for question, contexts in contexts_of.items() if len(contexts) >= TEMPLATE}
+    questions = {normalize(row.instruction) for row in held_out} - templates - {""}
+    contexts = {normalize(row.context) for row in held_out} - {""}
+    kept, dropped = [], Dropped()
+    for row in training:
+        if normalize(row.instruction) in questions:
+            dropped.add("question also held out", row)
+        elif normalize(row.context) in contexts:
+            dropped.add("context also held out", row)
+        else:
+            kept.append(row)
+    if not kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise fail("no training row is left apart from the held-out ones", reasons, "give rows of more documents")
+    return kept, dropped
+
+
 # ------------------------------------------------------------------------------- shape
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Where distractors come from: all contexts, in pools, and what they must not hold."""
+
+    by_document: dict[str, list[str]]
+    by_subject: dict[str, list[str]]
+    everything: list[str]
+    words: dict[str, str]  # context -> its padded words
+    answers: dict[str, set[str]]  # normalised question -> padded words of its answers
+
+
+def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
+    """The contexts of the rows in sorted pools, so that the order of the rows doesn't matter."""
+    words, answers = {}, defaultdict(set)
+    by_document, by_subject = defaultdict(set), defaultdict(set)
+    for row in rows:
+        if row.context:
+            by_document[row.document].add(row.context)
+            by_subject[row.subject].add(row.context)
+            words[row.context] = words.get(row.context) or pad_words(row.context)
+        if not is_refusal(row.response, refusal):
+            answers[normalize(row.instruction)].add(pad_words(answer_span(row.response)))
+    pools = ({name: sorted(texts) for name, texts in pool.items()} for pool in (by_document, by_subject))
+    return Contexts(*pools, sorted(words), words, answers)
 
 
 def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, prompt: Prompt, seed: int) -> list[Row]:
     """Rows with passages as retrieval gives them: the context among up to `count` others, shuffled.
 
-    Others come from the same document first and never contain the response. With probability
-    1 - `gold_probability` the context is left out and the right response is the refusal (RAFT,
-    arXiv 2403.10131: training on distractors is what makes tuning help retrieval). Other responses end in
-    the citation of the context. Depends on row and seed alone. Rows without context are left as they are.
+    Others come from the same document first, then from its subject, then from anywhere, and never hold the
+    answer. With probability 1 - `gold_probability` the context is left out and the right response is the
+    refusal (RAFT, arXiv 2403.10131: training on distractors is what makes tuning help retrieval). Other
+    responses end in the citation of the context. Depends on the row, the contexts of all rows and the
+    seed alone. Rows without context are left as they are.
     """
-    by_document = defaultdict(dict)
-    for row in rows:
-        if row.context:
-            by_document[row.document][row.context] = None
-    everything = [context for contexts in by_document.values() for context in contexts]
+    contexts = gather_contexts(rows, prompt.refusal)
     return [
-        shape_row(row, list(by_document[row.document]), everything, count, gold_probability, prompt, seed)
-        if row.context
-        else row
-        for row in rows
+        shape_row(row, contexts, count, gold_probability, prompt.refusal, seed) if row.context else row for row in rows
     ]
 
 
-def shape_row(row, nearby, everything, count, gold_probability, prompt: Prompt, seed) -> Row:
-    """One row of `add_distractors`: `nearby` are contexts of its document, `everything` all contexts."""
+def shape_row(row: Row, contexts: Contexts, count: int, gold_probability: float, refusal: str, seed: int) -> Row:
+    """One row of `add_distractors`."""
     chance = random.Random(hashlib.sha256(f"{seed}\n{row.instruction}\n{row.context}".encode()).digest())
-    refused = row.response == prompt.refusal
-    answer = row.response.rstrip(".").lower()
-
-    def usable(context: str) -> bool:
-        return context != row.context and (refused or answer not in context.lower())
-
-    near = [context for context in nearby if usable(context)]
-    far = [context for context in chance.sample(everything, min(len(everything), 8 * count)) if usable(context)]
-    chance.shuffle(near)
-    others = list(dict.fromkeys(near + far))[:count]
+    others = pick_distractors(row, contexts, count, refusal, chance)
+    refused = is_refusal(row.response, refusal)
     keeps_gold = refused or not others or chance.random() < gold_probability
     passages = [row.context, *others] if keeps_gold else others
     chance.shuffle(passages)
     if refused or not keeps_gold:
-        return replace(row, passages=tuple(passages), response=prompt.refusal)
-    cited = f"{row.response} [{passages.index(row.context) + 1}]"
+        return replace(row, passages=tuple(passages), response=refusal)
+    cited = f"{CITATIONS.sub('', row.response)} [{passages.index(row.context) + 1}]"
     return replace(row, passages=tuple(passages), response=cited)
 
 
-def answer_span(response: str) -> str:
-    """The response without its citation, a leading "Yes," or "No," and the full stop: what the context holds."""
-    return re.sub(r"^(yes|no)\b[,.:;]?\s*|\s*\[\d+\]$", "", response, flags=re.IGNORECASE).rstrip(".")
+def pick_distractors(row: Row, contexts: Contexts, count: int, refusal: str, chance: random.Random) -> list[str]:
+    """Up to `count` contexts without the answer, from the nearest pool that has some.
+
+    Of a large pool only 8 * count + 8 random contexts are looked at, so that time grows with the rows, not
+    with their square. What another row answers to the same question is an answer, too: a refusal has no
+    other. A bare "Yes" leaves no words to look for.
+    """
+    own = set() if is_refusal(row.response, refusal) else {pad_words(answer_span(row.response))}
+    same_question = contexts.answers.get(normalize(row.instruction), set())
+    answers = (own | same_question if len(same_question) < TEMPLATE else own) - {"  "}
+    seen = {contexts.words[row.context]}
+    picked: list[str] = []
+    for pool in (contexts.by_document[row.document], contexts.by_subject[row.subject], contexts.everything):
+        for text in chance.sample(pool, min(len(pool), 8 * count + 8)):
+            if len(picked) == count:
+                return picked
+            words = contexts.words[text]
+            if words not in seen and not any(answer in words for answer in answers):
+                seen.add(words)
+                picked.append(text)
+    return picked
 
 
 @dataclass(frozen=True)
@@ -308,5 +380,5 @@ def tokenize_rows(
         else:
             examples.append(Example(input_ids, labels))
     if not examples:
-        raise UserError(*fail("every row is too long", f"--max-length {max_length}", "raise --max-length").problems)
+        raise fail("every row is too long", f"--max-length {max_length}", "raise --max-length")
     return examples, counts

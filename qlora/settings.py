@@ -50,6 +50,16 @@ def data_folder() -> Path:
     return folder
 
 
+def process_rank(local: bool = False) -> int:
+    """The number of this process among those of `accelerate launch` (on this machine); 0 when alone."""
+    return int(os.environ.get("LOCAL_RANK" if local else "RANK", 0))
+
+
+def process_count() -> int:
+    """How many processes `accelerate launch` started; 1 when alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def quieten_libraries() -> None:
     """Silences advice of libraries that would bury our own lines; errors and downloads still show.
 

@@ -10,30 +10,46 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora import console
+from qlora import checkpoints, console, settings
 from qlora.base_model import LARGE, compute_dtype
 from qlora.dataset import Example
 from qlora.prompt import IGNORED
 
 
-def add_lora(model, rank: int, alpha: int, dropout: float, seed: int):
-    """The model with trainable low-rank adapters on all linear layers but the head, the rest frozen."""
+def add_lora(model, rank: int, alpha: int, dropout: float, seed: int, targets="all-linear", rslora=False, dora=False):
+    """The model with trainable low-rank adapters, the rest frozen.
+
+    `targets` names the linear layers (all but the head by default). `rslora` scales by alpha / sqrt(rank)
+    (arXiv 2312.03732), `dora` trains the magnitudes, too (arXiv 2402.09353). Raises UserError for unknown layers.
+    """
     from peft import LoraConfig, get_peft_model
 
     set_seed(seed)  # the A matrices start random
     lora = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_rslora=rslora,
+        use_dora=dora,
+        task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if "Linear" in type(layer).__name__}
+        fix = f"name some of {', '.join(sorted(linear))}"
+        raise console.fail(f"no layer is called that ({targets})", "--target-modules", fix) from error
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -56,15 +72,26 @@ class Schedule:
     accumulation: int
     steps: int
     eval_steps: int
+    save_steps: int
     warmup_steps: int
     scheduler: str
     checkpointing: bool
+    patience: int
+    keep_checkpoints: int
+    eval_answers: int
+    neftune: float
+    report_to: str
     seed: int
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows an optimizer step, of all processes."""
+        return self.micro_batch * self.accumulation * settings.process_count()
 
 
 def plan_schedule(args, rows: int, parameters: int) -> Schedule:
     """The schedule of a run over `rows` rows; --max-steps goes before --epochs."""
-    effective = args.batch_size * args.accumulation
+    effective = args.batch_size * args.accumulation * settings.process_count()
     steps = args.max_steps or max(1, math.ceil(args.epochs * rows / effective))
     return Schedule(
         learning_rate=args.learning_rate,
@@ -72,9 +99,15 @@ def plan_schedule(args, rows: int, parameters: int) -> Schedule:
         accumulation=args.accumulation,
         steps=steps,
         eval_steps=args.eval_steps or math.ceil(steps / 2),
+        save_steps=args.save_steps or math.ceil(steps / 10),
         warmup_steps=math.ceil(args.warmup * steps),
         scheduler=args.scheduler,
         checkpointing=needs_checkpointing(args.gradient_checkpointing, parameters),
+        patience=args.patience,
+        keep_checkpoints=args.keep_checkpoints,
+        eval_answers=args.eval_answers,
+        neftune=args.neftune,
+        report_to=args.report_to,
         seed=args.seed,
     )
 
@@ -100,10 +133,10 @@ def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
-    """Summed cross-entropy of the labelled tokens over `items` (default: their number).
+def token_losses(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of every label from the batch's longest response on: (rows, longest), 0 where there is none.
 
-    The head, a third of the work of a small Llama, runs over the longest response of the batch only.
+    The head, a third of the work of a small Llama, runs over those positions only.
     """
     labels = inputs["labels"]
     longest = int((labels != IGNORED).sum(dim=1).max())
@@ -118,17 +151,23 @@ def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = No
         use_cache=False,
     ).logits[:, :-1]
     targets = labels[:, -longest:]
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return loss / (items if items is not None else (targets != IGNORED).sum())
+    return losses.view_as(targets)
+
+
+def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
+    """Summed cross-entropy of the labelled tokens over `items` (default: their number)."""
+    return token_losses(model, inputs).sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
 
 
 class LengthOrder(Sampler):
     """Row numbers so that each batch holds rows of similar length; a new seeded order every epoch.
 
-    Rows are shuffled, sorted by length within pools of `pool` batches, and the batches shuffled. The
-    order depends on seed and epoch alone (TRL's sampler draws from the global generator).
+    Rows are shuffled, sorted by length within pools of `pool` batches, and the batches shuffled. A batch is that
+    of an optimizer step: its rows are the same in any number of micro batches and processes. The order depends on
+    seed and epoch alone (TRL's sampler draws from the global generator).
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int, pool: int = 16):
@@ -156,44 +195,29 @@ class LengthOrder(Sampler):
         return iter([n for batch in batches + last for n in batch])
 
 
+@dataclass
+class Progress:
+    """What goes from checkpoint to checkpoint beside weights, optimizer and random state."""
+
+    useful_tokens: int = 0
+    labelled_tokens: int = 0
+    all_tokens: int = 0  # with padding
+    seconds: float = 0.0  # of training alone, without evaluations
+    best_loss: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    evaluated_step: int = 0
+
+
 class ResponseTrainer(SFTTrainer):
     """SFTTrainer over our own token ids and labels; see the module's docstring."""
 
     def __init__(
-        self, model, tokenizer, training: Sequence[Example], held_out: Sequence[Example], plan: Schedule, folder
+        self, model, tokenizer, training: Sequence[Example], held_out: Sequence[Example], plan: Schedule, folder: Path
     ):
-        on_gpu = torch.cuda.is_available()
-        dtype = compute_dtype()
-        config = SFTConfig(
-            output_dir=str(folder),
-            learning_rate=plan.learning_rate,
-            per_device_train_batch_size=plan.micro_batch,
-            per_device_eval_batch_size=2 * plan.micro_batch,  # no gradients to keep
-            gradient_accumulation_steps=plan.accumulation,
-            max_steps=plan.steps,
-            warmup_steps=plan.warmup_steps,
-            lr_scheduler_type=plan.scheduler,
-            optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            use_cpu=not on_gpu,
-            activation_checkpointing=plan.checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
-            eval_strategy="steps",
-            eval_steps=plan.eval_steps,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            seed=plan.seed,
-        )
-        # TRL refuses the DataParallel that Trainer would choose with several GPUs and one process.
-        config._n_gpu = min(config.n_gpu, 1)
         super().__init__(
             model=model,
-            args=config,
+            args=trainer_config(plan, folder),
             processing_class=tokenizer,
             data_collator=collate,
             train_dataset=as_dataset(training),
@@ -201,36 +225,204 @@ class ResponseTrainer(SFTTrainer):
             eval_dataset=as_dataset(sorted(held_out, key=lambda example: -len(example.input_ids))),
         )
         self.remove_callback(PrinterCallback)
-        self.lengths = [len(example.input_ids) for example in training]
-        self.useful_tokens = 0
+        self.plan, self.folder = plan, folder
+        self.order = LengthOrder([len(example.input_ids) for example in training], plan.effective_batch, plan.seed)
+        self.sample = held_out[:: math.ceil(len(held_out) / plan.eval_answers)] if plan.eval_answers else []
+        self.progress = Progress()
+        self.best: dict[str, torch.Tensor] = {}
+        self.parts = 1  # a micro batch is run in so many, after memory ran out
         # TRL casts the adapter to bf16, where small steps of AdamW round to nothing.
-        for weight in self.model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()
+        for weight in self.trained().values():
+            weight.data = weight.data.float()
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return LengthOrder(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+        return self.order
+
+    # ----------------------------------------------------------------------- train
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = response_loss(model, inputs, num_items_in_batch)
-        if model.training:
-            self.useful_tokens += int(inputs["attention_mask"].sum())
+        loss = response_loss(model, inputs, num_items_in_batch) * settings.process_count()  # DDP takes the mean
+        progress, count = self.progress, settings.process_count()
+        progress.useful_tokens += int(inputs["attention_mask"].sum()) * count
+        progress.labelled_tokens += int((inputs["labels"] != IGNORED).sum()) * count
+        progress.all_tokens += inputs["labels"].numel() * count
         return (loss, None) if return_outputs else loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As SFTTrainer's. When memory runs out, fewer rows at a time from then on, to the same gradient."""
+        weights = self.trained().values()
+        gradients = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+        progress = replace(self.progress)
+        while True:
+            loss = 0.0
+            try:
+                for part in split_rows(inputs, self.parts):
+                    loss = loss + super().training_step(model, part, num_items_in_batch)
+                return loss
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+                if not ran_out_of_memory(error):
+                    raise
+                rows = math.ceil(len(inputs["labels"]) / self.parts)
+                if rows == 1 or settings.process_count() > 1:
+                    fix = "lower --batch-size or --max-length, or give --gradient-checkpointing on"
+                    raise console.RunError(
+                        console.Problem(f"out of memory with {rows} rows at a time", "training", fix)
+                    ) from error
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient if gradient is None else gradient.clone()
+            self.progress = replace(progress)
+            self.parts *= 2
+            console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
+
+    # ----------------------------------------------------------------------- evaluate
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Held-out loss as a mean over tokens: it doesn't depend on the batch size, as Trainer's mean of means does."""
+        """Held-out loss, the probability of EOS after the response, exact match and F1 of answers to a fixed sample.
+
+        The loss is a mean over tokens: Trainer's mean of means depends on the batch size.
+        """
         started = time.perf_counter()
         self.model.eval()
-        total, tokens = 0.0, 0
-        for inputs in self.get_eval_dataloader():
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                total += response_loss(self.model, inputs, items=1).item()
-            tokens += int((inputs["labels"] != IGNORED).sum())
-        metrics = {"eval_loss": total / tokens, "eval_runtime": time.perf_counter() - started}
+        rows = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in self.get_eval_dataloader():
+                inputs = self._prepare_inputs(inputs)
+                losses = token_losses(self.model, inputs)
+                labelled = (inputs["labels"] != IGNORED).sum(dim=1)
+                part = torch.stack([losses.sum(dim=1), labelled, (-losses[:, -1]).exp()], dim=1)
+                rows.append(self.accelerator.gather_for_metrics(part).double())
+            total, tokens, ends = torch.cat(rows).unbind(dim=1)
+            metrics = {"eval_loss": float(total.sum() / tokens.sum()), "eval_ends": float(ends.mean())}
+            metrics |= self.answer_sample()
+        metrics["eval_runtime"] = time.perf_counter() - started
+        self.progress.evaluated_step = self.state.global_step
+        self.keep_best(metrics["eval_loss"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_stale():
+            console.note(f"no better for {self.progress.stale} evaluations: stopping early")
+            self.control.should_training_stop = True
         return metrics
+
+    def answer_sample(self) -> dict[str, float]:
+        """Exact match and F1 of greedy answers to the sample, without their citations."""
+        if not self.sample:
+            return {}
+        from qlora.citations import MARK
+        from qlora.evaluation import exact_match, token_f1
+        from qlora.generator import Generator
+
+        prompts = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == IGNORED] for e in self.sample]
+        wanted = [[label for label in example.labels if label != IGNORED] for example in self.sample]
+        longest = max(map(len, wanted)) + 8  # a longer answer is wrong in any case
+        generator = Generator(model=self.model, tokenizer=self.processing_class, max_new_tokens=longest)
+        made = [ids for prompt in chunk(prompts, self.plan.micro_batch) for ids in generator.generate_ids(prompt)]
+        texts = [
+            [MARK.sub("", text).strip() for text in self.processing_class.batch_decode(ids, skip_special_tokens=True)]
+            for ids in (made, wanted)
+        ]
+        pairs = list(zip(*texts, strict=True))
+        return {
+            "eval_em": sum(exact_match(answer, [right]) for answer, right in pairs) / len(pairs),
+            "eval_f1": sum(token_f1(answer, [right]) for answer, right in pairs) / len(pairs),
+        }
+
+    def keep_best(self, loss: float) -> None:
+        """Remembers the weights of the lowest held-out loss; the untrained ones don't count."""
+        if self.state.global_step == 0:
+            return
+        if self.progress.best_loss is None or loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step, self.progress.stale = loss, self.state.global_step, 0
+            self.best = {name: weight.detach().cpu().clone() for name, weight in self.trained().items()}
+        else:
+            self.progress.stale += 1
+
+    def is_stale(self) -> bool:
+        return 0 < self.plan.patience <= self.progress.stale
+
+    # ----------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.folder / checkpoints.STAGING)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            staged = self.folder / checkpoints.STAGING / f"checkpoint-{step}"
+            save_file(self.best, staged / "best.safetensors")
+            (staged / "progress.json").write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+            checkpoints.put_in_place(self.folder, step, self.plan.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes up what `_save_checkpoint` wrote besides Trainer's own files, and the adapter's weights."""
+        self.progress = Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+        self.best = load_file(checkpoint / "best.safetensors")
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    def restore_best(self) -> None:
+        """Puts the weights of the lowest held-out loss back into the model."""
+        for name, weight in self.trained().items():
+            weight.data.copy_(self.best[name])
+
+
+def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
+    on_gpu, dtype = torch.cuda.is_available(), compute_dtype()
+    config = SFTConfig(
+        output_dir=str(folder),
+        learning_rate=plan.learning_rate,
+        per_device_train_batch_size=plan.micro_batch,
+        per_device_eval_batch_size=2 * plan.micro_batch,  # no gradients to keep
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        lr_scheduler_type=plan.scheduler,
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not on_gpu,
+        activation_checkpointing=plan.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
+        neftune_noise_alpha=plan.neftune or None,
+        eval_strategy="steps",
+        eval_steps=plan.eval_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide what the guards look for
+        save_strategy="steps",
+        save_steps=plan.save_steps,
+        report_to=plan.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        ddp_find_unused_parameters=False,
+        seed=plan.seed,
+    )
+    # TRL refuses the DataParallel that Trainer would choose with several GPUs and one process.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
+
+
+def split_rows(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """The batch in `parts` of about as many rows each."""
+    size = math.ceil(len(inputs["labels"]) / parts)
+    starts = range(0, len(inputs["labels"]), size)
+    return [{key: value[at : at + size] for key, value in inputs.items()} for at in starts]
+
+
+def chunk(values: Sequence, size: int) -> list[Sequence]:
+    return [values[at : at + size] for at in range(0, len(values), size)]
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA's own exception, or what torch's CPU allocator raises."""
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def as_dataset(examples: Sequence[Example]):
@@ -240,75 +432,3 @@ def as_dataset(examples: Sequence[Example]):
     return datasets.Dataset.from_dict(
         {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
     )
-
-
-class Recorder(TrainerCallback):
-    """Shows a progress bar with loss and time left, and appends every measurement to metrics.jsonl."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.bar = console.progress()
-        self.task = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar.start()
-        self.task = self.bar.add_task("training", total=state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        known = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
-        if not known:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **known}) + "\n")
-        if "loss" in known:
-            detail = f"loss {known['loss']:.3f}"
-            self.bar.update(self.task, description=f"training, {detail}")
-            if not self.bar.console.is_terminal and state.global_step % math.ceil(state.max_steps / 10) == 0:
-                left = self.bar.tasks[self.task].time_remaining or 0
-                console.note(f"step {state.global_step} of {state.max_steps}, {detail}, {left:.0f} s left")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.stop()
-
-
-def train(trainer: ResponseTrainer, metrics: Path) -> dict[str, float]:
-    """Trains, and returns held-out loss before and after, training loss, speed.
-
-    Seconds and tokens a second are those of training alone, without the evaluations in between.
-    """
-    recorder = Recorder(metrics)
-    trainer.add_callback(recorder)
-    before = trainer.evaluate()["eval_loss"]
-    console.note(f"held-out loss before: {before:.3f}")
-    started = time.perf_counter()
-    try:
-        result = trainer.train()
-    finally:
-        recorder.bar.stop()
-    evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
-    seconds = time.perf_counter() - started - sum(line["eval_runtime"] for line in evaluated)
-    is_last = evaluated and evaluated[-1]["step"] == trainer.state.global_step
-    after = evaluated[-1]["eval_loss"] if is_last else trainer.evaluate()["eval_loss"]
-    console.note(f"held-out loss after: {after:.3f}")
-    return {
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "train_loss": result.training_loss,
-        "train_seconds": round(seconds, 1),
-        "useful_tokens": trainer.useful_tokens,
-        "useful_tokens_per_second": round(trainer.useful_tokens / seconds, 1),
-        "steps": trainer.state.global_step,
-    }
-
-
-def peak_memory() -> dict[str, float]:
-    """Peak memory in GB so far: of this process, and of the GPU when there is one."""
-    import resource
-
-    peaks = {"process_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)}
-    if torch.cuda.is_available():
-        peaks["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    return peaks

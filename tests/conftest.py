@@ -64,7 +64,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
 
 # One short passage a row and six steps: seconds on the tiny model.
-QUICK = ("--distractors", 0, "--max-steps", 6, "--learning-rate", 0.02)
+QUICK = ("--distractors", 0, "--max-steps", 6, "--learning-rate", 0.02, "--warmup", 0, "--eval-answers", 2)
 
 
 def sample_rows() -> list[dict]:

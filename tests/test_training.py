@@ -138,7 +138,7 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tiny_base, tmp_path)
             "--max-steps",
             1,
         ]
-        assert train(*words, "--batch-size", batch, "--accumulation", accumulation, "--warmup", 0) == 0
+        assert train(*words, "--batch-size", batch, "--accumulation", accumulation) == 0
         first = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1])
         norms.append(first["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
@@ -200,7 +200,7 @@ def test_output_folder_is_only_replaced_when_told(tiny_adapter, tiny_base, rows_
 def test_a_run_that_dies_leaves_the_old_adapter(tiny_adapter, tiny_base, rows_file, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_adapter, tmp_path / "mine")
     before = (folder / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr(trainer, "response_loss", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("died")))
+    monkeypatch.setattr(trainer, "token_losses", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("died")))
     words = [
         "--base-model",
         tiny_base,

@@ -1,0 +1,214 @@
+"""The plain recipe, TRL's SFTTrainer, and what train_speed.py needs measured in processes of their own.
+
+    python benchmarks/plain_recipe.py prepare FOLDER    # readies the base model, outside of every measurement
+    python benchmarks/plain_recipe.py train FOLDER      # the plain recipe: FOLDER/plain with adapter and run.json
+    python benchmarks/plain_recipe.py score FOLDER      # losses.json: held-out loss of every adapter in FOLDER
+
+The folder holds setup.json and rows.jsonl, which train_speed.py writes.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from qlora import base_model, console, dataset, settings  # noqa: E402
+from qlora.prompt import IGNORED, choose_prompt, defuse, encode_row  # noqa: E402
+
+VARIANTS = ("plain", "ours", "ours, checkpointed")  # each a folder with an adapter
+SEED, RANK, ALPHA, LEARNING_RATE, WARMUP = 0, 16, 32, 4e-4, 0.05
+DISTRACTORS, GOLD_PROBABILITY, EVAL_SHARE = 1, 0.9, 0.25
+MAX_LENGTH, MAX_CHARACTERS = 2048, 3000  # so short a row, with a distractor, needs no cutting on either side
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the processes of a comparison share."""
+
+    folder: str
+    base_model: str
+    batch_size: int
+    rows: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    def path(self, *names: str) -> Path:
+        return Path(self.folder, *names)
+
+
+def main(argv: list[str]) -> int:
+    command, folder = argv
+    setup = Setup(**json.loads(Path(folder, "setup.json").read_text(encoding="utf-8")))
+    settings.quieten_libraries()
+    source = base_model.resolve_base_model(setup.base_model)
+    if command != "prepare":
+        {"train": train_plain, "score": score_adapters}[command](setup, source)
+    return 0
+
+
+# ------------------------------------------------------------------------------- rows
+
+
+def load_shaped_rows(setup: Setup, source: str, part: int):
+    """The tokenizer, and (messages, response) of the training (0) or held-out (1) rows.
+
+    They are the very texts that instruct_train_qlora.py makes of the file: same functions, same seed.
+    """
+    tokenizer = base_model.load_tokenizer(source)
+    prompt = choose_prompt(tokenizer)
+    rows, _ = dataset.keep_usable(dataset.load_rows(str(setup.path("rows.jsonl"))), {})
+    rows = dataset.hold_out(rows, EVAL_SHARE, SEED)[part]
+    pairs = []
+    for row in dataset.add_distractors(rows, DISTRACTORS, GOLD_PROBABILITY, prompt, SEED):
+        passages = [defuse(tokenizer, text) for text in row.passages]
+        pairs.append((prompt.messages(defuse(tokenizer, row.instruction), passages), defuse(tokenizer, row.response)))
+    return tokenizer, pairs
+
+
+def as_plain_text(tokenizer, messages: list[dict], response: str) -> dict[str, str]:
+    """TRL's prompt and completion; TRL adds EOS.
+
+    Given as messages they would end in what the template writes behind EOS (SmolLM2's a line break),
+    and would not be the same tokens as ours.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if tokenizer("").input_ids == [tokenizer.bos_token_id]:  # Llama-2: the tokenizer adds the BOS again
+        text = text.removeprefix(tokenizer.bos_token)
+    return {"prompt": text, "completion": response}
+
+
+def count_tokens(table, ours: list[tuple[list[int], list[int]]]) -> dict[str, int]:
+    """Tokens of TRL's rows, and how many rows have the very ids and loss positions of ours.
+
+    All have with SmolLM2. Where the tokenizer joins the prompt's end with the response (Llama-2's), a row
+    may differ by a token.
+    """
+    equal = [
+        row["input_ids"] == ids and row["completion_mask"] == [int(label != IGNORED) for label in labels]
+        for row, (ids, labels) in zip(table, ours, strict=True)
+    ]
+    tokens = sum(len(row["input_ids"]) for row in table)
+    return {"rows": len(equal), "rows_with_equal_tokens": sum(equal), "useful_tokens": tokens}
+
+
+# ------------------------------------------------------------------------------- train
+
+
+def train_plain(setup: Setup, source: str) -> None:
+    """Trains with TRL's defaults but for what is named; writes the adapter and what was measured."""
+    import datasets
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer, pairs = load_shaped_rows(setup, source, 0)
+    # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
+    model = base_model.load_base_model(source, training=True)
+    weights = count_4bit_weights(model)
+    config = SFTConfig(
+        output_dir=setup.folder,
+        max_length=MAX_LENGTH,
+        per_device_train_batch_size=setup.batch_size,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(WARMUP * setup.steps),
+        activation_checkpointing=True,  # TRL's default under its new name
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([as_plain_text(tokenizer, *pair) for pair in pairs]),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    run = {"train_seconds": seconds, "peak_memory": peak_memory(), "steps": trainer.state.global_step}
+    run |= count_tokens(trainer.train_dataset, [encode_row(tokenizer, *pair) for pair in pairs])
+    run |= {"useful_tokens_per_second": run["useful_tokens"] / seconds}
+    run |= {"weights_in_4bit": weights, "matmul_gflops": measure_matmul()}
+    trainer.model.save_pretrained(setup.path("plain"))
+    setup.path("plain", "run.json").write_text(json.dumps(run), encoding="utf-8")
+
+
+def count_4bit_weights(model) -> int:
+    """The weights of the linear layers of the decoder: neither embeddings nor head nor norms are in 4-bit."""
+    from bitsandbytes.nn import Linear4bit
+
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory so far in GB, as in run.json: of this process, and of its tensors on a GPU."""
+    import resource
+
+    import torch
+
+    peaks = {"process_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return peaks | ({"gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
+
+
+def measure_matmul(size: int = 2048, seconds: float = 0.5) -> float:
+    """GFLOP/s of square bf16 products, about the most that the machine can do now."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    matrix = torch.randn(size, size, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
+
+    def multiply(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            product = matrix @ matrix
+        product[0, 0].item()  # waits for a GPU
+        return time.perf_counter() - started
+
+    multiply(2)  # the first ones set up threads and kernels
+    times = max(1, round(seconds / (multiply(2) / 2)))
+    return 2 * size**3 * times / multiply(times) / 1e9
+
+
+# ------------------------------------------------------------------------------- score
+
+
+def score_adapters(setup: Setup, source: str) -> None:
+    """Writes losses.json: the held-out loss of the base (`before`) and of every variant's adapter."""
+    from peft import PeftModel
+
+    tokenizer, pairs = load_shaped_rows(setup, source, 1)
+    examples = [encode_row(tokenizer, *pair) for pair in pairs]
+    base = base_model.load_base_model(source, training=True)
+    losses = {"before": held_out_loss(base, examples)}
+    for variant in VARIANTS:
+        model = PeftModel.from_pretrained(base, setup.path(variant))
+        losses[variant] = held_out_loss(model, examples)
+        base = model.unload()
+    setup.path("losses.json").write_text(json.dumps(losses), encoding="utf-8")
+
+
+def held_out_loss(model, examples: list[tuple[list[int], list[int]]]) -> float:
+    """Mean cross-entropy over all labelled tokens, a row at a time: no padding, and nothing of either recipe."""
+    import torch
+
+    total, count = 0.0, 0
+    for ids, labels in examples:
+        trained = sum(label != IGNORED for label in labels)
+        ids, labels = (torch.tensor([numbers], device=model.device) for numbers in (ids, labels))
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * trained
+        count += trained
+    return total / count
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

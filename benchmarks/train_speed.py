@@ -1,0 +1,273 @@
+#!/usr/bin/env python
+"""Training speed, memory and held-out loss of instruct_train_qlora.py beside the plain recipe, TRL's SFTTrainer.
+
+    python benchmarks/train_speed.py                          # sample rows; about half an hour on two cores
+    python benchmarks/train_speed.py --rows 16 --rounds 1     # a quick look
+    python benchmarks/train_speed.py --dataset rows.jsonl --base-model ./my-llama --json
+    python benchmarks/train_speed.py --shape llama2-7b        # random weights of that shape on a CUDA GPU
+
+Every run is a fresh process, so that its peak memory is its own, and every second round runs in reverse
+order, so that a machine that slows down harms all alike. All train one epoch on the same rows, with the
+same 4-bit base, LoRA shape, batch and learning rates; the plain recipe leaves the rest to TRL. Timed is
+trainer.train() without evaluation; padding doesn't count. With several GPUs set CUDA_VISIBLE_DEVICES=0.
+"""
+
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks import plain_recipe as recipe  # noqa: E402
+from benchmarks import random_llama  # noqa: E402
+from benchmarks.plain_recipe import VARIANTS, Setup  # noqa: E402
+from qlora import base_model, console, dataset  # noqa: E402
+
+OURS = {
+    "preset": "laptop",  # every value of a preset is named here, too
+    "seed": recipe.SEED,
+    "eval-share": recipe.EVAL_SHARE,
+    "distractors": recipe.DISTRACTORS,
+    "gold-probability": recipe.GOLD_PROBABILITY,
+    "max-length": recipe.MAX_LENGTH,
+    "rank": recipe.RANK,
+    "alpha": recipe.ALPHA,
+    "dropout": 0,
+    "accumulation": 1,
+    "epochs": 1,
+    "learning-rate": recipe.LEARNING_RATE,
+    "warmup": recipe.WARMUP,
+    "scheduler": "cosine",  # TRL's default is linear; the plain recipe is given cosine
+}
+
+
+def main(argv: list[str]) -> int:
+    args, problems = console.parse_arguments(build_parser(), argv)
+    problems.raise_if_any()
+    if args.shape:
+        result, print_table = random_llama.measure_shape(args.shape), print_shape
+    else:
+        result, print_table = compare_recipes(args), print_comparison
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_table(result)
+    return 0
+
+
+def build_parser():
+    title, _, text = __doc__.partition("\n\n")
+    parser = console.Parser(usage="train_speed.py [flags]", description=title, epilog=text)
+    flag, count = parser.add_argument, console.number(int, 1)
+    flag("--dataset", default=str(PROJECT / "sample_data" / "train.jsonl"), help="file or hub id (the sample rows)")
+    flag("--base-model", default=base_model.EMBEDDED, help=f"hub id or folder ({base_model.EMBEDDED})")
+    flag("--rows", type=count, default=64, help="training rows, one epoch (64)")
+    flag("--rounds", type=count, default=3, help="runs of each recipe (3)")
+    flag("--batch-size", type=count, default=8, help="rows an optimizer step (8)")
+    flag("--json", action="store_true", help="print one JSON object instead of the table")
+    shapes = console.choice(*random_llama.SHAPES)
+    flag("--shape", type=shapes, help=f"time random weights on a GPU instead: {', '.join(random_llama.SHAPES)}")
+    return parser
+
+
+# ------------------------------------------------------------------------------- run
+
+
+def compare_recipes(args) -> dict:
+    """What every run measured, and the spread of the ratio ours / plain over the rounds.
+
+    This process never imports torch: on Linux a child's ru_maxrss starts from its parent's.
+    """
+    rows, _ = dataset.keep_usable(dataset.load_rows(args.dataset), {})
+    sample = choose_rows(rows, args.rows)
+    with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
+        setup = Setup(folder, args.base_model, args.batch_size, args.rows)
+        write_inputs(setup, sample)
+        run_recipe("prepare", setup)
+        runs = {variant: [] for variant in VARIANTS}
+        for number in range(args.rounds):
+            for variant in order_of_round(number):
+                run = run_variant(variant, setup)
+                runs[variant].append(run)
+                rate = run["useful_tokens_per_second"]
+                console.note(f"round {number + 1} of {args.rounds}, {variant}: {rate:.1f} useful tokens/s")
+        check_same_work(runs)
+        run_recipe("score", setup)
+        losses = json.loads(setup.path("losses.json").read_text(encoding="utf-8"))
+    return summarise(setup, runs, losses)
+
+
+def choose_rows(rows: list[dataset.Row], wanted: int) -> list[dataset.Row]:
+    """A seeded sample of the rows, of which `hold_out` leaves exactly `wanted` to train on.
+
+    Raises UserError when there is none.
+    """
+    short = [row for row in rows if len(row.instruction + row.context + row.response) <= recipe.MAX_CHARACTERS]
+    random.Random(recipe.SEED).shuffle(short)
+    for count in range(math.ceil(wanted / (1 - recipe.EVAL_SHARE)), len(short) + 1):
+        sample = short[:count]
+        several = len({row.document for row in sample}) > 1  # hold_out refuses a single one
+        if several and len(dataset.hold_out(sample, recipe.EVAL_SHARE, recipe.SEED)[0]) == wanted:
+            return sample
+    what = f"{len(short)} rows of at most {recipe.MAX_CHARACTERS} characters don't leave {wanted} to train on"
+    raise console.fail(what, "--rows, --dataset", "ask for fewer rows, or give more or shorter ones")
+
+
+def write_inputs(setup: Setup, sample: list[dataset.Row]) -> None:
+    """The files that all processes read; each splits and shapes the rows itself, with the same seed."""
+    lines = [json.dumps({name: getattr(row, name) for name in dataset.COLUMNS}) for row in sample]
+    setup.path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    setup.path("setup.json").write_text(json.dumps(asdict(setup)), encoding="utf-8")
+
+
+def order_of_round(number: int) -> list[str]:
+    """The variants, in every second round from last to first: plain, ours, ours, plain."""
+    return list(VARIANTS)[:: -1 if number % 2 else 1]
+
+
+def run_variant(variant: str, setup: Setup) -> dict:
+    """What a fresh process measured of itself."""
+    if variant == "plain":
+        run_recipe("train", setup)
+        return json.loads(setup.path("plain", "run.json").read_text(encoding="utf-8"))
+    flags = OURS | {
+        "base-model": setup.base_model,
+        "dataset": setup.path("rows.jsonl"),
+        "output": setup.path(variant),
+        "batch-size": setup.batch_size,
+        "eval-steps": setup.steps,  # at the end alone
+        "gradient-checkpointing": "off" if variant == "ours" else "on",
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    run_process([PROJECT / "instruct_train_qlora.py", *words, "--overwrite"], setup)
+    run = json.loads(setup.path(variant, "run.json").read_text(encoding="utf-8"))
+    return {**run["result"], "rows": run["dataset"]["training_rows"]}
+
+
+def run_recipe(command: str, setup: Setup) -> None:
+    run_process([Path(recipe.__file__), command, setup.folder], setup)
+
+
+def run_process(words: list, setup: Setup) -> None:
+    """Runs a script silently; when it fails, ends the benchmark with what it said last and its exit code."""
+    log = setup.path("log.txt")
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, *map(str, words)]
+        code = subprocess.run(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL).returncode
+    if code:
+        sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])
+        raise SystemExit(max(code, 1))
+
+
+def check_same_work(runs: dict[str, list[dict]]) -> None:
+    """Raises UserError when runs differ in rows or steps, or by over 1 % in tokens: their speeds then say nothing."""
+    everything = [run for measured in runs.values() for run in measured]
+    work = {(run["rows"], run["steps"]) for run in everything}
+    tokens = {run["useful_tokens"] for run in everything}
+    if len(work) > 1 or max(tokens) > 1.01 * min(tokens):
+        what = f"the recipes did different work: (rows, steps) {sorted(work)}, tokens {sorted(tokens)}"
+        raise console.fail(what, "benchmark", f"give rows of fewer than {recipe.MAX_LENGTH} tokens")
+
+
+# ------------------------------------------------------------------------------- report
+
+
+def summarise(setup: Setup, runs: dict[str, list[dict]], losses: dict[str, float]) -> dict:
+    """Medians and spreads over the rounds; a ratio compares two runs of one round, which the machine treats alike."""
+    plain = runs["plain"][0]
+    rates = {name: [run["useful_tokens_per_second"] for run in measured] for name, measured in runs.items()}
+    # A token costs 2 FLOPs a weight on the way forward and 2 on the way back to the inputs; frozen weights
+    # need no gradient. Embeddings and head, not in 4-bit, are left out: ours skips most of the head's work,
+    # and recomputed activations are no achievement either.
+    gflops = statistics.median(rates["ours"]) * 4 * plain["weights_in_4bit"] / 1e9
+    return {
+        "base_model": setup.base_model,
+        "batch_size": setup.batch_size,
+        **{key: plain[key] for key in ("rows", "rows_with_equal_tokens", "useful_tokens", "steps")},
+        "held_out_loss_before": losses["before"],
+        "variants": {
+            name: {
+                "useful_tokens_per_second": spread(rates[name]),
+                "examples_per_second": statistics.median(rates[name]) * setup.rows / measured[0]["useful_tokens"],
+                **{f"peak_{key}": max(run["peak_memory"][key] for run in measured) for key in plain["peak_memory"]},
+                "held_out_loss": losses[name],
+            }
+            for name, measured in runs.items()
+        },
+        "ours_over_plain": spread([ours / its for ours, its in zip(rates["ours"], rates["plain"], strict=True)]),
+        "ours_gflops": gflops,
+        "matmul_gflops": statistics.median(run["matmul_gflops"] for run in runs["plain"]),
+    }
+
+
+def spread(values: list[float]) -> dict:
+    """Median, smallest, largest and all of the values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
+
+
+def show(numbers: dict, digits: int) -> str:
+    """A spread as text: 4.12 (3.98 .. 4.20)."""
+    median, low, high = (f"{numbers[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({low} .. {high})" if len(numbers["rounds"]) > 1 else median
+
+
+def print_comparison(result: dict) -> None:
+    """The comparison as a table on stdout, a measure a line."""
+    variants = result["variants"].values()
+    lines = [
+        ("useful tokens/s", [show(v["useful_tokens_per_second"], 1) for v in variants]),
+        ("examples/s", [f"{v['examples_per_second']:.3f}" for v in variants]),
+        ("peak memory, GB", [f"{v['peak_process_gb']:.2f}" for v in variants]),
+        ("peak GPU memory, GB", [f"{v['peak_gpu_gb']:.2f}" for v in variants if "peak_gpu_gb" in v]),
+        ("held-out loss after", [f"{v['held_out_loss']:.3f}" for v in variants]),
+    ]
+    rows, tokens, batch = (f"{result[key]:,}" for key in ("rows", "useful_tokens", "batch_size"))
+    title = f"{result['base_model']}: {rows} rows, {tokens} tokens, batch {batch}"
+    share = result["ours_gflops"] / result["matmul_gflops"]
+    notes = (
+        f"ours / plain: {show(result['ours_over_plain'], 2)} times the useful tokens/s",
+        f"rows with the same token ids in both: {result['rows_with_equal_tokens']} of {result['rows']}",
+        f"held-out loss before: {result['held_out_loss_before']:.3f}",
+        f"ours: {result['ours_gflops']:,.0f} GFLOP/s (4 a token and 4-bit weight), {share:.0%} of a bf16 matmul's "
+        f"{result['matmul_gflops']:,.0f}",
+    )
+    filled = [(name, *cells) for name, cells in lines if cells]
+    print_lines(title, ("", *result["variants"]), filled, notes)
+
+
+def print_shape(result: dict) -> None:
+    """The speeds of a shape as a table on stdout, with the published one below."""
+    lines = [
+        (f"{run['rows']} x {run['length']}", f"{run['tokens_per_second']:,.0f}", f"{run['peak_gb']:.2f}")
+        for run in result["runs"]
+    ]
+    published = result["published_one_a100"]
+    lines.append(("published, one A100", f"{published['tokens_per_second']:,}", f"{published['peak_gb']:.2f}"))
+    notes = ("rank 16 on all linear layers, every token labelled; gradients checkpointed",)
+    print_lines(f"{result['shape']}, {result['gpu']}", ("rows x tokens", "tokens/s", "peak GB"), lines, notes)
+
+
+def print_lines(title: str, head: tuple[str, ...], lines: list[tuple], notes: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for n, name in enumerate(head):
+        table.add_column(name, justify="right" if n else "left")
+    for line in lines:
+        table.add_row(*line)
+    stdout = Console(highlight=False, soft_wrap=True)
+    stdout.print(table)
+    for note in notes:
+        stdout.print(note, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

@@ -1,0 +1,89 @@
+"""Checkpoints of an unfinished run, so that it can be killed at any moment and go on exactly.
+
+.NAME.partial/manifest.json    what the run was started with: a resumed run must match it
+.NAME.partial/metrics.jsonl    the curve so far
+.NAME.partial/checkpoint-N/    Trainer's own files, best.safetensors and progress.json; whole or absent
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from qlora.console import Problems, fail, note
+
+STAGING = "staging"  # where a checkpoint is written before it is renamed
+
+
+def last_checkpoint(partial: Path) -> Path | None:
+    """The newest checkpoint of an unfinished run, or None."""
+    return max(partial.glob("checkpoint-*"), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def check_unfinished(partial: Path, resume: bool, overwrite: bool) -> None:
+    """Raises UserError when a run with checkpoints would be thrown away without being told to."""
+    checkpoint = last_checkpoint(partial)
+    if checkpoint and not (resume or overwrite):
+        what = f"an unfinished run is there, at step {step_of(checkpoint)}"
+        raise fail(what, str(partial), "add --resume to go on with it, or --overwrite to start again")
+
+
+def start_folder(partial: Path, resume: bool) -> None:
+    """Makes the folder of an unfinished run: the one that is there with `resume`, otherwise an empty one."""
+    if not (resume and last_checkpoint(partial)):
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial / STAGING, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+
+
+def match_manifest(partial: Path, manifest: dict) -> None:
+    """Writes the manifest of a new run, or checks that a resumed one goes on with the same.
+
+    Raises UserError with everything that differs in arguments, rows and base model. Other library versions
+    are told, not refused: the run goes on, maybe not to the same bits.
+    """
+    path = partial / "manifest.json"
+    if not last_checkpoint(partial):
+        path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    problems = Problems()
+    for name, value in flatten(manifest).items():
+        old = flatten(before).get(name)
+        if old != value and name.startswith("versions."):
+            note(f"{name.removeprefix('versions.')} was {old}, is {value}: results may differ in the last digits")
+        elif old != value:
+            fix = "resume with the old value, or start again with --overwrite and without --resume"
+            flag = re.sub(r"^arguments\.(\w+)$", lambda match: "--" + match[1].replace("_", "-"), name)
+            problems.add(f"{flag} was {old}, is {value}", str(path), fix)
+    problems.raise_if_any()
+
+
+def flatten(manifest: dict) -> dict[str, object]:
+    """{"versions": {"torch": 2}} -> {"versions.torch": 2}"""
+    return {
+        f"{group}.{name}" if isinstance(values, dict) else group: value
+        for group, values in manifest.items()
+        for name, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+
+
+def put_in_place(partial: Path, step: int, keep: int) -> None:
+    """Renames the staged checkpoint, so that it is whole or absent, and removes all but the newest `keep`."""
+    (partial / STAGING / f"checkpoint-{step}").rename(partial / f"checkpoint-{step}")
+    for old in sorted(partial.glob("checkpoint-*"), key=step_of)[:-keep]:
+        old.rename(partial / STAGING / old.name)  # a half removed one must not look whole
+    shutil.rmtree(partial / STAGING)
+
+
+def cut_metrics(metrics: Path, step: int) -> None:
+    """Forgets what was measured after the checkpoint: it is measured again."""
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
+    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    cut = metrics.with_suffix(".cut")
+    cut.write_text("".join(whole), encoding="utf-8")
+    cut.replace(metrics)

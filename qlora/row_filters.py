@@ -1,0 +1,201 @@
+"""Which rows of a dataset are trained on: what is selected, what is dropped, and why.
+
+    selection = read_selection(["category=closed_qa,summarization", "source!=old.md"], ["response=2"], [], problems)
+    reason_to_drop(row, selection)      # "", or such as "response shorter than 2 words"
+
+Texts are compared as sequences of whole words (`normalize`), so that "9" stands in no "19".
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qlora.console import Invalid, Problems, number
+from qlora.prompt import Prompt
+
+if TYPE_CHECKING:
+    from qlora.dataset import Row
+
+COLUMNS = ("instruction", "response", "context", "category", "source")
+REQUIRED = ("instruction", "response")
+EXAMPLES, SHOWN = 3, 80  # rows shown for every reason, characters of a cell
+# 9.10 and 4,915 are one word each; Chinese and Japanese are written without spaces: a character is a word.
+WORD = re.compile(r"\d+(?:[.,:]\d+)+|[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+ARTICLES = {"a", "an", "the"}
+CITATIONS = re.compile(r"(?<!\s)\s+(\[\d+\]\s*)+\.?$")  # `a[0]` is code
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What rows must be like: values a column must or must not have, words it has, how many rows at most.
+
+    `extractive` asks that the response stands in the context, where there is one.
+    """
+
+    equal: dict[str, set[str]] = field(default_factory=dict)
+    unequal: dict[str, set[str]] = field(default_factory=dict)
+    min_words: dict[str, int] = field(default_factory=dict)
+    max_words: dict[str, int] = field(default_factory=dict)
+    max_rows: int | None = None
+    extractive: bool = False
+
+
+class Dropped(Counter):
+    """How many rows were dropped for which reason; `examples` holds the first three of each."""
+
+    def __init__(self, *counts):
+        super().__init__(*counts)
+        self.examples: dict[str, list[dict[str, str]]] = {}
+
+    def add(self, reason: str, row: "Row") -> None:
+        self[reason] += 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES:
+            shown.append({name: shorten_text(getattr(row, name)) for name in REQUIRED})
+
+
+def shorten_text(text: str, width: int = SHOWN) -> str:
+    """The text on one line of at most `width` characters, without control characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def read_selection(
+    filters: Sequence[str],
+    min_words: Sequence[str],
+    max_words: Sequence[str],
+    problems: Problems,
+    max_rows: int | None = None,
+    extractive: bool = False,
+) -> Selection:
+    """The selection that the words of --filter, --min-words and --max-words describe.
+
+    Adds a problem for every word that is none: `COLUMN=A,B`, `COLUMN!=A,B`, and `COLUMN=N` for numbers of words.
+    """
+    equal, unequal = {}, {}
+    for text in filters:
+        match = re.fullmatch(r"([^=!]+)(!?=)(.+)", text, re.DOTALL)
+        if not match:
+            problems.add(f"--filter {text} is no filter", "command line", "write COLUMN=A,B or COLUMN!=A,B")
+        elif check_column(match[1], "--filter", problems):
+            values = (equal if match[2] == "=" else unequal).setdefault(match[1], set())
+            values.update(value.strip() for value in match[3].split(","))
+    fewest = read_word_counts(min_words, "--min-words", problems)
+    most = read_word_counts(max_words, "--max-words", problems)
+    for name in fewest.keys() & most.keys():
+        if fewest[name] > most[name]:
+            what = f"--min-words {name}={fewest[name]} is above --max-words {name}={most[name]}"
+            problems.add(what, "command line", "give a smaller --min-words")
+    return Selection(equal, unequal, fewest, most, max_rows, extractive)
+
+
+def read_word_counts(texts: Sequence[str], flag: str, problems: Problems) -> dict[str, int]:
+    """Column -> number of words, of `COLUMN=N` words."""
+    counts = {}
+    for text in texts:
+        name, _, digits = text.partition("=")
+        count = number(int, 1)(digits)
+        if isinstance(count, Invalid):
+            problems.add(f"{flag} {text} is not valid", "command line", f"write COLUMN=N, N {count.expected}")
+        elif check_column(name, flag, problems):
+            counts[name] = count
+    return counts
+
+
+def check_column(name: str, flag: str, problems: Problems) -> bool:
+    """Whether rows have the column; adds a problem when they don't."""
+    if name not in COLUMNS:
+        problems.add(f"unknown column {name}", flag, f"filter by one of {', '.join(COLUMNS)}")
+    return name in COLUMNS
+
+
+# ------------------------------------------------------------------------------- select
+
+
+def reason_to_drop(row: "Row", selection: Selection) -> str:
+    """Why a row is not trained on, or an empty string."""
+    return reason_by_value(row, selection) or reason_by_words(row, selection)
+
+
+def reason_by_value(row: "Row", selection: Selection) -> str:
+    """A reason when a column has a value that is not selected, or a needed column has none."""
+    for name, values in selection.equal.items():
+        if getattr(row, name) not in values:
+            return f"{name} not selected"
+    for name, values in selection.unequal.items():
+        if getattr(row, name) in values:
+            return f"{name} not selected"
+    return next((f"empty {name}" for name in REQUIRED if not getattr(row, name)), "")
+
+
+def reason_by_words(row: "Row", selection: Selection) -> str:
+    """A reason when a column is too short or too long, or the response stands not in the context."""
+    for name, fewest in selection.min_words.items():
+        if len(getattr(row, name).split()) < fewest:
+            return f"{name} shorter than {fewest} words"
+    for name, most in selection.max_words.items():
+        if len(getattr(row, name).split()) > most:
+            return f"{name} longer than {most} words"
+    if selection.extractive and not is_extractive(row.response, row.context):
+        return "response not in context"
+    return ""
+
+
+def is_extractive(response: str, context: str) -> bool:
+    """Whether the answer stands in the context, letter by letter and as whole words.
+
+    Case and white space don't matter. True without a context, and for refusals and a bare "Yes" or "No".
+    """
+    if not context or is_refusal(response):
+        return True
+    span = answer_span(response)
+    letters = " ".join(span.casefold().split()) in " ".join(context.casefold().split())
+    return letters and (not normalize(span) or pad_words(span) in pad_words(context))
+
+
+def sample_rows(rows: Sequence["Row"], count: int | None, seed: int) -> list["Row"]:
+    """At most `count` different rows in their order: those whose hash with the seed is lowest.
+
+    Depends on the rows' content and the seed alone, and a smaller sample is a part of a larger one.
+    """
+    if count is None or len(rows) <= count:
+        return list(rows)
+
+    def rank(row: "Row") -> bytes:
+        cells = [str(seed), *(getattr(row, name) for name in COLUMNS)]
+        return hashlib.sha256("\0".join(cells).encode()).digest()
+
+    chosen = set(sorted(rows, key=rank)[:count])
+    return [row for row in rows if row in chosen]
+
+
+# ------------------------------------------------------------------------------- compare texts
+
+
+def normalize(text: str) -> str:
+    """The words, lower case and one space apart, without punctuation and articles."""
+    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(word.replace(",", "") for word in words if word not in ARTICLES)
+
+
+def pad_words(text: str) -> str:
+    """The normalised words with a space on both sides: whole words stand in it with theirs."""
+    return f" {normalize(text)} "
+
+
+def answer_span(response: str) -> str:
+    """The response without its citation, a leading "Yes," or "No," and the full stop: what the context holds."""
+    answer = CITATIONS.sub("", response)
+    return re.sub(r"^(yes|no)\b[,.:;]?\s*", "", answer, flags=re.IGNORECASE).rstrip(".")
+
+
+def is_refusal(response: str, refusal: str = Prompt.refusal) -> bool:
+    """Whether the response says, in the words of the refusal, that the passages don't hold the answer."""
+    return normalize(response) == normalize(refusal)

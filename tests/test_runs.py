@@ -1,0 +1,203 @@
+"""Whole runs: killed and resumed, out of memory, broken, stopped early, in two processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, QUICK, train
+
+from qlora import settings, trainer
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def words(tiny_base, rows_file, tmp_path):
+    """A run of eight steps; the last two are of a second epoch."""
+    rows = rows_file.read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:30]))
+    words = ["--base-model", tiny_base, "--dataset", tmp_path / "rows.jsonl", *QUICK, "--batch-size", 2]
+    return [*words, "--accumulation", 2, "--max-steps", 8, "--eval-steps", 3, "--dropout", 0.1]
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder, key="loss") -> list[float]:
+    return [line[key] for line in metrics(folder) if key in line]
+
+
+def start(words, tmp_path, prefix=(sys.executable,), **environment) -> subprocess.Popen:
+    """The script in a process of its own; its output goes to a file."""
+    log = (tmp_path / "log").open("w")
+    command = [*prefix, "instruct_train_qlora.py", *map(str, words)]
+    keys = dict.fromkeys(set(settings.KEYS) - {"QLORA_DATA_DIR"}, "")
+    return subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **keys, **environment}, stdout=log, stderr=log)
+
+
+def kill_after(process: subprocess.Popen, folder, step: int, delay: float) -> None:
+    """kill -9 a moment after the run has written what it measured at `step`."""
+    deadline = time.time() + 120
+    path = folder / "metrics.jsonl"
+    while time.time() < deadline and process.poll() is None:
+        if path.is_file() and f'"step": {step}, "loss"' in path.read_text():
+            break
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_twice_gives_the_same_bytes(words, tmp_path):
+    chance = random.Random()
+    first, second = chance.randint(1, 3), chance.randint(5, 7)
+    delays = chance.uniform(0, 0.2), chance.uniform(0, 0.2)
+    print(f"killed {delays} s after steps {first} and {second}")
+    assert train(*words, "--output", tmp_path / "whole", "--save-steps", 1) == 0
+    cut = [*words, "--output", tmp_path / "cut", "--save-steps", 1]
+    partial = tmp_path / ".cut.partial"
+    kill_after(start(cut, tmp_path), partial, first, delays[0])
+    assert list(partial.glob("checkpoint-*")) and not (tmp_path / "cut").exists()
+    kill_after(start([*cut, "--resume"], tmp_path), partial, second, delays[1])
+    assert train(*cut, "--resume") == 0
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
+    assert losses(tmp_path / "cut", "eval_loss") == losses(tmp_path / "whole", "eval_loss")
+    assert not partial.exists()
+
+
+def test_an_unfinished_run_is_neither_lost_nor_mixed_up(words, tmp_path, capsys, monkeypatch):
+    from qlora import adapter
+
+    words = [*words, "--output", tmp_path / "mine", "--max-steps", 4, "--save-steps", 2, "--keep-checkpoints", 2]
+    partial = tmp_path / ".mine.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "write_adapter", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train(*words) == 130
+    assert {path.name for path in partial.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert train(*words) == 2
+    assert "an unfinished run is there, at step 4" in capsys.readouterr().err
+    assert train(*words, "--resume", "--learning-rate", 0.01, "--seed", 1) == 2
+    err = capsys.readouterr().err
+    assert "--learning-rate was 0.02, is 0.01" in err and "--seed was 0, is 1" in err and "sha256 of rows" in err
+    manifest = json.loads((partial / "manifest.json").read_text())
+    manifest["versions"]["torch"] = "1.0"
+    (partial / "manifest.json").write_text(json.dumps(manifest))
+    assert train(*words, "--resume") == 0  # only the saving was left
+    err = capsys.readouterr().err
+    assert "torch was 1.0" in err and "going on from step 4 of 4" in err
+    assert len(losses(tmp_path / "mine")) == 4 and not partial.exists()
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(words, tmp_path, capsys, monkeypatch):
+    words = [*words, "--dropout", 0, "--max-steps", 3]
+    assert train(*words, "--output", tmp_path / "plain") == 0
+    real = trainer.token_losses
+
+    def scarce(model, inputs):
+        if model.training and len(inputs["labels"]) > 1:
+            real(model, {**inputs, "labels": inputs["labels"]}).sum().backward()  # a half-done pass leaves a gradient
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, inputs)
+
+    monkeypatch.setattr(trainer, "token_losses", scarce)
+    assert train(*words, "--output", tmp_path / "scarce") == 0
+    assert "Out of memory: 1 rows at a time from here on, same effective batch" in capsys.readouterr().err
+    assert losses(tmp_path / "scarce") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
+    norms = [losses(tmp_path / name, "grad_norm") for name in ("scarce", "plain")]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+
+    def hopeless(model, inputs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(trainer.ResponseTrainer, "evaluate", lambda self: {})
+    monkeypatch.setattr(trainer, "token_losses", hopeless)
+    assert train(*words, "--output", tmp_path / "hopeless") == 1
+    assert "out of memory with 1 rows at a time" in capsys.readouterr().err
+    assert not (tmp_path / "hopeless").exists()
+
+
+BROKEN = {
+    "the loss is nan at step 2": lambda losses, step: losses * (float("nan") if step == 2 else 1),
+    "the gradient is zero at step 1": lambda losses, step: losses * 0,
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_run_saves_no_adapter(message, words, tmp_path, capsys, monkeypatch):
+    real, calls = trainer.token_losses, []
+
+    def spoil(model, inputs):
+        calls.extend([0] * model.training)
+        return BROKEN[message](real(model, inputs), (len(calls) + 1) // 2) if model.training else real(model, inputs)
+
+    monkeypatch.setattr(trainer, "token_losses", spoil)
+    assert train(*words, "--output", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert f"{message}; no adapter was saved" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_learn_to_stop_is_not_saved(words, tmp_path, capsys, monkeypatch):
+    """EOS is left out of the loss: nothing else looks wrong."""
+    from qlora import dataset
+
+    real = dataset.encode_row
+
+    def without_end(*words):
+        ids, labels = real(*words)
+        return ids, [*labels[:-1], labels[-2]]
+
+    monkeypatch.setattr(dataset, "encode_row", without_end)
+    assert train(*words, "--output", tmp_path / "out") in (1, 2)
+    assert "EOS" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_adapter_that_never_changes_is_not_saved(words, tmp_path, capsys):
+    assert train(*words, "--output", tmp_path / "out", "--max-steps", 1, "--warmup", 1) == 1  # the first rate is 0
+    assert "the adapter did not change" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_early_stopping_keeps_the_best(words, tmp_path, capsys, monkeypatch):
+    real, evaluated = trainer.ResponseTrainer.keep_best, []
+
+    def worse(self, loss):
+        evaluated.append(loss)
+        real(self, [9.0, 5.0, 6.0, 7.0][len(evaluated) - 1])
+
+    monkeypatch.setattr(trainer.ResponseTrainer, "keep_best", worse)
+    assert train(*words, "--output", tmp_path / "out", "--eval-steps", 1, "--patience", 2) == 0
+    assert "no better for 2 evaluations" in capsys.readouterr().err
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["result"]["steps"], run["result"]["best_step"]) == (3, 1)
+    assert run["result"]["eval_loss_after"] == pytest.approx(evaluated[1])
+
+
+def test_two_processes_give_the_losses_of_one(words, tmp_path):
+    words = [*words, "--dropout", 0, "--max-steps", 3, "--output"]
+    assert train(*words, tmp_path / "one") == 0
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = start([*words, tmp_path / "two", "--accumulation", 1], tmp_path, launcher, OMP_NUM_THREADS="1")
+    assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=5e-3)
+    norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two")]
+    assert norms[0] == pytest.approx(norms[1], rel=3e-2)
+    text = (tmp_path / "log").read_text()
+    assert text.count("[3/4] Training Process") == 1 and "3 steps of 4 rows" in text
+
+
+def test_lora_options_and_unknown_layers(words, tmp_path, capsys):
+    short = [*words, "--max-steps", 1, "--output", tmp_path / "out"]
+    assert train(*short, "--target-modules", "q_proj", "v_proj", "--rslora", "--dora", "--neftune", 5) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"] and config["use_rslora"] and config["use_dora"]
+    assert train(*short, "--overwrite", "--target-modules", "query") == 2
+    assert "no layer is called that" in capsys.readouterr().err
