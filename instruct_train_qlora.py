@@ -13,13 +13,15 @@ Precedence: flag > environment > .env > preset or default.
 import argparse
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from qlora import adapter, base_model, checkpoints, console, dataset, presets, settings
+from qlora import adapter, base_model, checkpoints, console, dataset, presets, row_filters, settings
 
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -34,6 +36,12 @@ def main(argv: list[str]) -> int:
         tokenizer, prompt = load_prompt(args)
         rows, counts = load_and_filter(args)
         training, held_out = format_rows(args, tokenizer, prompt, rows, counts)
+        report = report_data(args, tokenizer, training, held_out, counts)
+    if args.dry_run:
+        return 0
+    if args.resume and adapter.is_finished(args.output):
+        publish(args, held_out)
+        return 0
     with console.step(STEPS, "Model Setup"):
         model = load_model(args)
     with console.step(STEPS, "Training Process"):
@@ -41,7 +49,9 @@ def main(argv: list[str]) -> int:
     if settings.process_rank() > 0:
         return 0  # the first process saves
     with console.step(STEPS, "Model Saving"):
-        save_adapter(args, model, tokenizer, prompt, describe_run(args, rows, counts, training, held_out, result))
+        run = describe_run(args, rows, report, result)
+        save_adapter(args, model, tokenizer, prompt, run, report)
+        publish(args, held_out)
     console.note(f'Next: python rag_qlora.py ask --adapter {args.output} "Your question?"')
     return 0
 
@@ -59,33 +69,61 @@ def load_prompt(args):
 
 
 def load_and_filter(args):
-    """The usable rows, and how many were dropped for which reason."""
+    """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
     loaded = dataset.load_rows(args.dataset, args.columns)
-    rows, dropped = dataset.keep_usable(loaded, args.filter)
+    rows, dropped = dataset.keep_usable(loaded, read_filters(args, console.Problems()), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
+    note_dropped(dropped)
+    return rows, {"read": len(loaded), "kept": len(rows), "dropped": dropped}
+
+
+def note_dropped(dropped) -> None:
     for reason, count in dropped.items():
         console.note(f"  {count} dropped: {reason}")
-    return rows, dropped
 
 
 def format_rows(args, tokenizer, prompt, rows, counts):
     """Training and held-out examples: context / instruction / response as token ids with labels.
 
-    Adds to `counts` how many rows were shortened, and how many were too long.
+    Adds to `counts` what was left out of training because it is also held out, and how many rows of each
+    part were shortened or too long.
     """
+    training, held_out = dataset.hold_out(rows, args.eval_share, args.seed)
+    training, counts["leaked"] = dataset.drop_leaked(training, held_out)
+    note_dropped(counts["leaked"])
     parts = []
-    for name, part in zip(("training", "held out"), dataset.hold_out(rows, args.eval_share, args.seed), strict=True):
+    for name, part in (("training", training), ("held out", held_out)):
         shaped = dataset.add_distractors(part, args.distractors, args.gold_probability, prompt, args.seed)
         examples, cut = dataset.tokenize_rows(tokenizer, prompt, shaped, args.max_length)
         tokens = sum(len(example.input_ids) for example in examples)
-        documents = len({row.document for row in part})
-        console.note(f"{name}: {len(examples)} rows of {documents} documents, {tokens} tokens")
+        counts[name] = {"documents": len({row.document for row in part}), **cut}
+        console.note(f"{name}: {len(examples)} rows of {counts[name]['documents']} documents, {tokens} tokens")
         for what, count in cut.items():
             if count:
                 console.note(f"  {count} rows {what}: --max-length {args.max_length}")
-                counts[f"{what} ({name})"] += count
         parts.append(examples)
     return parts
+
+
+def report_data(args, tokenizer, training, held_out, counts) -> dict:
+    """What would be trained on, and what it would take. Raises UserError for rows that would train nothing."""
+    from qlora import data_report, trainer
+
+    outline = base_model.outline_model(base_model.resolve_base_model(args.base_model))
+    model = trainer.add_lora(outline, *lora_options(args))
+    plan = trainer.plan_schedule(args, len(training), model.num_parameters())
+    sizes = {**asdict(plan), **data_report.describe_model(model), "processes": settings.process_count()}
+    report = data_report.build_report(tokenizer, training, held_out, counts, sizes)
+    if args.dry_run:
+        data_report.print_report(report)
+        path = args.output.with_name(f"{args.output.name}.data_report.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data_report.write_report(path, report)
+        console.note(f"The report as JSON: {path}")
+    else:
+        estimate = report["estimate"]
+        console.note(f"about {data_report.show_seconds(estimate['seconds'])}, {estimate['memory_gb']['all']} GB")
+    return report
 
 
 # ============================================================================ Model Setup
@@ -96,14 +134,27 @@ def load_model(args):
     from qlora import trainer
 
     base = base_model.load_base_model(base_model.resolve_base_model(args.base_model), training=True)
-    model = trainer.add_lora(
-        base, args.rank, args.alpha, args.dropout, args.seed, args.target_modules, args.rslora, args.dora
-    )
+    model = trainer.add_lora(base, *lora_options(args))
+    suggest_all_gpus()
     trainable, total = trainer.count_parameters(model)
     console.note(
         f"{total / 1e6:,.0f} M weights in 4-bit NF4, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})"
     )
     return model
+
+
+def lora_options(args) -> tuple:
+    return args.rank, args.alpha, args.dropout, args.seed, args.target_modules, args.rslora, args.dora
+
+
+def suggest_all_gpus() -> None:
+    """Says how to use the GPUs that one process leaves idle."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1 and settings.process_count() == 1:
+        command = shlex.join(["accelerate", "launch", "--num_processes", str(count), *sys.argv])
+        console.note(f"1 of {count} GPUs is used. All of them: {command}")
 
 
 # ============================================================================ Training Process
@@ -150,12 +201,26 @@ def library_versions() -> dict[str, str]:
 # ============================================================================ Model Saving
 
 
-def save_adapter(args, model, tokenizer, prompt, run: dict) -> None:
+def save_adapter(args, model, tokenizer, prompt, run: dict, report: dict) -> None:
+    from qlora.data_report import write_report
+
+    write_report(adapter.partial_folder(args.output) / "data_report.json", report)
     adapter.write_adapter(args.output, model, tokenizer, prompt, run)
     console.note(f"Adapter, model card and loss curve: {args.output}")
 
 
-def describe_run(args, rows, counts, training, held_out, result: dict) -> dict:
+def publish(args, held_out) -> None:
+    """Merges base and adapter into a model of its own, and pushes the adapter to the hub, where asked to."""
+    from qlora import export
+
+    if args.merge:
+        checked = export.merge_adapter(adapter.read_adapter(args.output), Path(args.merge), held_out)
+        console.note(f"Merged model: {args.merge} (greedy answers to {checked} held-out rows are those of the adapter)")
+    if args.push_to_hub:
+        console.note(f"Pushed to {export.push_adapter(args.output, args.push_to_hub)}")
+
+
+def describe_run(args, rows, report: dict, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
     return {
         "base_model": {"name": args.base_model, "rebuild": rebuild_hint(args.base_model)},
@@ -164,9 +229,10 @@ def describe_run(args, rows, counts, training, held_out, result: dict) -> dict:
             "source": args.dataset,
             "sha256_of_rows": digest_rows(rows),
             "rows_kept": len(rows),
-            "rows_dropped_or_shortened": dict(counts),
-            "training_rows": len(training),
-            "held_out_rows": len(held_out),
+            "rows_dropped": {reason: found["rows"] for reason, found in report["rows"]["dropped"].items()},
+            "rows_leaked": {reason: found["rows"] for reason, found in report["leakage"].items()},
+            "training_rows": report["training"]["rows"],
+            "held_out_rows": report["held_out"]["rows"],
         },
         "arguments": {name: printable(value) for name, value in vars(args).items()},
         "result": result,
@@ -220,30 +286,37 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     args.output = choose_output(args.output, args.base_model)
     args.alpha = args.alpha or (2 * args.rank if isinstance(args.rank, int) else None)
     args.columns = read_pairs(args.columns, "--columns", problems)
-    filters = read_pairs(args.filter, "--filter", problems)
-    own_rows = args.dataset != preset.dataset
-    args.filter = {name: set(text.split(",")) for name, text in filters.items()} or ({} if own_rows else preset.filters)
-    check_inputs(args, problems)
+    if settings.launcher_failed():
+        fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
+        problems.add("one process was started instead of several", "accelerate launch", fix)
+    args.filter = args.filter or (list(preset.filters) if args.dataset == preset.dataset else [])
+    check_inputs(args, read_filters(args, problems), problems)
     problems.raise_if_any()
     return args
 
 
-def check_inputs(args, problems: console.Problems) -> None:
+def read_filters(args, problems: console.Problems):
+    """What --filter, --min-words, --max-words, --max-rows and --require-extractive select."""
+    words = args.filter, args.min_words, args.max_words
+    return row_filters.read_selection(*words, problems, args.max_rows, args.require_extractive)
+
+
+def check_inputs(args, selection, problems: console.Problems) -> None:
     """Adds what is wrong with the files that the arguments name."""
-    with problems.collecting():
-        checkpoints.check_unfinished(adapter.partial_folder(args.output), args.resume, args.overwrite)
-        adapter.check_output(args.output, args.overwrite)
-        rank = args.rank if isinstance(args.rank, int) else 1
-        base_model.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(rank))
-    for name in args.filter.keys() - set(dataset.COLUMNS):
-        problems.add(f"unknown column {name}", "--filter", f"filter by one of {', '.join(dataset.COLUMNS)}")
-        del args.filter[name]
+    if not args.dry_run:
+        with problems.collecting():
+            checkpoints.check_unfinished(adapter.partial_folder(args.output), args.resume, args.overwrite)
+            adapter.check_output(args.output, args.overwrite or (args.resume and adapter.is_finished(args.output)))
+            rank = args.rank if isinstance(args.rank, int) else 1
+            base_model.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(rank))
+    if args.report_to != "none" and importlib.util.find_spec(str(args.report_to)) is None:
+        problems.add(f"{args.report_to} is not installed", "--report-to", f"pip install {args.report_to}")
     if args.base_model != base_model.EMBEDDED:
         with problems.collecting():
             base_model.resolve_base_model(args.base_model)
     if problems.found and Path(args.dataset).suffix in dataset.BUILDERS:
         with problems.collecting():  # a broken call: name what is wrong with the rows, too
-            dataset.keep_usable(dataset.load_rows(args.dataset, args.columns), args.filter)
+            dataset.keep_usable(dataset.load_rows(args.dataset, args.columns), selection)
 
 
 def choose_output(flag: str | None, base: str) -> Path:
@@ -275,7 +348,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_flags(parser.add_argument_group(STEPS[2]).add_argument)
     flag = parser.add_argument_group(STEPS[3]).add_argument
     flag("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
-    flag("--overwrite", action="store_true", help="replace the adapter that is there")
+    flag("--overwrite", action="store_true", help="replace the adapter, or the unfinished run, that is there")
+    flag(
+        "--merge",
+        metavar="FOLDER",
+        help="also write base + adapter as one model (with --resume, too)",
+    )
+    flag(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="also upload the adapter, private; needs HF_TOKEN",
+    )
     return parser
 
 
@@ -284,10 +367,15 @@ def add_dataset_flags(flag) -> None:
     held_out = console.number(float, 0, 0.9, above=True)
     flag("--dataset", help="hub id, or .jsonl, .json, .csv or .parquet file (preset's)")
     flag("--columns", metavar="OURS=THEIRS", help="names of the dataset's columns", **pairs)
-    flag("--filter", metavar="COLUMN=A,B", help="keep rows with these values", **pairs)
+    flag("--filter", metavar="COLUMN=A,B", help="keep rows with these values; COLUMN!=A,B: without them", **pairs)
+    flag("--min-words", metavar="COLUMN=N", help="keep rows with at least N words there", **pairs)
+    flag("--max-words", metavar="COLUMN=N", help="keep rows with at most N words there", **pairs)
+    flag("--max-rows", type=console.number(int, 2), help="a sample of so many rows, the same for the same --seed")
+    flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
+    flag("--require-extractive", action="store_true", help="keep rows whose response stands in the context")
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
     flag("--distractors", type=console.number(int, 0, 20), help="other passages a row (preset's)")
-    flag("--gold-probability", type=share, default=0.9, help="rows that keep the right passage (0.9)")
+    flag("--gold-probability", type=share, default=0.85, help="rows that keep the right passage (0.85)")
     flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
 
 

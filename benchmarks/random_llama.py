@@ -78,7 +78,7 @@ def build_random_llama(config, device):
             module.to_empty(device=device, recurse=False)
             for weight in module.parameters(recurse=False):
                 weight.data.normal_(std=0.02) if weight.dim() > 1 else weight.data.fill_(1)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)  # computed, never random
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # computed, never random
     model.is_loaded_in_4bit = True  # PEFT looks here for what kind of LoRA layers to make
     model.activation_checkpointing_enable({"use_reentrant": False})
     model = trainer.add_lora(model, RANK, ALPHA, 0.0, SEED)

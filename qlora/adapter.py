@@ -2,7 +2,7 @@
 
 adapter_model.safetensors  adapter_config.json        PEFT's own
 tokenizer.json  tokenizer_config.json  chat_template.jinja
-prompt.json  run.json  metrics.jsonl  loss.png  README.md
+prompt.json  run.json  data_report.json  metrics.jsonl  loss.png  README.md
 """
 
 import hashlib
@@ -19,7 +19,7 @@ RUN_SCHEMA = 1
 OURS = {  # what a folder may hold that --overwrite replaces
     *("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json", "metrics.jsonl"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "README.md", "loss.png", "evaluation.png"),
+    *("chat_template.jinja", "README.md", "loss.png", "evaluation.png", "data_report.json"),
 }
 REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "run.json")
 
@@ -75,7 +75,8 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
     partial = partial_folder(folder) / "adapter"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    shutil.copyfile(partial.parent / "metrics.jsonl", partial / "metrics.jsonl")
+    for name in ("metrics.jsonl", "data_report.json"):
+        shutil.copyfile(partial.parent / name, partial / name)
     # save_embedding_layers="auto" would ask the hub whether the vocabulary grew; ours never does.
     model.save_pretrained(partial, save_embedding_layers=False)
     tokenizer.save_pretrained(partial)
@@ -90,6 +91,11 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
     partial.rename(folder)
     shutil.rmtree(partial.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a whole adapter is there and no unfinished run beside it."""
+    return all((folder / name).is_file() for name in REQUIRED_FILES) and not partial_folder(folder).exists()
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -156,6 +156,16 @@ def fingerprint(source: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def outline_model(source: str):
+    """The base model without weights (on the meta device): its layers and their sizes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with explaining(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_base_model(source: str, training: bool = False):
     """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
 

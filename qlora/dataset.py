@@ -183,14 +183,12 @@ def check_cells(table, names: dict[str, str], source: str) -> None:
 # ------------------------------------------------------------------------------- filter, split
 
 
-def keep_usable(
-    rows: Sequence[Row], selection: Selection | dict[str, set[str]], seed: int = 0
-) -> tuple[list[Row], Dropped]:
+def keep_usable(rows: Sequence[Row], selection: Selection | dict, seed: int = 0) -> tuple[list[Row], Dropped]:
     """The rows that pass, in their order, and how many were dropped for which reason, with examples.
 
-    A dict stands for a `Selection` of the values that columns may have. Rows with an empty instruction
-    or response and repeated rows go too; `seed` decides which rows stay within `max_rows`. Raises
-    UserError when nothing is left.
+    A dict is a selection by the values that columns must have. Rows with an empty instruction or response
+    and repeated rows go too; `seed` decides which rows stay within `max_rows`. Raises UserError when nothing
+    is left.
     """
     if isinstance(selection, dict):
         selection = Selection(equal=selection)
@@ -326,11 +324,11 @@ def pick_distractors(row: Row, contexts: Contexts, count: int, refusal: str, cha
 
     Of a large pool only 8 * count + 8 random contexts are looked at, so that time grows with the rows, not
     with their square. What another row answers to the same question is an answer, too: a refusal has no
-    other. A bare "Yes" leaves no words to look for.
+    other. A bare "Yes" leaves no words to look for: two spaces stand in no context's words.
     """
     own = set() if is_refusal(row.response, refusal) else {pad_words(answer_span(row.response))}
     same_question = contexts.answers.get(normalize(row.instruction), set())
-    answers = (own | same_question if len(same_question) < TEMPLATE else own) - {"  "}
+    answers = own | same_question if len(same_question) < TEMPLATE else own
     seen = {contexts.words[row.context]}
     picked: list[str] = []
     for pool in (contexts.by_document[row.document], contexts.by_subject[row.subject], contexts.everything):

@@ -1,13 +1,13 @@
 """Presets: the base model, the dataset and the sizes that go together on a kind of machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qlora import settings
 from qlora.base_model import EMBEDDED
 from qlora.console import fail
 
 SAMPLE_DATA = settings.PROJECT / "sample_data"
-DOLLY_WITH_CONTEXT = {"category": {"closed_qa", "information_extraction", "summarization"}}
+DOLLY_WITH_CONTEXT = "category=closed_qa,information_extraction,summarization"
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Preset:
     learning_rate: float
     epochs: float
     distractors: int
-    filters: dict[str, set[str]] = field(default_factory=dict)
+    filters: tuple[str, ...] = ()
 
 
 DOLLY = {
     "dataset": "databricks/databricks-dolly-15k",
-    "filters": DOLLY_WITH_CONTEXT,
+    "filters": (DOLLY_WITH_CONTEXT,),
     "max_length": 2048,
     "learning_rate": 2e-4,  # QLoRA's own for 7B and 13B (arXiv 2305.14314, table 9)
     "epochs": 1.0,

@@ -60,6 +60,15 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launcher_failed() -> bool:
+    """Whether several processes were asked for and this one is alone.
+
+    `accelerate launch --num_processes 2 --cpu` (accelerate 1.15) names the address of the first process, and starts
+    just that one unless it is run by mpirun.
+    """
+    return "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
+
+
 def quieten_libraries() -> None:
     """Silences advice of libraries that would bury our own lines; errors and downloads still show.
 

@@ -6,9 +6,20 @@ import pytest
 from conftest import SAMPLE
 
 from qlora.base_model import load_tokenizer
-from qlora.console import UserError
-from qlora.dataset import Row, add_distractors, answer_span, hold_out, keep_usable, load_rows, tokenize_rows
+from qlora.console import Problems, UserError
+from qlora.dataset import (
+    TEMPLATE,
+    Row,
+    add_distractors,
+    answer_span,
+    drop_leaked,
+    hold_out,
+    keep_usable,
+    load_rows,
+    tokenize_rows,
+)
 from qlora.prompt import Prompt, choose_prompt
+from qlora.row_filters import Selection, is_extractive, read_selection, sample_rows
 
 ROWS = [Row(f"Question {n}?", f"answer{n}", f"Context with answer{n}.", "qa", f"doc{n // 3}.md") for n in range(30)]
 
@@ -73,13 +84,107 @@ def test_bad_files(tmp_path, name, content, message):
     assert message in messages_of(error)
 
 
+# ------------------------------------------------------------------------------- select
+
+
+def kept_by(rows, **selection) -> list[Row]:
+    return keep_usable(rows, Selection(**selection))[0]
+
+
+def reasons_of(rows, **selection) -> dict[str, int]:
+    """Why rows are dropped; a row that is always kept is added, since none left is an error."""
+    always = Row("Who?", "by Ann", "It is by Ann.", "kept", "kept.md")
+    return dict(keep_usable([always, *rows], Selection(**selection))[1])
+
+
 def test_rows_are_dropped_for_a_reason():
     rows = [*ROWS, ROWS[0], Row("", "x"), Row("x", ""), Row("Q", "A", category="other")]
-    kept, dropped = keep_usable(rows, {"category": {"qa", ""}})
+    kept, dropped = keep_usable(rows, Selection(equal={"category": {"qa", ""}}))
     assert kept == ROWS
     assert dropped == {"duplicate": 1, "empty instruction": 1, "empty response": 1, "category not selected": 1}
+    assert dropped.examples["category not selected"] == [{"instruction": "Q", "response": "A"}]
     with pytest.raises(UserError, match="no row is left"):
-        keep_usable(ROWS, {"category": {"poem"}})
+        keep_usable(ROWS, Selection(equal={"category": {"poem"}}))
+
+
+def test_three_examples_of_a_reason_are_short_and_harmless():
+    rows = [Row(f"Q{n}\n\x1b[31m " + "long " * 50, "A", category="other") for n in range(5)]
+    _, dropped = keep_usable([*ROWS, *rows], Selection(unequal={"category": {"other"}}))
+    assert dropped == {"category not selected": 5}
+    shown = dropped.examples["category not selected"]
+    assert [row["instruction"][:2] for row in shown] == ["Q0", "Q1", "Q2"]
+    assert all(len(row["instruction"]) == 80 and row["instruction"].isprintable() for row in shown)
+
+
+def test_values_and_numbers_of_words():
+    rows = [Row("One?", "yes", "", "a"), Row("Two words?", "in the shed", "", "b"), Row("Three?", "in it", "", "c")]
+    assert kept_by(rows, equal={"category": {"a", "c"}}) == [rows[0], rows[2]]
+    assert kept_by(rows, unequal={"category": {"a", "c"}}) == [rows[1]]
+    assert kept_by(rows, equal={"category": {"a", "b"}}, unequal={"category": {"b"}}) == [rows[0]]
+    assert kept_by(rows, min_words={"response": 2}) == rows[1:]
+    assert kept_by(rows, max_words={"response": 2}) == [rows[0], rows[2]]
+    assert kept_by(rows, min_words={"response": 2, "instruction": 2}) == [rows[1]]
+    assert reasons_of(rows, min_words={"response": 2}) == {"response shorter than 2 words": 1}
+    assert reasons_of(rows, max_words={"response": 2}) == {"response longer than 2 words": 1}
+
+
+def test_the_response_must_stand_in_the_context():
+    context = "The ferry leaves at 19:30 from  the\nOld Pier. Dogs may come."
+    for response in (
+        "19:30",
+        "the old pier.",
+        "the old",
+        "Yes, dogs may come.",
+        "Yes",
+        "I don't know.",
+        "i don\u2019t know",
+    ):
+        assert is_extractive(response, context), response
+    for response in ("9", "30", "at ten", "No, dogs stay", "pie"):
+        assert not is_extractive(response, context), response
+    assert is_extractive("anything", "")
+    rows = [Row("When?", "at ten", context), Row("When?", "19:30", context)]
+    assert kept_by(rows, extractive=True) == rows[1:] and kept_by(rows) == rows
+    assert reasons_of(rows, extractive=True) == {"response not in context": 1}
+
+
+def test_a_sample_depends_on_content_and_seed_and_keeps_the_order():
+    sample = sample_rows(ROWS, 7, seed=4)
+    assert len(sample) == 7 and sample == sorted(sample, key=ROWS.index)
+    assert set(sample_rows(ROWS[::-1], 7, seed=4)) == set(sample) != set(sample_rows(ROWS, 7, seed=5))
+    assert set(sample_rows(ROWS, 6, seed=4)) < set(sample)
+    assert sample_rows(ROWS, 30, seed=4) == ROWS == sample_rows(ROWS, None, seed=4)
+    kept, dropped = keep_usable([*ROWS, *ROWS], Selection(max_rows=7), seed=4)
+    assert kept == sample and dropped == {"duplicate": 30, "over --max-rows": 23}
+    assert len(dropped.examples["over --max-rows"]) == 3
+
+
+def test_the_words_of_a_selection():
+    problems = Problems()
+    words = ["category=a, b", "category=c", "source!=x=y.md"]
+    selection = read_selection(words, ["response=2"], ["response=9"], problems, 5, True)
+    assert not problems.found
+    assert selection == Selection(
+        {"category": {"a", "b", "c"}}, {"source": {"x=y.md"}}, {"response": 2}, {"response": 9}, 5, True
+    )
+    read_selection(
+        ["category", "subject=x", "a!b"], ["response=x", "title=3", "context=9"], ["context=3", "context"], problems
+    )
+    text = "\n".join(map(str, problems.found))
+    for what in (
+        "--filter category is no filter",
+        "--filter a!b is no filter",
+        "unknown column subject - --filter",
+        "unknown column title - --min-words",
+        "--min-words response=x is not valid - command line - write COLUMN=N, N a whole number of at least 1",
+        "--max-words context is not valid",
+        "--min-words context=9 is above --max-words context=3",
+    ):
+        assert what in text
+    assert len(problems.found) == 7
+
+
+# ------------------------------------------------------------------------------- hold out
 
 
 def test_no_document_is_on_both_sides():
@@ -90,6 +195,37 @@ def test_no_document_is_on_both_sides():
     assert (training, held_out) == hold_out(ROWS, 0.2, seed=1)
     with pytest.raises(UserError, match="one document"):
         hold_out(ROWS[:3], 0.2, seed=1)
+
+
+def test_leaked_rows_leave_training():
+    held_out = [Row("Who signs form B7?", "Ann", "Ann signs B7. ", "", "a.md"), Row("Why?", "so", "", "", "b.md")]
+    training = [
+        Row("who signs the form, B7", "Bo", "Bo signs it.", "", "c.md"),
+        Row("When is it signed?", "at ten", "ann   signs b7!", "", "d.md"),
+        Row("Who signs form B8?", "Ann", "Ann signs B8.", "", "e.md"),
+        Row("?", "no words", "", "", "f.md"),
+    ]
+    kept, dropped = drop_leaked(training, [*held_out, Row("!", "none", "", "", "g.md")])
+    assert kept == training[2:]
+    assert dropped == {"question also held out": 1, "context also held out": 1}
+    assert dropped.examples["context also held out"] == [{"instruction": "When is it signed?", "response": "at ten"}]
+    with pytest.raises(UserError, match="no training row is left"):
+        drop_leaked(training[:2], held_out)
+
+
+def test_a_task_for_any_text_is_no_leaked_question():
+    rows = [Row("Summarise this.", f"s{n}", f"Text {n}.", "", f"{n}.md") for n in range(TEMPLATE)]
+    assert drop_leaked(rows[1:], rows[:1]) == (rows[1:], {})
+    assert len(drop_leaked([*rows[1:], rows[0]], rows[:1])[0]) == TEMPLATE - 1, "its context still leaks"
+    with pytest.raises(UserError, match=f"{TEMPLATE - 2} question also held out"):
+        drop_leaked(rows[2:], rows[:1])
+
+
+# ------------------------------------------------------------------------------- shape
+
+
+def shape(rows, count=2, gold_probability=1.0, seed=0) -> list[Row]:
+    return add_distractors(rows, count, gold_probability, Prompt(), seed)
 
 
 def test_distractors_never_hold_the_answer_and_the_citation_is_right():
@@ -108,6 +244,86 @@ def test_distractors_never_hold_the_answer_and_the_citation_is_right():
         assert sum(row.response + "." in passage for passage in made.passages) == 1
     assert 1 <= refused <= 14
     assert len({row.passages.index(o.context) for row, o in zip(shaped, ROWS, strict=True) if "[" in row.response}) == 3
+
+
+def others_of(row: Row, made: Row) -> set[str]:
+    return set(made.passages) - {row.context}
+
+
+def test_distractors_come_from_the_document_then_its_subject_then_anywhere():
+    place = {"ferry/crew.md": 3, "ferry/fares.md": 6, "pay/bands.md": 20}
+    rows = [
+        Row(f"{name} {n}?", f"answer-{name}-{n}", f"Of {name} number {n}, answer-{name}-{n}.", "qa", name)
+        for name, size in place.items()
+        for n in range(size)
+    ]
+
+    def sources(count) -> list[str]:
+        found = others_of(rows[0], shape(rows, count)[0])
+        return sorted(row.source for row in rows if row.context in found)
+
+    assert sources(2) == ["ferry/crew.md"] * 2
+    assert sources(8) == ["ferry/crew.md"] * 2 + ["ferry/fares.md"] * 6
+    assert sources(10) == ["ferry/crew.md"] * 2 + ["ferry/fares.md"] * 6 + ["pay/bands.md"] * 2
+
+
+def test_without_a_folder_the_subject_is_the_category():
+    rows = [Row(f"{n}?", f"x{n}", f"Text x{n}.", "ab"[n % 2]) for n in range(40)]
+    for row, made in zip(rows, shape(rows), strict=True):
+        found = others_of(row, made)
+        assert len(found) == 2 and all(other.category == row.category for other in rows if other.context in found)
+
+
+@pytest.mark.parametrize(
+    ("answer", "holding", "harmless"),
+    [
+        ("9", "It leaves at 9.", "It leaves at 19, or 9.10, in 1890."),
+        ("Yes, at the pier.", "They meet at  a PIER!", "They meet at piers."),
+        ("No, 4,915", "It pays 4915.", "It pays 915 or 4."),
+        ("red, or blue", "Red or blue.", "Blue, or red."),
+        ("ab cd", "x ab\ncd y", "cab cde"),
+        ("東京", "駅は東京にある。", "京東"),
+    ],
+)
+def test_whole_words_decide_whether_a_distractor_holds_the_answer(answer, holding, harmless):
+    rows = [
+        Row("Which?", answer, f"Gold: {answer}", "", "a.md"),
+        Row("Other?", "zebra", holding, "", "a.md"),
+        Row("More?", "zebra", harmless, "", "a.md"),
+    ]
+    assert others_of(rows[0], shape(rows)[0]) == {harmless}
+
+
+def test_a_bare_yes_has_distractors():
+    rows = [Row("May they?", "Yes.", "They may.", "", "a.md"), Row("Who?", "Ann", "Ann says yes.", "", "a.md")]
+    assert others_of(rows[0], shape(rows)[0]) == {"Ann says yes."}
+
+
+def test_what_answers_a_refused_question_elsewhere_is_no_distractor():
+    refused = Row("Who signs?", "I don't know", "Nobody is named here.", "", "a.md")
+    rows = [refused, Row("who signs", "Ann", "Ann signs.", "", "a.md"), Row("When?", "noon", "At noon.", "", "a.md")]
+    made = shape(rows, gold_probability=0.0)[0]
+    assert set(made.passages) == {refused.context, "At noon."} and made.response == Prompt().refusal
+
+
+def test_the_order_of_rows_does_not_matter_and_the_seed_does():
+    assert shape(ROWS[::-1], gold_probability=0.5)[::-1] == shape(ROWS, gold_probability=0.5)
+    assert shape(ROWS, seed=1) != shape(ROWS, seed=2)
+
+
+def test_an_old_citation_gives_way_to_the_right_one():
+    rows = [Row("Who?", "Ann [7]", "Ann did."), Row("What is first?", "a[0]", "a[0] is first.")]
+    assert [row.response for row in shape(rows, count=0)] == ["Ann [1]", "a[0] [1]"]
+    assert answer_span("No, not here. [12]") == "not here" and answer_span("No [1]") == ""
+
+
+def test_fifteen_thousand_rows_of_one_document_take_seconds():
+    import time
+
+    rows = [Row(f"Q{n}?", f"x{n}", f"Text of x{n}. " + "word " * 20, "", "one.md") for n in range(15_000)]
+    started = time.process_time()
+    assert all(len(row.passages) == 3 for row in shape(rows))
+    assert time.process_time() - started < 15
 
 
 def test_rows_without_context_stay_closed_book():

@@ -112,7 +112,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(words, tmp_
     assert "Out of memory: 1 rows at a time from here on, same effective batch" in capsys.readouterr().err
     assert losses(tmp_path / "scarce") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
     norms = [losses(tmp_path / name, "grad_norm") for name in ("scarce", "plain")]
-    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+    assert norms[0] == pytest.approx(norms[1], rel=5e-2)  # bf16: an added half gradient would be 50 % off
 
     def hopeless(model, inputs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
@@ -146,18 +146,16 @@ def test_a_broken_run_saves_no_adapter(message, words, tmp_path, capsys, monkeyp
 
 
 def test_a_model_that_does_not_learn_to_stop_is_not_saved(words, tmp_path, capsys, monkeypatch):
-    """EOS is left out of the loss: nothing else looks wrong."""
-    from qlora import dataset
+    """EOS, the last label of every row, is trained away: nothing else looks wrong."""
+    real = trainer.token_losses
 
-    real = dataset.encode_row
+    def without_end(model, inputs):
+        losses = real(model, inputs)
+        return torch.cat([losses[:, :-1], losses[:, -1:] * -1], dim=1) if model.training else losses
 
-    def without_end(*words):
-        ids, labels = real(*words)
-        return ids, [*labels[:-1], labels[-2]]
-
-    monkeypatch.setattr(dataset, "encode_row", without_end)
-    assert train(*words, "--output", tmp_path / "out") in (1, 2)
-    assert "EOS" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(trainer, "token_losses", without_end)
+    assert train(*words, "--output", tmp_path / "out") == 1
+    assert "the model does not stop after a response" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_adapter_that_never_changes_is_not_saved(words, tmp_path, capsys):

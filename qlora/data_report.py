@@ -1,0 +1,298 @@
+"""What a run would train on, and what it would cost: shown before the first step, and written as JSON.
+
+    report = build_report(tokenizer, training, held_out, counts, plan)
+    print_report(report)
+    write_report(Path("data_report.json"), report)
+
+`counts` holds rows `read` and `kept`, what was `dropped` and `leaked` (row_filters.Dropped), and for
+`training` and `held out` the number of documents and of rows `shortened` and `too long`. `plan` holds steps,
+micro_batch, accumulation, checkpointing and, from `describe_model`, the sizes of the model.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from qlora.console import fail, stderr
+from qlora.dataset import Example
+from qlora.prompt import IGNORED
+from qlora.row_filters import Dropped, is_refusal, shorten_text
+
+PERCENTILES = (5, 25, 50, 75, 95)
+MARKS = "⟦", "⟧"  # around the trained tokens, where there is no colour
+# Share of the rate of large matmuls that a training step reaches; measured, SmolLM2-135M on two cores.
+UTILISATION = 0.45
+# Bytes a token, layer and unit of the hidden size that forward keeps for backward; measured: 88 for SmolLM2-135M
+# with LoRA on all linear layers under bf16 autocast. With checkpointing a layer keeps its bf16 input only.
+ACTIVATION_BYTES, CHECKPOINT_BYTES = 90, 2
+# Libraries, and on the CPU what the allocator keeps of batches of other lengths (three runs of 4.1, 4.7, 5.9 GB).
+LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 3.0e9
+
+
+def build_report(
+    tokenizer,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    counts: dict,
+    plan: dict,
+    rate: float | None = None,
+) -> dict:
+    """The report as JSON-able data; `rate` are FLOP a second of this machine, measured when None.
+
+    Raises UserError for examples that would train nothing, or not to stop (`check_examples`).
+    """
+    check_examples(tokenizer, training, "training")
+    check_examples(tokenizer, held_out, "held-out")
+    tokens = count_tokens(training)
+    rows_a_step = plan["micro_batch"] * plan["accumulation"] * plan.get("processes", 1)
+    trained = sum(map(count_labels, training))
+    return {
+        "rows": {"read": counts["read"], "kept": counts["kept"], "dropped": describe_dropped(counts["dropped"])},
+        "leakage": describe_dropped(counts["leaked"]),
+        "training": describe_part(training, counts["training"]),
+        "held_out": describe_part(held_out, counts["held out"]),
+        "lengths": measure_lengths(training),
+        "labelled_share": round(trained / tokens, 4),
+        "refused_share": round(sum(is_refused(tokenizer, example) for example in training) / len(training), 4),
+        "tokens_an_epoch": tokens,
+        "steps": plan["steps"],
+        "rows_a_step": rows_a_step,
+        "epochs": round(plan["steps"] * rows_a_step / len(training), 2),
+        "estimate": {
+            "seconds": round(estimate_seconds(training, plan, rate or measure_rate())),
+            "memory_gb": estimate_memory(training, plan),
+        },
+        "example": mark_trained(tokenizer, choose_example(tokenizer, training)),
+    }
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Writes the report as indented JSON."""
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------- check
+
+
+def check_examples(tokenizer, examples: Sequence[Example], name: str) -> None:
+    """Raises UserError when no token is trained, or for the first row that doesn't end in a trained EOS.
+
+    Both would train for hours and give a model that learnt nothing, or that never stops.
+    """
+    if examples and not any(map(count_labels, examples)):
+        what = f"no token of the {name} rows is trained: every label is {IGNORED}"
+        raise fail(what, "chat template", "report it, with the base model's name; another base model may work")
+    for n, example in enumerate(examples, 1):
+        if example.input_ids[-1] != tokenizer.eos_token_id or example.labels[-1] != tokenizer.eos_token_id:
+            end = shorten_text(tokenizer.decode(example.input_ids[-12:]))
+            what = f"{name} row {n} does not end in a trained EOS token but in {end!r}"
+            where = f"tokenizer, whose EOS is {tokenizer.eos_token!r}"
+            raise fail(what, where, "check that the tokenizer belongs to the base model; if it does, report it")
+
+
+# ------------------------------------------------------------------------------- count
+
+
+def count_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def count_labels(example: Example) -> int:
+    """How many tokens of the row are trained."""
+    return sum(label != IGNORED for label in example.labels)
+
+
+def describe_dropped(dropped: Dropped) -> dict[str, dict]:
+    """Reason -> number of rows and up to three examples."""
+    return {reason: {"rows": n, "examples": dropped.examples.get(reason, [])} for reason, n in dropped.items()}
+
+
+def describe_part(examples: Sequence[Example], counts: dict[str, int]) -> dict[str, int]:
+    """Rows, tokens and documents of the training or the held-out part, and what --max-length did to it."""
+    return {
+        "rows": len(examples),
+        "documents": counts["documents"],
+        "tokens": count_tokens(examples),
+        "shortened": counts["shortened"],
+        "too_long": counts["too long"],
+    }
+
+
+def measure_lengths(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+    """Percentiles and maximum of the tokens of prompt, response (with EOS) and whole row.
+
+    A percentile is the length of a row: the smallest that at least so many percent of the rows don't exceed.
+    """
+    import numpy
+
+    rows = numpy.array([len(example.input_ids) for example in examples])
+    responses = numpy.array([count_labels(example) for example in examples])
+    names = [*(f"{share}%" for share in PERCENTILES), "max"]
+
+    def describe(lengths) -> dict[str, int]:
+        values = numpy.percentile(lengths, [*PERCENTILES, 100], method="inverted_cdf")
+        return dict(zip(names, map(int, values), strict=True))
+
+    return {"prompt": describe(rows - responses), "response": describe(responses), "row": describe(rows)}
+
+
+def is_refused(tokenizer, example: Example) -> bool:
+    trained = [label for label in example.labels if label != IGNORED]
+    return is_refusal(tokenizer.decode(trained, skip_special_tokens=True))
+
+
+# ------------------------------------------------------------------------------- estimate
+
+
+def describe_model(model) -> dict[str, int]:
+    """The sizes of a model with LoRA that a plan needs; the model may be on the meta device, without weights."""
+    config = model.config.get_text_config()
+    return {
+        "parameters": model.num_parameters(),
+        "lora_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def measure_rate(seconds: float = 0.5) -> float:
+    """FLOP a second of this machine in a large square matmul, in the type that training computes in."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    from qlora.base_model import compute_dtype
+
+    device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 1536)
+    matrix = torch.randn(size, size, dtype=compute_dtype(), device=device)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
+
+
+def estimate_seconds(training: Sequence[Example], plan: dict, rate: float) -> float:
+    """About how long all steps take, without evaluations; a guess to a third or so, more under other load.
+
+    A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
+    LoRA), and 2 more where activations are recomputed. Padding is left out: batches are grouped by length.
+    """
+    tokens = plan["steps"] * plan["micro_batch"] * plan["accumulation"] * count_tokens(training) / len(training)
+    return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * UTILISATION)
+
+
+def estimate_memory(training: Sequence[Example], plan: dict) -> dict[str, float]:
+    """About how many GB a process needs, by what needs them, and in all; a guess to a fifth or so.
+
+    4-bit linear layers and 16-bit embeddings are about 0.6 bytes a weight; a LoRA weight is 16 (fp32 weight,
+    gradient and two moments of AdamW). Activations are those of the largest micro batch, whose rows are the
+    longest ones; with checkpointing, the inputs of all layers and everything of one.
+    """
+    import torch
+
+    longest = sorted((len(example.input_ids) for example in training), reverse=True)[: plan["micro_batch"]]
+    kept = ACTIVATION_BYTES * plan["layers"]
+    if plan["checkpointing"]:
+        kept = CHECKPOINT_BYTES * plan["layers"] + ACTIVATION_BYTES
+    parts = {
+        "base_model": 0.6 * plan["parameters"],
+        "lora": 16 * plan["lora_parameters"],
+        "activations": plan["micro_batch"] * longest[0] * plan["hidden_size"] * kept,
+        "libraries": LIBRARIES_CUDA if torch.cuda.is_available() else LIBRARIES_CPU,
+    }
+    return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}
+
+
+# ------------------------------------------------------------------------------- show
+
+
+def choose_example(tokenizer, examples: Sequence[Example]) -> Example:
+    """The row of median length among those with an answer; among all when every row refuses."""
+    answered = [example for example in examples if not is_refused(tokenizer, example)] or list(examples)
+    return sorted(answered, key=lambda example: len(example.input_ids))[len(answered) // 2]
+
+
+def mark_trained(tokenizer, example: Example) -> str:
+    """The row as the model reads it, special tokens and all, with the trained part between the marks."""
+    pieces = []
+    tokens = zip(example.input_ids, example.labels, strict=True)
+    for trained, group in groupby(tokens, key=lambda token: token[1] != IGNORED):
+        text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
+        text = text.replace(MARKS[0], "[[").replace(MARKS[1], "]]")
+        pieces.append(f"{MARKS[0]}{text}{MARKS[1]}" if trained else text)
+    return "".join(pieces)
+
+
+def color_trained(marked: str):
+    """A rich Text of `mark_trained`'s text without marks, the trained part in bold green."""
+    from rich.text import Text
+
+    text = Text()
+    for n, piece in enumerate(re.split(f"[{''.join(MARKS)}]", marked)):
+        harmless = "".join(c if c.isprintable() or c in "\n\t" else " " for c in piece)  # no terminal commands
+        text.append(harmless, style="bold green" if n % 2 else "")
+    return text
+
+
+def print_report(report: dict) -> None:
+    """The report on stderr, for a person."""
+    console = stderr()
+    rows = report["rows"]
+    say(console, f"{rows['read']} rows read, {rows['kept']} kept")
+    for dropped in (rows["dropped"], report["leakage"]):
+        print_dropped(console, dropped)
+    for name in ("training", "held_out"):
+        print_part(console, name.replace("_", "-"), report[name])
+    print_lengths(console, report["lengths"])
+    say(
+        console,
+        f"trained are {report['labelled_share']:.1%} of the tokens; {report['refused_share']:.1%} of the rows refuse",
+    )
+    say(
+        console,
+        f"{report['steps']} steps of {report['rows_a_step']} rows = {report['epochs']} epochs "
+        f"of {report['tokens_an_epoch']:,} tokens",
+    )
+    memory = dict(report["estimate"]["memory_gb"])
+    needed = memory.pop("all")
+    parts = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in memory.items())
+    say(console, f"estimate: {show_seconds(report['estimate']['seconds'])}, {needed} GB of memory ({parts})")
+    say(console, "one row; what is trained is green:")
+    console.print(color_trained(report["example"]))
+
+
+def say(console, text: str) -> None:
+    console.print(f"  {text}", markup=False)
+
+
+def print_dropped(console, dropped: dict[str, dict]) -> None:
+    """The reasons of `describe_dropped`, each with its examples."""
+    for reason, found in dropped.items():
+        say(console, f"  {found['rows']} dropped: {reason}")
+        for row in found["examples"]:
+            say(console, f"    {row['instruction']} -> {row['response']}")
+
+
+def print_part(console, name: str, part: dict[str, int]) -> None:
+    """Rows, documents and tokens of one part, and what --max-length did to it."""
+    say(console, f"{name}: {part['rows']} rows of {part['documents']} documents, {part['tokens']:,} tokens")
+    if part["shortened"] or part["too_long"]:
+        say(console, f"  --max-length: {part['shortened']} rows shortened, {part['too_long']} left out")
+
+
+def print_lengths(console, lengths: dict[str, dict[str, int]]) -> None:
+    """The table of percentiles."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 0, 0, 2))
+    for heading in ("tokens", *lengths["row"]):
+        table.add_column(heading, justify="left" if heading == "tokens" else "right")
+    for name, values in lengths.items():
+        table.add_row(name, *map(str, values.values()))
+    console.print(table)
+
+
+def show_seconds(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`: as exact as an estimate is."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,123 @@
+"""What leaves the project: a merged model that runs anywhere, and a folder pushed to the Hugging Face hub."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora import settings
+from qlora.adapter import Adapter, existing_parent, load_adapter
+from qlora.base_model import check_disk, load_base_model, load_tokenizer, resolve_base_model
+from qlora.console import UserError, fail
+from qlora.dataset import Example
+from qlora.prompt import IGNORED
+
+CHECKED_ROWS, CHECKED_TOKENS = 8, 32
+# Logits nearer than this share of their standard deviation are a tie. Right merges of SmolLM2-135M were off by at
+# most 0.07 (two steps of bf16) in 48 answers; without the LoRA delta, or quantised again, each answer by 0.5 to 4.
+# Plain equality is too much: bitsandbytes' two CPU kernels, on the same weights, differ in one answer of 16.
+TIE = 0.15
+
+
+def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> int:
+    """Writes base + adapter as a plain transformers model; returns how many answers were checked before.
+
+    The weights are dequantised NF4 + LoRA delta: what the adapter was trained against. (PEFT's merge on the
+    4-bit model quantises again, which rounds the delta away.) Up to 8 held-out `rows` are answered greedily by
+    adapter on 4-bit, and the merged model must answer the same. Raises UserError, with nothing written, when it
+    does not, when `folder` holds something, and when the disk is too small.
+    """
+    from qlora.generator import Generator
+
+    folder = folder.resolve()
+    check_target(folder)
+    if not rows:
+        raise fail("no held-out row to check the merged model with", "dataset", "give more rows")
+    tokenizer = load_tokenizer(str(adapter.folder))
+    tokenizer.chat_template = adapter.prompt.chat_template
+    # As for training: the CPU's answering kernel repacks the weights, and dequantising those gives noise.
+    tuned = load_adapter(load_base_model(resolve_base_model(adapter.base_model), training=True), adapter)
+    generator = Generator(model=tuned, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
+    spread = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
+    prompts = [row.input_ids[: row.labels.count(IGNORED)] for row in spread]
+    answers = [generator.generate_ids([prompt])[0] for prompt in prompts]
+    # In the dtype that the 4-bit model computes in: in fp32, at twice the size, no more answers are equal (14 of
+    # 16, bf16 15), since the reference itself rounds to bf16.
+    merged = load_adapter(tuned.unload().dequantize(), adapter).merge_and_unload()
+    differing = sum(not keeps_answer(merged, *pair) for pair in zip(prompts, answers, strict=True))
+    if differing:
+        what = f"the merged model answers {differing} of {len(prompts)} held-out rows differently"
+        raise fail(what, str(adapter.folder), "nothing was written: answer with base model and adapter instead")
+    write_model(folder, merged, tokenizer, adapter)
+    return len(prompts)
+
+
+def check_target(folder: Path) -> None:
+    """Raises UserError unless `folder` is empty, or absent and can be made."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise fail("the folder for the merged model is not empty", str(folder), "give a new folder")
+    existing_parent(folder)
+
+
+def keeps_answer(model, prompt: list[int], answer: list[int]) -> bool:
+    """Whether each token of `answer` is the greedy choice of `model` after those before it, up to a `TIE`."""
+    import torch
+
+    ids = torch.tensor([prompt + answer], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+    chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return bool((logits.amax(1) - chosen <= TIE * logits.std(1)).all())
+
+
+def write_model(folder: Path, model, tokenizer, adapter: Adapter) -> None:
+    """Puts the whole model in place of the absent or empty `folder`; a failure leaves nothing behind."""
+    check_disk(existing_parent(folder), model.get_memory_footprint())
+    # Not adapter.partial_folder: the checkpoints of an unfinished training could lie there.
+    partial = folder.with_name(f".{folder.name}.merging")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.copyfile(adapter.folder / "prompt.json", partial / "prompt.json")
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def push_adapter(folder: Path, repository: str, endpoint: str | None = None) -> str:
+    """Uploads an adapter or merged folder, without dot files, to a model repository; returns its address.
+
+    A new repository is private, an existing one keeps its visibility. Raises UserError when the folder holds no
+    model, without a token, and with the hub's own words when it refuses or cannot be reached.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, get_token
+
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise fail("no adapter or model to push", str(folder), "give a folder that training or merging wrote")
+    token = settings.get("HF_TOKEN") or get_token()
+    if not token:
+        fix = "set one with write access from https://huggingface.co/settings/tokens"
+        raise fail("pushing needs a Hugging Face token", "HF_TOKEN", fix)
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        created = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=folder, ignore_patterns=[".*", "*/.*"])
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: uploads of large files
+        raise explain_refusal(error, repository, token) from error
+    return str(created)
+
+
+def explain_refusal(error: Exception, repository: str, token: str) -> UserError:
+    """What the hub or the network said, never with the token in it, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = " ".join(str(error).split()).replace(token, "HF_TOKEN")[:300]
+    fixes = {
+        401: "set HF_TOKEN to a valid token with write access",
+        403: "give the token write access to that user or organisation, or push to your own USER/NAME",
+        404: "check the user or organisation, and that the token has write access",
+    }
+    other = "mend what the hub names" if isinstance(error, ValueError) else "check the network and push again"
+    return fail(f"the push failed ({said})", repository, fixes.get(status, other))

@@ -1,0 +1,87 @@
+"""The benchmark's own arithmetic, and its shapes on a tiny Llama; the speeds are measured by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT, SAMPLE
+
+from benchmarks import plain_recipe, random_llama, train_speed
+from qlora import dataset
+from qlora.console import UserError
+from qlora.prompt import choose_prompt, encode_row
+
+
+def a_run(rate: float, **changes) -> dict:
+    run = {"useful_tokens_per_second": rate, "useful_tokens": 800, "rows": 8, "steps": 2}
+    run |= {"peak_memory": {"process_gb": rate / 100}, "rows_with_equal_tokens": 8}
+    return {**run, "weights_in_4bit": 1e8, "matmul_gflops": 400.0, **changes}
+
+
+def test_ratio_is_taken_within_rounds_whose_order_alternates(capsys):
+    assert train_speed.order_of_round(1) == train_speed.order_of_round(0)[::-1] and train_speed.VARIANTS[0] == "plain"
+    runs = {"plain": [a_run(100), a_run(50)], "ours": [a_run(400), a_run(250)], "checkpointed": [a_run(300), a_run(9)]}
+    setup = plain_recipe.Setup("folder", "base", batch_size=4, rows=8)
+    losses = {"before": 3.0, "plain": 2.0, "ours": 1.9, "checkpointed": 1.9}
+    result = train_speed.summarise(setup, runs, losses)
+    assert result["ours_over_plain"] == {"median": 4.5, "min": 4.0, "max": 5.0, "rounds": [4.0, 5.0]}
+    assert result["ours_gflops"] == pytest.approx(325 * 4 * 1e8 / 1e9)
+    assert result["variants"]["ours"]["examples_per_second"] == pytest.approx(3.25)
+    assert json.loads(json.dumps(result))["variants"]["plain"]["peak_process_gb"] == 1.0
+    train_speed.print_comparison(result)
+    shown = capsys.readouterr().out
+    assert "4.50 times" in shown and "4.00 .. 5.00 over 2 rounds" in shown and "8 of 8" in shown
+    assert max(map(len, shown.splitlines())) < 100
+
+
+def test_runs_of_different_work_are_no_comparison():
+    train_speed.check_same_work({"plain": [a_run(1)], "ours": [a_run(2, useful_tokens=805)]})
+    for other in ({"useful_tokens": 820}, {"steps": 3}, {"rows": 7}):
+        with pytest.raises(UserError):
+            train_speed.check_same_work({"plain": [a_run(1)], "ours": [a_run(2, **other)]})
+
+
+def test_rows_are_chosen_so_that_the_split_leaves_as_many_as_asked_for():
+    rows = dataset.load_rows(str(SAMPLE / "train.jsonl"))
+    for wanted in (8, 64):
+        training, held_out = plain_recipe.split_rows(train_speed.choose_rows(rows, wanted))
+        assert len(training) == wanted and held_out
+    with pytest.raises(UserError):
+        train_speed.choose_rows(rows, len(rows))
+
+
+def test_plain_text_has_the_prompt_of_ours(tiny_base):
+    tokenizer = plain_recipe.base_model.load_tokenizer(str(tiny_base))
+    messages = choose_prompt(tokenizer).messages("Who signs?", ["The director signs."])
+    text = plain_recipe.as_plain_text(tokenizer, messages, "the director")
+    ids, labels = encode_row(tokenizer, messages, text["completion"])
+    trl = tokenizer(text["prompt"] + text["completion"] + tokenizer.eos_token).input_ids
+    assert trl == ids
+    table = [{"input_ids": ids, "labels": labels}, {"input_ids": ids, "labels": ids}]
+    counted = plain_recipe.count_tokens(table, [(ids, labels)] * 2)
+    assert counted == {"rows": 2, "rows_with_equal_tokens": 1, "useful_tokens": 2 * len(ids)}
+
+
+def test_shape_trains_in_4bit_on_any_device():
+    import torch
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = random_llama.build_random_llama(config, torch.device("cpu"))
+    assert plain_recipe.count_4bit_weights(model) == 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    measured = random_llama.time_steps(model, rows=2, length=32, steps=1)
+    assert measured["tokens_per_second"] > 0 and 5 < measured["loss"] < 6.5  # ln 300 = 5.7
+    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+def test_shape_needs_a_gpu_and_the_benchmark_starts_without_torch():
+    code = "import sys, benchmarks.train_speed; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA GPU"):
+            train_speed.main(["--shape", "llama2-7b"])
