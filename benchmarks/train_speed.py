@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Training speed, memory and held-out loss of instruct_train_qlora.py beside the plain recipe, TRL's SFTTrainer.
 
-    python benchmarks/train_speed.py                          # sample rows; about half an hour on two cores
+    python benchmarks/train_speed.py                          # sample rows; about 20 minutes on two idle cores
     python benchmarks/train_speed.py --rows 16 --rounds 1     # a quick look
     python benchmarks/train_speed.py --dataset rows.jsonl --base-model ./my-llama --json
     python benchmarks/train_speed.py --shape llama2-7b        # random weights of that shape on a CUDA GPU
@@ -236,7 +236,7 @@ def print_comparison(result: dict) -> None:
     ratio, share = result["ours_over_plain"], result["ours_gflops"] / result["matmul_gflops"]
     notes = (
         f"ours / plain: {ratio['median']:.2f} times the useful tokens/s "
-        f"(median; {show_range(ratio, 2)} over {len(ratio['rounds'])} rounds)",
+        f"(median; {show_range(ratio, 2)}; rounds: {len(ratio['rounds'])})",
         f"rows with the same token ids in both: {result['rows_with_equal_tokens']} of {result['rows']}",
         f"held-out loss before: {result['held_out_loss_before']:.3f}",
         f"ours: {result['ours_gflops']:,.1f} GFLOP/s (4 FLOPs a token and 4-bit weight), "

@@ -373,6 +373,7 @@ class ResponseTrainer(SFTTrainer):
 
 
 def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
+    """The schedule in TRL's own words."""
     on_gpu, dtype = torch.cuda.is_available(), compute_dtype()
     config = SFTConfig(
         output_dir=str(folder),

@@ -31,7 +31,7 @@ def test_ratio_is_taken_within_rounds_whose_order_alternates(capsys):
     assert json.loads(json.dumps(result))["variants"]["plain"]["peak_process_gb"] == 1.0
     train_speed.print_comparison(result)
     shown = capsys.readouterr().out
-    assert "4.50 times" in shown and "4.00 .. 5.00 over 2 rounds" in shown and "8 of 8" in shown
+    assert "4.50 times" in shown and "4.00 .. 5.00; rounds: 2" in shown and "8 of 8" in shown
     assert max(map(len, shown.splitlines())) < 100
 
 
