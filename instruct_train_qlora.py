@@ -21,7 +21,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from qlora import adapter, base_model, checkpoints, console, dataset, presets, row_filters, settings
+from qlora import adapter, base_model, checkpoints, console, dataset, export, presets, row_filters, settings
 
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -211,8 +211,6 @@ def save_adapter(args, model, tokenizer, prompt, run: dict, report: dict) -> Non
 
 def publish(args, held_out) -> None:
     """Merges base and adapter into a model of its own, and pushes the adapter to the hub, where asked to."""
-    from qlora import export
-
     if args.merge:
         checked = export.merge_adapter(adapter.read_adapter(args.output), Path(args.merge), held_out)
         console.note(f"Merged model: {args.merge} (greedy answers to {checked} held-out rows are those of the adapter)")
@@ -309,6 +307,9 @@ def check_inputs(args, selection, problems: console.Problems) -> None:
             adapter.check_output(args.output, args.overwrite or (args.resume and adapter.is_finished(args.output)))
             rank = args.rank if isinstance(args.rank, int) else 1
             base_model.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(rank))
+    if args.merge:
+        with problems.collecting():
+            export.check_target(Path(args.merge))
     if args.report_to != "none" and importlib.util.find_spec(str(args.report_to)) is None:
         problems.add(f"{args.report_to} is not installed", "--report-to", f"pip install {args.report_to}")
     if args.base_model != base_model.EMBEDDED:

@@ -199,3 +199,41 @@ def test_lora_options_and_unknown_layers(words, tmp_path, capsys):
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"] and config["use_rslora"] and config["use_dora"]
     assert train(*short, "--overwrite", "--target-modules", "query") == 2
     assert "no layer is called that" in capsys.readouterr().err
+
+
+def test_dry_run_tells_and_writes_the_report_and_nothing_else(words, tmp_path, capsys):
+    assert train(*words, "--output", tmp_path / "out", "--dry-run", "--filter", "category!=unanswerable") == 0
+    err = capsys.readouterr().err
+    assert "category not selected" in err and "[2/4]" not in err
+    report = json.loads((tmp_path / "out.data_report.json").read_text())
+    kept, dropped = report["rows"]["kept"], report["rows"]["dropped"]["category not selected"]
+    assert kept + dropped["rows"] == report["rows"]["read"] == 30 and 1 <= len(dropped["examples"]) <= 3
+    assert report["training"]["rows"] + report["held_out"]["rows"] == kept
+    assert report["steps"] == 8 and report["rows_a_step"] == 4 and report["estimate"]["seconds"] >= 0
+    trained = report["example"].split("⟦")[1].split("⟧")[0]
+    assert trained.endswith("</s>") and trained.removesuffix("</s>") in err
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out.data_report.json"}
+
+
+def test_a_finished_run_is_merged_without_training_again(words, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    words = [*words, "--output", tmp_path / "mine"]
+    assert train(*words) == 0
+    before = (tmp_path / "mine" / WEIGHTS).read_bytes()
+    capsys.readouterr()
+    assert train(*words, "--resume", "--merge", tmp_path / "merged") == 0
+    err = capsys.readouterr().err
+    assert "greedy answers to 8 held-out rows" in err and "[3/4]" not in err
+    assert (tmp_path / "mine" / WEIGHTS).read_bytes() == before
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    assert train(*words, "--overwrite", "--max-steps", 1, "--merge", tmp_path / "merged") == 2  # before any training
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_launcher_that_starts_one_process_only_is_told(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")  # what `accelerate launch --num_processes 2 --cpu` leaves
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert train(*words, "--output", tmp_path / "out") == 2
+    assert "torchrun --nproc_per_node 2 instruct_train_qlora.py" in capsys.readouterr().err
