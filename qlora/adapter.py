@@ -52,7 +52,7 @@ def existing_parent(folder: Path) -> Path:
     """The nearest folder above that is there. Raises UserError when it is a file or cannot be written to."""
     parent = next(above for above in folder.resolve().parents if above.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise fail("no folder can be made there", str(folder), "give a place that you can write to with --output")
+        raise fail("no folder can be made there", str(folder), "give a place that you can write to")
     return parent
 
 
@@ -172,9 +172,9 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 def model_card(run: dict) -> str:
     """README.md of the adapter folder, with the front matter the hub reads."""
     base, data, result = run["base_model"]["name"], run["dataset"], run["result"]
+    line = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the hub knows no local folders
     return f"""---
-base_model: {base}
-library_name: peft
+{line}library_name: peft
 pipeline_tag: text-generation
 tags: [qlora, lora, retrieval-augmented-generation]
 ---

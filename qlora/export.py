@@ -21,10 +21,10 @@ TIE = 0.15
 def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> int:
     """Writes base + adapter as a plain transformers model; returns how many answers were checked before.
 
-    The weights are dequantised NF4 + LoRA delta: what the adapter was trained against. (PEFT's merge on the
-    4-bit model quantises again, which rounds the delta away.) Up to 8 held-out `rows` are answered greedily by
-    adapter on 4-bit, and the merged model must answer the same. Raises UserError, with nothing written, when it
-    does not, when `folder` holds something, and when the disk is too small.
+    The weights are dequantised NF4 + LoRA delta: what the adapter was trained against. Quantised again (PEFT's
+    merge on the 4-bit model; the folder as --base-model) they lose the delta: it is smaller than a step of NF4.
+    Up to 8 held-out `rows` are answered greedily by adapter on 4-bit, and the merged model must answer the same.
+    Raises UserError, with nothing written, when it does not, when `folder` holds something, and without disk.
     """
     from qlora.generator import Generator
 
@@ -99,8 +99,7 @@ def push_adapter(folder: Path, repository: str, endpoint: str | None = None) -> 
         raise fail("no adapter or model to push", str(folder), "give a folder that training or merging wrote")
     token = settings.get("HF_TOKEN") or get_token()
     if not token:
-        fix = "set one with write access from https://huggingface.co/settings/tokens"
-        raise fail("pushing needs a Hugging Face token", "HF_TOKEN", fix)
+        raise fail("no Hugging Face token", "HF_TOKEN", "set one with write access (huggingface.co/settings/tokens)")
     api = HfApi(endpoint=endpoint, token=token)
     try:
         created = api.create_repo(repository, private=True, exist_ok=True)

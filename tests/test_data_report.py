@@ -59,13 +59,13 @@ def report_on(tokenizer, examples, held_out=None, rate=1e9, plan=PLAN, **changes
 
 
 def test_percentiles_are_lengths_of_rows(tokenizer):
-    examples = [example(tokenizer, prompt=100 + n, response=2) for n in range(1, 101)]
+    examples = [example(tokenizer, prompt=100 + 2 * n, response=2) for n in range(1, 101)]
     report = report_on(tokenizer, examples)
-    assert report["lengths"]["prompt"] == {"5%": 105, "25%": 125, "50%": 150, "75%": 175, "95%": 195, "max": 200}
+    assert report["lengths"]["prompt"] == {"5%": 110, "25%": 150, "50%": 200, "75%": 250, "95%": 290, "max": 300}
     assert set(report["lengths"]["response"].values()) == {2}
-    assert report["lengths"]["row"] == {"5%": 107, "25%": 127, "50%": 152, "75%": 177, "95%": 197, "max": 202}
-    assert report["tokens_an_epoch"] == sum(range(103, 203))
-    assert report["labelled_share"] == round(200 / sum(range(103, 203)), 4)
+    assert report["lengths"]["row"] == {"5%": 112, "25%": 152, "50%": 202, "75%": 252, "95%": 292, "max": 302}
+    assert report["tokens_an_epoch"] == sum(range(104, 304, 2))
+    assert report["labelled_share"] == round(200 / sum(range(104, 304, 2)), 4)
 
 
 def test_rows_and_steps_are_counted(tokenizer):
@@ -94,12 +94,12 @@ def test_rows_and_steps_are_counted(tokenizer):
 
 def test_refusals_are_counted(tokenizer):
     prompt = Prompt()
-    rows = [Row(f"Q{n}?", "Ann." if n else prompt.refusal, "Ann did.", "", f"{n}.md") for n in range(4)]
+    rows = [Row(f"Q{n}?", prompt.refusal if n else "Ann.", "Ann did.", "", f"{n}.md") for n in range(4)]
     examples, _ = dataset.tokenize_rows(tokenizer, prompt, rows, 500)
     report = report_on(tokenizer, examples)
-    assert report["refused_share"] == 0.25
+    assert report["refused_share"] == 0.75
     assert "⟦Ann." in report["example"]
-    assert f"⟦{prompt.refusal}" in report_on(tokenizer, examples[:1])["example"]
+    assert f"⟦{prompt.refusal}" in report_on(tokenizer, examples[1:])["example"]
 
 
 def test_time_grows_with_tokens_weights_and_recomputation(tokenizer):
@@ -156,7 +156,8 @@ def test_the_first_row_that_does_not_end_in_a_trained_eos_is_named(tokenizer):
     good = example(tokenizer)
     cut = Example(good.input_ids[:-1], good.labels[:-1])
     unlearned = Example(good.input_ids, [*good.labels[:-1], IGNORED])
-    for bad in (cut, unlearned):
+    changed = Example([*good.input_ids[:-1], 60], good.labels)
+    for bad in (cut, unlearned, changed):
         with pytest.raises(UserError, match="training row 3 does not end in a trained EOS") as error:
             report_on(tokenizer, [good, good, bad, cut])
         assert "'</s>'" in str(error.value) and "check that the tokenizer belongs to the base model" in str(error.value)

@@ -299,6 +299,11 @@ def test_a_bare_yes_has_distractors():
     assert others_of(rows[0], shape(rows)[0]) == {"Ann says yes."}
 
 
+def test_a_refused_row_has_its_context_once_however_it_is_spaced():
+    rows = [Row("Why?", "I don't know.", "Ann signs B7.", "", "a.md"), Row("How?", "so", "ann signs  B7", "", "a.md")]
+    assert shape(rows)[0].passages == ("Ann signs B7.",)
+
+
 def test_what_answers_a_refused_question_elsewhere_is_no_distractor():
     refused = Row("Who signs?", "I don't know", "Nobody is named here.", "", "a.md")
     rows = [refused, Row("who signs", "Ann", "Ann signs.", "", "a.md"), Row("When?", "noon", "At noon.", "", "a.md")]

@@ -194,7 +194,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_PUT(self):
         self.server.storage[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply({})
+        self.reply({}, self.server.refuses.get("/storage", (200, ""))[0])
 
     def do_GET(self):  # create_repo looks, when it is refused, whether the repository is there
         self.reply({"error": "Repository not found"}, 404)
@@ -260,7 +260,7 @@ def test_push_sends_a_merged_folder(hub, merged, monkeypatch):
 
 
 def test_push_without_a_token_or_a_model_asks_nobody(hub, tiny_adapter, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="needs a Hugging Face token - HF_TOKEN - set one with write access"):
+    with pytest.raises(UserError, match="no Hugging Face token - HF_TOKEN - set one with write access"):
         export.push_adapter(tiny_adapter, "ann/mine", hub.address)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="no adapter or model to push"):
@@ -287,9 +287,12 @@ def test_what_the_hub_refuses_is_told_without_the_token(hub, tiny_adapter, monke
     assert hub.files == {}
 
 
-def test_bad_names_and_a_dead_network_are_told(hub, tiny_adapter, monkeypatch):
+def test_bad_names_a_failed_upload_and_a_dead_network_are_told(hub, tiny_adapter, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match=r"the push failed .* - a/b/c - mend"):
         export.push_adapter(tiny_adapter, "a/b/c", hub.address)
+    hub.refuses["/storage"] = (403, "")
+    with pytest.raises(UserError, match=r"uploading 'adapter_model.safetensors' .* - ann/mine - check the network"):
+        export.push_adapter(tiny_adapter, "ann/mine", hub.address)
     with pytest.raises(UserError, match=r"the push failed .* - ann/mine - check the network"):
         export.push_adapter(tiny_adapter, "ann/mine", "http://127.0.0.1:9")
