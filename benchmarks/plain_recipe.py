@@ -69,7 +69,7 @@ def load_shaped_rows(setup: Setup, source: str, part: int):
     """
     tokenizer = base_model.load_tokenizer(source)
     prompt = choose_prompt(tokenizer)
-    rows, _ = dataset.keep_usable(dataset.load_rows(str(setup.path("rows.jsonl"))), {})
+    rows, _ = dataset.keep_usable(dataset.load_rows(str(setup.path("rows.jsonl"))))
     pairs = []
     for row in dataset.add_distractors(split_rows(rows)[part], DISTRACTORS, GOLD_PROBABILITY, prompt, SEED):
         passages = [defuse(tokenizer, text) for text in row.passages]

@@ -87,7 +87,7 @@ def compare_recipes(args) -> dict:
 
     This process never imports torch: on Linux a child's ru_maxrss starts from its parent's.
     """
-    rows, _ = dataset.keep_usable(dataset.load_rows(args.dataset), {})
+    rows, _ = dataset.keep_usable(dataset.load_rows(args.dataset))
     sample = choose_rows(rows, args.rows)
     with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
         setup = Setup(folder, args.base_model, args.batch_size, args.rows)

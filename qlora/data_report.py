@@ -171,7 +171,7 @@ def measure_rate(seconds: float = 0.5) -> float:
 
 
 def estimate_seconds(training: Sequence[Example], plan: dict, rate: float) -> float:
-    """About how long all steps take, without evaluations; a guess to a third or so, more under other load.
+    """An estimate of how long all steps take, without evaluations: within a factor of two on an idle machine.
 
     A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
     LoRA), and 2 more where activations are recomputed. Padding is left out: batches are grouped by length.
@@ -181,7 +181,7 @@ def estimate_seconds(training: Sequence[Example], plan: dict, rate: float) -> fl
 
 
 def estimate_memory(training: Sequence[Example], plan: dict) -> dict[str, float]:
-    """About how many GB a process needs, by what needs them, and in all; a guess to a fifth or so.
+    """An estimate of the GB a process needs, by what needs them, and in all: within a fifth on the CPU.
 
     4-bit linear layers and 16-bit embeddings are about 0.6 bytes a weight; a LoRA weight is 16 (fp32 weight,
     gradient and two moments of AdamW). Activations are those of the largest micro batch, whose rows are the
@@ -234,14 +234,10 @@ def color_trained(marked: str):
 
 
 def print_report(report: dict) -> None:
-    """The report on stderr, for a person."""
+    """What the step's own notes, which count the rows, don't say: examples, lengths, cost and a row; on stderr."""
     console = stderr()
-    rows = report["rows"]
-    say(console, f"{rows['read']} rows read, {rows['kept']} kept")
-    for dropped in (rows["dropped"], report["leakage"]):
+    for dropped in (report["rows"]["dropped"], report["leakage"]):
         print_dropped(console, dropped)
-    for name in ("training", "held_out"):
-        print_part(console, name.replace("_", "-"), report[name])
     print_lengths(console, report["lengths"])
     say(
         console,
@@ -270,13 +266,6 @@ def print_dropped(console, dropped: dict[str, dict]) -> None:
         say(console, f"  {found['rows']} dropped: {reason}")
         for row in found["examples"]:
             say(console, f"    {row['instruction']} -> {row['response']}")
-
-
-def print_part(console, name: str, part: dict[str, int]) -> None:
-    """Rows, documents and tokens of one part, and what --max-length did to it."""
-    say(console, f"{name}: {part['rows']} rows of {part['documents']} documents, {part['tokens']:,} tokens")
-    if part["shortened"] or part["too_long"]:
-        say(console, f"  --max-length: {part['shortened']} rows shortened, {part['too_long']} left out")
 
 
 def print_lengths(console, lengths: dict[str, dict[str, int]]) -> None:

@@ -183,15 +183,15 @@ def check_cells(table, names: dict[str, str], source: str) -> None:
 # ------------------------------------------------------------------------------- filter, split
 
 
-def keep_usable(rows: Sequence[Row], selection: Selection | dict, seed: int = 0) -> tuple[list[Row], Dropped]:
+EVERY_ROW = Selection()
+
+
+def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int = 0) -> tuple[list[Row], Dropped]:
     """The rows that pass, in their order, and how many were dropped for which reason, with examples.
 
-    A dict is a selection by the values that columns must have. Rows with an empty instruction or response
-    and repeated rows go too; `seed` decides which rows stay within `max_rows`. Raises UserError when nothing
+    Rows with an empty instruction or response and repeated rows go too; `seed` decides which rows stay within `max_rows`. Raises UserError when nothing
     is left.
     """
-    if isinstance(selection, dict):
-        selection = Selection(equal=selection)
     passed: dict[Row, None] = {}
     dropped = Dropped()
     for row in rows:

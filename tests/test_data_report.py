@@ -203,11 +203,8 @@ def test_the_report_is_json_and_goes_to_stderr(real, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and "⟦" not in captured.err
     for text in (
-        "9 rows read, 8 kept",
         "2 dropped: question also held out",
         "[bold]Who? -> Ann",
-        "training: 20 rows of 1 documents",
-        "3 rows shortened, 4 left out",
         "10 steps of 6 rows = 3.0 epochs",
         "### Context:\n[1] ",
         f"{report['estimate']['memory_gb']['all']} GB",
