@@ -189,8 +189,8 @@ EVERY_ROW = Selection()
 def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int = 0) -> tuple[list[Row], Dropped]:
     """The rows that pass, in their order, and how many were dropped for which reason, with examples.
 
-    Rows with an empty instruction or response and repeated rows go too; `seed` decides which rows stay within `max_rows`. Raises UserError when nothing
-    is left.
+    Rows with an empty instruction or response and repeated rows go too; `seed` decides which rows stay
+    within `max_rows`. Raises UserError when nothing is left.
     """
     passed: dict[Row, None] = {}
     dropped = Dropped()
