@@ -308,10 +308,11 @@ def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, pr
 def shape_row(row: Row, contexts: Contexts, count: int, gold_probability: float, refusal: str, seed: int) -> Row:
     """One row of `add_distractors`."""
     chance = random.Random(hashlib.sha256(f"{seed}\n{row.instruction}\n{row.context}".encode()).digest())
-    others = pick_distractors(row, contexts, count, refusal, chance)
+    others = pick_distractors(row, contexts, count + 1, refusal, chance)
     refused = is_refusal(row.response, refusal)
-    keeps_gold = refused or not others or chance.random() < gold_probability
-    passages = [row.context, *others] if keeps_gold else others
+    keeps_gold = refused or count == 0 or not others or chance.random() < gold_probability
+    # As many passages with the right one as without it: their number must not give the refusal away.
+    passages = [row.context, *others[:count]] if keeps_gold else others
     chance.shuffle(passages)
     if refused or not keeps_gold:
         return replace(row, passages=tuple(passages), response=refusal)
