@@ -90,8 +90,9 @@ def test_tools_tell_what_is_wrong(collection, capsys, monkeypatch, tiny_adapter)
 # ------------------------------------------------------------------------------- embedded server
 
 USER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.path.insert(0, {project!r})
 import psycopg2
 from qlora import embedded_postgres
