@@ -110,6 +110,9 @@ def train_plain(setup: Setup, source: str) -> None:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
+    from qlora import data_report
+    from qlora.training_run import peak_memory
+
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
     # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
     model = base_model.load_base_model(source, training=True)
@@ -141,7 +144,7 @@ def train_plain(setup: Setup, source: str) -> None:
     run = {"train_seconds": clock.seconds, "peak_memory": peak_memory(), "steps": trainer.state.global_step}
     run |= count_tokens(trainer.train_dataset, [encode_row(tokenizer, *pair) for pair in pairs])
     run |= {"useful_tokens_per_second": run["useful_tokens"] / clock.seconds}
-    run |= {"weights_in_4bit": weights, "matmul_gflops": measure_matmul()}
+    run |= {"weights_in_4bit": weights, "matmul_gflops": data_report.measure_rate() / 1e9}
     trainer.model.save_pretrained(setup.path("plain"))
     setup.path("plain", "run.json").write_text(json.dumps(run), encoding="utf-8")
 
@@ -170,35 +173,6 @@ def count_4bit_weights(model) -> int:
     from bitsandbytes.nn import Linear4bit
 
     return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
-
-
-def peak_memory() -> dict[str, float]:
-    """Peak memory so far in GB, as in run.json: of this process, and of its tensors on a GPU."""
-    import resource
-
-    import torch
-
-    peaks = {"process_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    return peaks | ({"gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
-
-
-def measure_matmul(size: int = 2048, seconds: float = 0.5) -> float:
-    """GFLOP/s of square bf16 products, about the most that the machine can do now."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    matrix = torch.randn(size, size, dtype=torch.bfloat16, device="cuda" if on_gpu else "cpu")
-
-    def multiply(times: int) -> float:
-        started = time.perf_counter()
-        for _ in range(times):
-            product = matrix @ matrix
-        product[0, 0].item()  # waits for a GPU
-        return time.perf_counter() - started
-
-    multiply(2)  # the first ones set up threads and kernels
-    times = max(1, round(seconds / (multiply(2) / 2)))
-    return 2 * size**3 * times / multiply(times) / 1e9
 
 
 # ------------------------------------------------------------------------------- score

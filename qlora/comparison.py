@@ -8,6 +8,7 @@ from qlora.console import fail
 
 MODELS = ("base", "tuned")
 CONTEXTS = ("closed-book", "retrieved", "oracle")
+METRICS = {"f1": "F1", "overall_f1": "overall F1"}
 DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
 
 
@@ -41,12 +42,18 @@ def compare_cells(cells: dict[tuple[str, str], list[dict]], seed: int) -> list[d
     ]
 
 
+def describe_interval(difference: dict) -> str:
+    """`+0.31 F1 [0.24, 0.38], n=80`"""
+    bounds = f"[{difference['low']:.2f}, {difference['high']:.2f}]"
+    return f"{difference['mean']:+.2f} {METRICS[difference['metric']]} {bounds}, n={difference['n']}"
+
+
 def give_verdict(differences: Sequence[dict]) -> str:
     """One line on whether the tuned model answers better from retrieved passages."""
     found = next((d for d in differences if (d["what"], d["of"]) == ("tuned - base", "retrieved")), None)
     if found is None:
         return "base model alone: nothing to compare"
-    numbers = f"{found['mean']:+.2f} F1 [{found['low']:.2f}, {found['high']:.2f}], n={found['n']}"
+    numbers = describe_interval(found)
     if found["low"] > 0:
         return f"tuned answers better: {numbers}"
     if found["high"] < 0:
@@ -104,7 +111,7 @@ def compare_runs(first: Path, second: Path, seed: int) -> list[dict]:
     left, right = read_run(first), read_run(second)
     rows = []
     for cell in [(model, context) for model in MODELS for context in CONTEXTS]:
-        for metric in ("f1", "overall_f1"):
+        for metric in METRICS:
             keys = [key for key in left if key[:2] == cell and key in right and left[key].get(metric) is not None]
             if keys:
                 values = [[run[key][metric] for key in keys] for run in (left, right)]

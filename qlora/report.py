@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from qlora.comparison import METRICS, describe_interval
+
 COLUMNS = {  # key in a cell -> heading of the table
     "em": "exact match",
     "f1": "F1",
@@ -23,8 +25,6 @@ COLUMNS = {  # key in a cell -> heading of the table
     "words_mean": "words",
     "seconds_median": "seconds",
 }
-
-
 PICTURE = "evaluation.png"
 SECTION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 
@@ -86,13 +86,6 @@ def table_rows(report: dict) -> list[list[str]]:
 def describe_difference(difference: dict) -> str:
     """`tuned - base, retrieved: +0.31 F1 [0.24, 0.38], n=80`"""
     return f"{difference['what']}, {difference['of']}: {describe_interval(difference)}"
-
-
-def describe_interval(difference: dict) -> str:
-    """`+0.31 F1 [0.24, 0.38], n=80`"""
-    bounds = f"[{difference['low']:.2f}, {difference['high']:.2f}]"
-    metric = "overall F1" if difference["metric"] == "overall_f1" else "F1"
-    return f"{difference['mean']:+.2f} {metric} {bounds}, n={difference['n']}"
 
 
 def describe_retrieval(report: dict) -> str:
@@ -180,9 +173,8 @@ def comparison_as_text(rows: list[dict], first: Path, second: Path) -> str:
     """A line a cell and metric: both means, and first - second with its interval."""
     table = [["", "first", "second", "first - second"]]
     for row in rows:
-        metric = "overall F1" if row["metric"] == "overall_f1" else "F1"
-        numbers = [show(row["first"]), show(row["second"]), f"{describe_interval(row)}"]
-        table.append([f"{row['model']}, {row['context']}, {metric}", *numbers])
+        numbers = [show(row["first"]), show(row["second"]), describe_interval(row)]
+        table.append([f"{row['model']}, {row['context']}, {METRICS[row['metric']]}", *numbers])
     return f"first:  {first}\nsecond: {second}\n{as_text_table(table)}"
 
 

@@ -236,7 +236,7 @@ class ResponseTrainer(SFTTrainer):
         for weight in self.trained().values():
             weight.data = weight.data.float()
         # PEFT casts the input of every adapter to fp32 (it looks for autocast on CUDA only), and autocast casts it
-        # back: two copies that backward keeps, 40 % of the activations.
+        # back: copies that backward keeps, a sixth of the activations (4.5 -> 3.9 GB at 8 rows of 290 tokens).
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = compute_dtype() == torch.float32

@@ -138,7 +138,8 @@ def test_bootstrap_on_known_data():
     ("low", "high", "words"), [(0.1, 0.3, "tuned answers better"), (-0.1, 0.3, "no evidence"), (-0.3, -0.1, "worse")]
 )
 def test_verdicts(low, high, words):
-    difference = {"what": "tuned - base", "of": "retrieved", "mean": (low + high) / 2, "low": low, "high": high, "n": 9}
+    spread = {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
+    difference = {"what": "tuned - base", "of": "retrieved", "metric": "f1", **spread}
     assert words in c.give_verdict([difference]) and "n=9" in c.give_verdict([difference])
     assert "base model alone" in c.give_verdict([])
 
