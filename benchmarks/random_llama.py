@@ -67,10 +67,12 @@ def build_random_llama(config, device):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qlora import trainer
+    from qlora import packing, trainer
+    from qlora.lean_layers import make_lean
 
+    packing.register_attention()
     with torch.device("meta"):  # shapes without memory
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             model.set_submodule(name, random_linear(module, device))
@@ -85,6 +87,7 @@ def build_random_llama(config, device):
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # as ResponseTrainer does
+    make_lean(model)
     return model.train()
 
 
@@ -119,8 +122,7 @@ def time_steps(model, rows: int, length: int, steps: int) -> dict:
     ids = torch.randint(model.config.vocab_size, (rows, length), device=device)
     labels = ids.clone()
     labels[:, 0] = IGNORED  # nothing predicts the first token
-    positions = torch.arange(length, device=device).expand(rows, length)
-    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW8bit(trainable) if on_gpu else torch.optim.AdamW(trainable)
     if on_gpu:

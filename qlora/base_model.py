@@ -169,20 +169,23 @@ def outline_model(source: str):
 def load_base_model(source: str, training: bool = False):
     """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
 
-    With `training` the CPU kernel of bitsandbytes that repacks weights is switched off: after any
-    evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16).
+    With `training` it takes packed batches, and the CPU kernel of bitsandbytes that repacks weights is off: after
+    any evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16).
     """
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM
 
+    from qlora import packing
+
+    packing.register_attention()
     with explaining(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=quantization_config(),
             dtype=compute_dtype(),
             device_map={"": settings.process_rank(local=True) if torch.cuda.is_available() else "cpu"},
-            attn_implementation="sdpa",
+            attn_implementation=packing.ATTENTION if training else "sdpa",
             use_safetensors=True,
             trust_remote_code=False,  # left out, transformers would ask at the terminal
         )

@@ -174,7 +174,7 @@ def estimate_seconds(training: Sequence[Example], plan: dict, rate: float) -> fl
     """An estimate of how long all steps take, without evaluations: within a factor of two on an idle machine.
 
     A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
-    LoRA), and 2 more where activations are recomputed. Padding is left out: batches are grouped by length.
+    LoRA), and 2 more where activations are recomputed. There is no padding.
     """
     tokens = plan["steps"] * plan["micro_batch"] * plan["accumulation"] * count_tokens(training) / len(training)
     return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * UTILISATION)
@@ -196,7 +196,7 @@ def estimate_memory(training: Sequence[Example], plan: dict) -> dict[str, float]
     parts = {
         "base_model": 0.6 * plan["parameters"],
         "lora": 16 * plan["lora_parameters"],
-        "activations": plan["micro_batch"] * longest[0] * plan["hidden_size"] * kept,
+        "activations": sum(longest) * plan["hidden_size"] * kept,
         "libraries": LIBRARIES_CUDA if torch.cuda.is_available() else LIBRARIES_CPU,
     }
     return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}

@@ -1,8 +1,8 @@
 """Training: LoRA on the 4-bit base, and an SFTTrainer that computes only what the loss needs.
 
-Three things make it fast and leave the loss as it is: logits for the response positions only (rows
-are padded on the left, so that all responses end together), batches of rows of similar length, and
-bf16 autocast.
+Four things make it fast and leave the loss as it is: logits for the labelled positions only, batches without
+padding whose common beginning is computed once (packing), layers with fewer passes over memory (lean_layers),
+and bf16 autocast.
 """
 
 import json
@@ -14,16 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora import checkpoints, console, settings
+from qlora import checkpoints, console, packing, settings
 from qlora.base_model import LARGE, compute_dtype
 from qlora.dataset import Example
+from qlora.lean_layers import make_lean
 from qlora.prompt import IGNORED
 
 
@@ -114,7 +114,7 @@ def plan_schedule(args, rows: int, parameters: int) -> Schedule:
 
 
 def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """A batch padded on the left: (rows, longest) input_ids, attention_mask, position_ids and labels."""
+    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels."""
 
     def pad(key: str, value: int) -> torch.Tensor:
         rows = [torch.tensor(example[key]) for example in examples]
@@ -129,33 +129,30 @@ def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": pad("input_ids", 0),
         "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
         "labels": pad("labels", IGNORED),
     }
 
 
 def token_losses(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of every label from the batch's longest response on: (rows, longest), 0 where there is none.
+    """Cross-entropy of every label: (rows, longest), 0 where there is none.
 
-    The head, a third of the work of a small Llama, runs over those positions only.
+    The head, a third of the work of a small Llama, runs over the labelled positions only.
     """
     labels = inputs["labels"]
-    longest = int((labels != IGNORED).sum(dim=1).max())
-    # Positions, not a count: a count makes a strided slice, which F.linear turns into a batched
-    # product with a copy of the whole head for every row (a quarter of a step on the CPU).
-    last = torch.arange(labels.shape[1] - longest - 1, labels.shape[1], device=labels.device)
+    labelled = labels != IGNORED
+    batch = packing.pack(inputs["input_ids"], inputs["attention_mask"])
     logits = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        position_ids=inputs["position_ids"],
-        logits_to_keep=last,
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=torch.empty(1, 1, 1, 1),  # any of four dimensions: no mask is made
+        lengths=batch.lengths,
+        logits_to_keep=batch.index[:, :-1][labelled[:, 1:]],  # a token is predicted one position earlier
         use_cache=False,
-    ).logits[:, :-1]
-    targets = labels[:, -longest:]
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).logits[0]
+    losses = torch.zeros(labels.shape, device=labels.device)
+    return losses.masked_scatter(
+        labelled, torch.nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
     )
-    return losses.view_as(targets)
 
 
 def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
@@ -163,37 +160,27 @@ def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = No
     return token_losses(model, inputs).sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
 
 
-class LengthOrder(Sampler):
-    """Row numbers so that each batch holds rows of similar length; a new seeded order every epoch.
+class SeededOrder(Sampler):
+    """Row numbers in another order every epoch, which depends on seed and epoch alone.
 
-    Rows are shuffled, sorted by length within pools of `pool` batches, and the batches shuffled. A batch is that
-    of an optimizer step: its rows are the same in any number of micro batches and processes. The order depends on
-    seed and epoch alone (TRL's sampler draws from the global generator).
+    (TRL's sampler draws from the global generator.) An optimizer step takes the same rows in any number of micro
+    batches and processes.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int, pool: int = 16):
-        self.lengths, self.batch, self.seed, self.pool = lengths, batch, seed, pool
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed = rows, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.rows
 
     def __iter__(self):
-        chance = random.Random(self.seed * 1_000_003 + self.epoch)
-        order = list(range(len(self.lengths)))
-        chance.shuffle(order)
-        size = self.batch * self.pool
-        order = [
-            n for at in range(0, len(order), size) for n in sorted(order[at : at + size], key=self.lengths.__getitem__)
-        ]
-        batches = [order[at : at + self.batch] for at in range(0, len(order), self.batch)]
-        # A short batch stays last, where the loader looks for it.
-        last = [batches.pop()] if len(batches[-1]) < self.batch else []
-        chance.shuffle(batches)
-        return iter([n for batch in batches + last for n in batch])
+        order = list(range(self.rows))
+        random.Random(self.seed * 1_000_003 + self.epoch).shuffle(order)
+        return iter(order)
 
 
 @dataclass
@@ -202,7 +189,7 @@ class Progress:
 
     useful_tokens: int = 0
     labelled_tokens: int = 0
-    all_tokens: int = 0  # with padding
+    computed_tokens: int = 0  # with a common beginning counted once a batch
     seconds: float = 0.0  # of training alone, without evaluations
     best_loss: float | None = None
     best_step: int = 0
@@ -222,12 +209,12 @@ class ResponseTrainer(SFTTrainer):
             processing_class=tokenizer,
             data_collator=collate,
             train_dataset=as_dataset(training),
-            # Longest first: the peak of memory comes at once, and rows of a batch need little padding.
+            # Longest first: the peak of memory comes at once.
             eval_dataset=as_dataset(sorted(held_out, key=lambda example: -len(example.input_ids))),
         )
         self.remove_callback(PrinterCallback)
         self.plan, self.folder = plan, folder
-        self.order = LengthOrder([len(example.input_ids) for example in training], plan.effective_batch, plan.seed)
+        self.order = SeededOrder(len(training), plan.seed)
         self.sample = held_out[:: math.ceil(len(held_out) / plan.eval_answers)] if plan.eval_answers else []
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
@@ -235,11 +222,7 @@ class ResponseTrainer(SFTTrainer):
         # TRL casts the adapter to bf16, where small steps of AdamW round to nothing.
         for weight in self.trained().values():
             weight.data = weight.data.float()
-        # PEFT casts the input of every adapter to fp32 (it looks for autocast on CUDA only), and autocast casts it
-        # back: copies that backward keeps, a sixth of the activations (4.5 -> 3.9 GB at 8 rows of 290 tokens).
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                module.cast_input_dtype_enabled = compute_dtype() == torch.float32
+        make_lean(self.model)
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -254,7 +237,8 @@ class ResponseTrainer(SFTTrainer):
         progress, count = self.progress, settings.process_count()
         progress.useful_tokens += int(inputs["attention_mask"].sum()) * count
         progress.labelled_tokens += int((inputs["labels"] != IGNORED).sum()) * count
-        progress.all_tokens += inputs["labels"].numel() * count
+        packed = packing.pack(inputs["input_ids"], inputs["attention_mask"])
+        progress.computed_tokens += packed.input_ids.numel() * count
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -396,7 +380,8 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
         use_cpu=not on_gpu,
         activation_checkpointing=plan.checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
-        neftune_noise_alpha=plan.neftune or None,
+        # transformers divides by the root of the tokens in the sequence, which are those of all packed rows.
+        neftune_noise_alpha=plan.neftune * math.sqrt(plan.micro_batch) or None,
         eval_strategy="steps",
         eval_steps=plan.eval_steps,
         logging_steps=1,

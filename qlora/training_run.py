@@ -88,7 +88,7 @@ class Recorder(TrainerCallback):
     def show_step(self, state, known: dict[str, float]) -> None:
         detail = (
             f"loss {known['loss']:.3f}, {known['useful_tokens_per_second']:.0f} tokens/s "
-            f"({known['labelled_tokens_per_second']:.0f} trained), padding {known['padding_share']:.0%}, "
+            f"({known['labelled_tokens_per_second']:.0f} trained), {known['shared_share']:.0%} shared, "
             f"{known['memory_gb']:.1f} GB"
         )
         self.bar.update(self.task, description=f"training, {detail}")
@@ -111,12 +111,12 @@ def describe_evaluation(known: dict[str, float]) -> str:
 
 
 def describe_speed(progress: Progress) -> dict[str, float]:
-    """Tokens a second of training alone (without padding, and trained ones), share of padding, memory."""
+    """Tokens a second of training alone (all, and trained ones), share that was computed for others, too, memory."""
     seconds = max(progress.seconds, 1e-9)
     return {
         "useful_tokens_per_second": round(progress.useful_tokens / seconds, 1),
         "labelled_tokens_per_second": round(progress.labelled_tokens / seconds, 1),
-        "padding_share": round(1 - progress.useful_tokens / progress.all_tokens, 4),
+        "shared_share": round(1 - progress.computed_tokens / progress.useful_tokens, 4),
         "memory_gb": max(peak_memory().values()),
     }
 

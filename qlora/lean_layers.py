@@ -1,0 +1,96 @@
+"""A Llama's layers in fewer passes over memory while they train: the same sums, less kept for the way back.
+
+On the CPU a pass over the activations costs as much as a small matrix product. PEFT makes five of them
+a layer, and transformers' norm and gate keep what can be computed again.
+"""
+
+import functools
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora.bnb import Linear4bit
+from torch.nn.functional import rms_norm, silu
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from qlora.base_model import compute_dtype
+
+
+class LoraLinear(torch.autograd.Function):
+    """x W^T + scale (x A^T) B^T, with W dequantised on the way there and again on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, weight, scale):
+        ctx.shape, ctx.weight, ctx.scale = x.shape, weight, scale
+        x, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        inner = x @ a.T
+        ctx.save_for_backward(x, a, b, inner)
+        y = x @ dequantize_4bit(weight, weight.quant_state).to(x.dtype).T
+        return y.addmm_(inner, b.T, alpha=scale).view(*ctx.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, a, b, inner = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_inner = grad @ b
+        grad_x = grad @ dequantize_4bit(ctx.weight, ctx.weight.quant_state).to(x.dtype)
+        grad_x.addmm_(grad_inner, a, alpha=ctx.scale)
+        grad_a, grad_b = (grad_inner.T @ x).float(), (inner.T @ grad).T.float()
+        return grad_x.view(ctx.shape), grad_a * ctx.scale, grad_b * ctx.scale, None, None
+
+
+class Gate(torch.autograd.Function):
+    """silu(x) y, keeping x and y alone."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return silu(x).mul_(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * y, x), silu(x).mul_(grad)
+
+
+def make_lean(model) -> None:
+    """Replaces the layers' training passes; without gradients they stay PEFT's and transformers' own."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # PEFT casts the input to fp32 (it looks for autocast on CUDA only), and autocast casts it back.
+            module.cast_input_dtype_enabled = compute_dtype() == torch.float32
+        if isinstance(module, Linear4bit) and is_plain(module):
+            run = run_linear
+        elif type(module) is LlamaRMSNorm:
+            run = run_norm
+        elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
+            run = run_mlp
+        else:
+            continue
+        module.forward = functools.partial(run, module, module.forward)
+
+
+def is_plain(layer: Linear4bit) -> bool:
+    """Whether the one adapter of the layer is low-rank matrices and nothing else."""
+    (name,) = layer.active_adapters
+    return name not in layer.lora_variant and isinstance(layer.lora_dropout[name], torch.nn.Identity)
+
+
+def run_linear(layer: Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+        return ordinary(x)
+    (name,) = layer.active_adapters
+    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+    y = LoraLinear.apply(x, a, b, base.weight, layer.scaling[name])
+    return y if base.bias is None else y + base.bias
+
+
+def run_norm(norm: LlamaRMSNorm, ordinary, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return ordinary(x)
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon).to(x.dtype)
+
+
+def run_mlp(mlp: LlamaMLP, ordinary, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return ordinary(x)
+    return mlp.down_proj(Gate.apply(mlp.gate_proj(x), mlp.up_proj(x)))
