@@ -111,14 +111,19 @@ def train_plain(setup: Setup, source: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from qlora import data_report
+    from qlora.trainer import SeededOrder
     from qlora.training_run import peak_memory
 
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
     # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
     model = base_model.load_base_model(source, training=True)
     weights = count_4bit_weights(model)
+    order = list(SeededOrder(len(pairs), SEED))  # as ours, or the losses after so few steps would differ by chance
+    pairs = [pairs[n] for n in order]
     config = SFTConfig(
         output_dir=setup.folder,
+        train_sampling_strategy="sequential",
+        seed=SEED,
         max_length=MAX_LENGTH,
         per_device_train_batch_size=setup.batch_size,
         num_train_epochs=1,

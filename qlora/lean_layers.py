@@ -9,7 +9,7 @@ import functools
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora.bnb import Linear4bit
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qlora.base_model import compute_dtype
@@ -21,7 +21,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, weight, scale):
         ctx.shape, ctx.weight, ctx.scale = x.shape, weight, scale
-        x, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        x = x.flatten(0, -2)
         inner = x @ a.T
         ctx.save_for_backward(x, a, b, inner)
         y = x @ dequantize_4bit(weight, weight.quant_state).to(x.dtype).T
@@ -34,8 +34,26 @@ class LoraLinear(torch.autograd.Function):
         grad_inner = grad @ b
         grad_x = grad @ dequantize_4bit(ctx.weight, ctx.weight.quant_state).to(x.dtype)
         grad_x.addmm_(grad_inner, a, alpha=ctx.scale)
-        grad_a, grad_b = (grad_inner.T @ x).float(), (inner.T @ grad).T.float()
+        grad_a, grad_b = grad_inner.T @ x, (inner.T @ grad).T
         return grad_x.view(ctx.shape), grad_a * ctx.scale, grad_b * ctx.scale, None, None
+
+
+class Norm(torch.autograd.Function):
+    """x / rms(x) in fp32, times the weight, which is frozen; keeps x, and a number a token."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1] + eps
+        scale = scale.rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = (grad * weight).float(), x * scale
+        mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+        return grad.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), None, None
 
 
 class Gate(torch.autograd.Function):
@@ -79,15 +97,15 @@ def run_linear(layer: Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
         return ordinary(x)
     (name,) = layer.active_adapters
-    base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+    base, a, b = layer.base_layer, layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
     y = LoraLinear.apply(x, a, b, base.weight, layer.scaling[name])
     return y if base.bias is None else y + base.bias
 
 
 def run_norm(norm: LlamaRMSNorm, ordinary, x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or norm.weight.requires_grad:
         return ordinary(x)
-    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon).to(x.dtype)
+    return Norm.apply(x, norm.weight, norm.variance_epsilon)
 
 
 def run_mlp(mlp: LlamaMLP, ordinary, x: torch.Tensor) -> torch.Tensor:

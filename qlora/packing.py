@@ -63,11 +63,10 @@ def attend(module, query, key, value, attention_mask, scaling, lengths=None, **k
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("dropout") or kwargs.get("sliding_window") or kwargs.get("softcap"):
         raise NotImplementedError("packed attention has no dropout, sliding window or soft cap")
-    if query.is_cuda:
-        mixed = attend_rows(query, key, value, lengths, scaling, attend_fused)
-    else:
-        mixed = checkpoint(attend_rows, query, key, value, lengths, scaling, attend_plain, use_reentrant=False)
-    return mixed.transpose(1, 2), None
+    given = query, key, value, lengths, scaling, attend_fused if query.is_cuda else attend_plain
+    if query.is_cuda or not torch.is_grad_enabled():  # checkpoint keeps its arguments even without gradients
+        return attend_rows(*given).transpose(1, 2), None
+    return checkpoint(attend_rows, *given, use_reentrant=False).transpose(1, 2), None
 
 
 def attend_rows(query, key, value, lengths: list[int], scaling: float, attend_row) -> torch.Tensor:

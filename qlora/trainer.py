@@ -369,7 +369,7 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
         output_dir=str(folder),
         learning_rate=plan.learning_rate,
         per_device_train_batch_size=plan.micro_batch,
-        per_device_eval_batch_size=2 * plan.micro_batch,  # no gradients to keep
+        per_device_eval_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         max_steps=plan.steps,
         warmup_steps=plan.warmup_steps,

@@ -1,0 +1,141 @@
+"""Packed batches and lean layers compute what the ordinary ones do, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qlora import base_model, lean_layers, packing, trainer
+from qlora.prompt import IGNORED
+
+BEGINNING = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A tiny Llama in fp32 with grouped key heads, as SmolLM2 has."""
+    packing.register_attention()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=packing.ATTENTION,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows(*rests: tuple[list[int], list[int]], beginning=BEGINNING) -> list[dict]:
+    return [
+        {"input_ids": [*beginning, *prompt, *answer], "labels": [IGNORED] * len([*beginning, *prompt]) + answer}
+        for prompt, answer in rests
+    ]
+
+
+BATCHES = {
+    "common beginning": rows(([11, 12], [13, 2]), ([14, 15, 16, 17], [18, 19, 20, 2]), ([21], [2])),
+    "none in common": rows(([11, 12], [13, 2]), ([14, 15, 16], [18, 2]), beginning=[]),
+    "one row": rows(([11, 12], [13, 2])),
+    "the same row twice": rows(([11, 12], [13, 14, 2]), ([11, 12], [13, 14, 2])),
+    "one begins the other": rows(([11], [12]), ([11], [12, 13, 2])),
+}
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("kernel", ["attend_plain", "attend_fused"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, checkpointing, monkeypatch):
+    monkeypatch.setattr(packing, "attend_plain", getattr(packing, kernel))
+    model = copy.deepcopy(llama).train()
+    expected = 0.0
+    for row in BATCHES[name]:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        expected = expected + model(input_ids=ids, labels=labels).loss * (labels != IGNORED).sum()
+    wanted = gradients(model, expected)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    lean_layers.make_lean(model)
+    batch = trainer.collate(BATCHES[name])
+    losses = trainer.token_losses(model, batch)
+    assert losses.shape == batch["labels"].shape and (losses[batch["labels"] == IGNORED] == 0).all()
+    assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    found = gradients(model, losses.sum())
+    assert found.keys() == wanted.keys() and len(found) > 20
+    assert all(torch.allclose(found[key], wanted[key], rtol=1e-3, atol=1e-5) for key in wanted)
+
+
+def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
+    batch = trainer.collate(BATCHES["common beginning"])
+    packed = packing.pack(batch["input_ids"], batch["attention_mask"])
+    assert packed.lengths == [5, 4, 8, 2] and packed.input_ids.shape == (1, 19)
+    assert packed.position_ids[0].tolist() == [*range(5), *range(5, 9), *range(5, 13), 5, 6]
+    for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)):
+        assert packed.input_ids[0, packed.index[row, mask]].tolist() == ids[mask].tolist()
+
+
+def test_ordinary_batches_are_attended_as_ever(llama):
+    """Generation uses the same model: padded on the left, with a cache."""
+    batch = trainer.collate(BATCHES["common beginning"])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    answers = []
+    for implementation in (packing.ATTENTION, "sdpa"):
+        model = copy.deepcopy(llama).eval()
+        model.set_attn_implementation(implementation)
+        answers.append(model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0))
+    assert torch.equal(*answers)
+
+
+def test_what_packed_attention_cannot_do_is_refused():
+    heads = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        packing.attend(None, heads, heads, heads, None, 1.0, lengths=[1, 2], sliding_window=2)
+
+
+def test_gradients_of_the_lean_layers_are_right(tiny_base):
+    """Against numerical ones, in double precision; the weight is a real one in 4-bit."""
+    layer = base_model.load_base_model(str(tiny_base), training=True).model.layers[0].self_attn.k_proj
+    outs, ins = layer.weight.quant_state.shape
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(*n, dtype=torch.double, requires_grad=True) for n in ((1, 3, ins), (2, ins), (outs, 2)))
+    assert torch.autograd.gradcheck(lambda *given: lean_layers.LoraLinear.apply(*given, layer.weight, 0.7), (x, a, b))
+    y, z = (torch.randn(4, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lean_layers.Gate.apply, (y, z))
+    norm, scaled, plain = LlamaRMSNorm(5, eps=1e-3), *(y.detach().float().requires_grad_() for _ in range(2))
+    norm.weight.data.normal_()
+    (lean_layers.Norm.apply(scaled, norm.weight, 1e-3) ** 3).sum().backward()
+    (norm(plain) ** 3).sum().backward()
+    assert torch.allclose(scaled.grad, plain.grad, rtol=1e-4, atol=1e-5) and plain.grad.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
+def test_lean_layers_give_peft_s_losses_and_gradients(tiny_base, options):
+    batch = trainer.collate(BATCHES["common beginning"])
+    found = []
+    for lean in (False, True):
+        model = base_model.load_base_model(str(tiny_base), training=True)
+        model = trainer.add_lora(model, 4, 8, 0.0, seed=0, **options)
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+        if lean:
+            lean_layers.make_lean(model)
+        with torch.autocast("cpu", dtype=base_model.compute_dtype()):
+            loss = trainer.response_loss(model.train(), batch)
+        found.append((loss.item(), gradients(model, loss)))
+    (ordinary, wanted), (lean, ours) = found
+    assert lean == pytest.approx(ordinary, rel=1e-2) and wanted.keys() == ours.keys()
+    for name, gradient in wanted.items():
+        assert torch.cosine_similarity(gradient.flatten(), ours[name].flatten(), dim=0) > 0.99, name
+        assert ours[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.1)
