@@ -58,5 +58,10 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
     sys.stdout.flush()
 
 
+def describe_ranks(ranks: dict[str, int | None]) -> str:
+    """`dense rank 1, lexical rank -`: the place each leg of the search gave a passage."""
+    return ", ".join(f"{leg} rank {rank or '-'}" for leg, rank in ranks.items())
+
+
 def indent(text: str, margin: str = "    ") -> str:
     return textwrap.fill(" ".join(text.split()), 100, initial_indent=margin, subsequent_indent=margin)

@@ -1,7 +1,7 @@
 """Documents: files -> pages of text -> passages that fit the embedding model.
 
 A passage keeps its source, the path of headings above it, and where it stands: a line (text, Markdown,
-HTML), a page (PDF) or a row (CSV, JSON).
+HTML), a page (PDF) or a row (CSV, JSON), and in that text its span of characters.
 """
 
 import contextlib
@@ -9,62 +9,84 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from langchain_core.documents import Document
 
 from qlora.console import Problems, UserError, fail
 
+MOST_BYTES, MOST_PAGES = 100_000_000, 5_000
+VERSION_CONTROL = {"CVS", "_darcs"}  # the others hide behind a dot
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
+VERSION = 2  # of the way files become passages: raised when it changes, so that all are put again
 HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
 
 
-def find_files(paths: list[str]) -> list[tuple[Path, str]]:
-    """(file, source) of every file under the paths; a source is the path below the folder that was named.
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to ingest; `folder` is the one that was named, None for a file named by itself."""
+
+    path: Path
+    source: str
+    folder: str | None
+
+
+def find_files(paths: list[str]) -> list[SourceFile]:
+    """Every file under the paths; its source is the path below the folder that was named.
 
     Hidden files, links and files of other types are passed over in folders. Raises UserError for paths
     that are not there, files of an unknown type and folders without documents, all together.
     """
     problems = Problems()
-    found: dict[str, Path] = {}
+    found: dict[str, SourceFile] = {}
     for name in paths:
         with problems.collecting():
             inside = files_below(Path(name))
             for source in sorted(inside.keys() & found.keys()):
-                both = f"{found[source]} and {inside[source]}"
+                both = f"{found[source].path} and {inside[source].path}"
                 problems.add(f"two files with one name, {source}", both, "ingest the folder above them")
             found |= inside
     problems.raise_if_any()
-    return [(file, source) for source, file in found.items()]
+    return list(found.values())
 
 
-def files_below(path: Path) -> dict[str, Path]:
+def files_below(path: Path) -> dict[str, SourceFile]:
     """Source -> file for a folder, or for one file."""
     if path.is_dir():
-        inside = {
-            file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if is_document(file, path)
-        }
-        if not inside:
+        root = str(path.resolve())
+        files = [file for file in sorted(path.rglob("*")) if is_document(file, path)]
+        if not files:
             raise fail("no documents in the folder", str(path), f"give files of type {', '.join(SUFFIXES)}")
-        return inside
+        sources = [file.relative_to(path).as_posix() for file in files]
+        return {source: SourceFile(file, source, root) for file, source in zip(files, sources, strict=True)}
     if not path.is_file():
         raise fail("file not found", str(path), "check the path")
     if path.suffix.lower() not in SUFFIXES:
         fix = f"convert it to one of {', '.join(SUFFIXES)}"
         raise fail(f"unknown file type {path.suffix or '(none)'}", str(path), fix)
-    return {path.name: path}
+    return {path.name: SourceFile(path, path.name, None)}
 
 
 def is_document(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file.suffix.lower() in SUFFIXES and file.is_file() and not file.is_symlink()
+    """Whether a folder's file is taken: no hidden one, nothing of a version control system, no link out of it."""
+    skipped = any(part.startswith(".") or part in VERSION_CONTROL for part in file.relative_to(root).parts)
+    if skipped or file.suffix.lower() not in SUFFIXES or not file.is_file():
+        return False
+    return not file.is_symlink() and file.resolve().is_relative_to(root.resolve())
 
 
-def fingerprint(file: Path, *splitting: object) -> str:
-    """sha256 of the content and of how it is split and embedded: equal means nothing to do."""
+def fingerprint(file: Path, splitting: object) -> str:
+    """sha256 of the content and of how it is split and embedded: equal means nothing to do.
+
+    Raises UserError for a file that is too large or cannot be read.
+    """
     with explaining_file(file):
-        digest = hashlib.sha256(file.read_bytes())
-    digest.update(repr(splitting).encode())
+        if (size := file.stat().st_size) > MOST_BYTES:
+            raise fail(f"{size / 1e6:,.0f} MB is too large (limit {MOST_BYTES / 1e6:,.0f})", str(file), "split it")
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256")
+    digest.update(repr((VERSION, splitting)).encode())
     return digest.hexdigest()
 
 
@@ -112,7 +134,10 @@ def read_pages(file: Path) -> Iterator[Document]:
 
     suffix = file.suffix.lower()
     if suffix == ".pdf":
-        for page in loaders.PyPDFLoader(str(file)).load():
+        pages = loaders.PyPDFLoader(str(file)).load()
+        if len(pages) > MOST_PAGES:
+            raise fail(f"{len(pages)} pages are too many (limit {MOST_PAGES})", str(file), "split it")
+        for page in pages:
             yield Document(page.page_content, metadata={"page": page.metadata["page"] + 1})
     elif suffix == ".docx":
         yield from strip_metadata(loaders.Docx2txtLoader(str(file)).load())
@@ -121,7 +146,7 @@ def read_pages(file: Path) -> Iterator[Document]:
             loaders.BSHTMLLoader(str(file), get_text_separator=" ", bs_kwargs={"features": "html.parser"}).load()
         )
     elif suffix == ".csv":
-        for row in loaders.CSVLoader(str(file), encoding="utf-8-sig").load():
+        for row in loaders.CSVLoader(str(file), encoding="utf-8-sig", autodetect_encoding=True).load():
             yield Document(row.page_content, metadata={"row": row.metadata["row"] + 1})
     elif suffix in (".json", ".jsonl"):
         yield from read_json(file)
@@ -136,7 +161,8 @@ def strip_metadata(pages: list[Document]) -> list[Document]:
 
 def read_json(file: Path) -> Iterator[Document]:
     """One page for every line of a .jsonl file or item of a .json list, written as `key: value` lines."""
-    text = file.read_text(encoding="utf-8-sig")
+    content = file.read_bytes()
+    text = content.decode(json.detect_encoding(content))  # UTF-8, 16 or 32, with or without a byte order mark
     if file.suffix.lower() == ".jsonl":
         items = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -168,7 +194,7 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
 
     passages = []
     for page in pages:
-        for heading, text, line in split_sections(page):
+        for heading, text, line, offset in split_sections(page):
             while count(heading) > window // 2:  # no heading, but a line that looks like one
                 heading = heading[: len(heading) // 2]
             room = min(size, window - 2 - count(heading + "\n"))
@@ -183,30 +209,35 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
                 # The splitter's own add_start_index counts the overlap in characters: wrong for tokens.
                 start = text.find(piece, start + 1)
                 metadata = {**page.metadata, **({"heading": heading} if heading else {})}
+                metadata["span"] = [offset + start, offset + start + len(piece)]
                 if not {"page", "row"} & metadata.keys():
                     metadata["line"] = line + text.count("\n", 0, start)
                 passages.append(Document(piece, metadata=metadata))
     return passages
 
 
-def split_sections(page: Document) -> Iterator[tuple[str, str, int]]:
-    """(heading path, text, first line) of every section under a Markdown heading; fenced code is no heading."""
+def split_sections(page: Document) -> Iterator[tuple[str, str, int, int]]:
+    """(heading path, text, first line, first character) of every section under a Markdown heading.
+
+    What looks like a heading in fenced code is none.
+    """
     path: list[tuple[int, str]] = []
     lines: list[str] = []
-    first, fenced = 1, False
+    first, offset, end, fenced = 1, 0, 0, False
     for number, line in enumerate(page.page_content.split("\n"), 1):
+        end += len(line) + 1
         fenced ^= line.lstrip().startswith("```")
         heading = None if fenced else HEADING.match(line)
         if not heading:
             lines.append(line)
             continue
         if any(map(str.strip, lines)):
-            yield " > ".join(title for _, title in path), "\n".join(lines), first
+            yield " > ".join(title for _, title in path), "\n".join(lines), first, offset
         level = len(heading[1])
         path = [*(entry for entry in path if entry[0] < level), (level, heading[2])]
-        lines, first = [], number + 1
+        lines, first, offset = [], number + 1, end
     if any(map(str.strip, lines)):
-        yield " > ".join(title for _, title in path), "\n".join(lines), first
+        yield " > ".join(title for _, title in path), "\n".join(lines), first, offset
 
 
 def place(metadata: dict) -> str:

@@ -186,12 +186,11 @@ def mean(scores: Sequence[dict], key: str) -> float | None:
     return ratio(total(scores, key), sum(score[key] is not None for score in scores))
 
 
-def search_all(store, questions: Sequence[Question], depth: int = max(RANKS)) -> list[list]:
-    """The `depth` nearest passages of every question, at least ten."""
+def search_all(search, questions: Sequence[Question], depth: int = max(RANKS)) -> list[list]:
+    """The `depth` best passages of every question, at least ten, by `search(question, k)`."""
     with progress() as bar:
         return [
-            store.similarity_search(question.question, max(*RANKS, depth))
-            for question in bar.track(questions, description="searches")
+            search(question.question, max(*RANKS, depth)) for question in bar.track(questions, description="searches")
         ]
 
 

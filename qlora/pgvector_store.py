@@ -1,254 +1,357 @@
-"""The LangChain VectorStore over PostgreSQL + pgvector, on psycopg2.
-
-    rag.collections   name, embedding model, dimension, refusal threshold
-    rag.documents     collection, source, fingerprint (sha256 of content and splitting), when
-    rag.passages_N    one table a collection: halfvec embedding, text, metadata, tsvector
+"""The LangChain VectorStore over PostgreSQL + pgvector: exact search on small collections, HNSW on large ones.
 
 A document is written in one transaction, whole or not at all. Values are bound, never formatted in;
 the only identifier that varies is rag.passages_N, where N is the collection's integer key.
 """
 
-from collections.abc import Sequence
+import json
+import struct
+import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from io import BytesIO
 
+import numpy
 import psycopg2
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from pgvector import HalfVector
-from pgvector.psycopg2 import register_vector
 from psycopg2 import sql
-from psycopg2.extras import Json, execute_values
 
-from qlora.console import fail
+from qlora import metadata_filter, searching
+from qlora.console import fail, note
+from qlora.database import PASSAGES, Database, first_line, migrate
 from qlora.documents import embedded_text
+from qlora.metadata_filter import Condition
 
-OLDEST_PGVECTOR = (0, 7)  # halfvec came with 0.7
-SCHEMA = """
-CREATE SCHEMA IF NOT EXISTS rag;
-CREATE TABLE IF NOT EXISTS rag.collections (
-    id serial PRIMARY KEY,
-    name text UNIQUE NOT NULL,
-    embedding_model text NOT NULL,
-    dimension int NOT NULL,
-    refusal_threshold real,
-    made timestamptz NOT NULL DEFAULT now()
-);
-ALTER TABLE rag.collections ADD COLUMN IF NOT EXISTS refusal_threshold real;
-CREATE TABLE IF NOT EXISTS rag.documents (
-    id bigserial PRIMARY KEY,
-    collection int NOT NULL REFERENCES rag.collections ON DELETE CASCADE,
-    source text NOT NULL,
-    fingerprint text NOT NULL,
-    added timestamptz NOT NULL DEFAULT now(),
-    UNIQUE (collection, source)
-);
-"""
-# Whether SCHEMA ran on this database: run each time, its ALTER TABLE would wait for every reader.
-NEWEST_COLUMN = """
-SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass('rag.collections') AND attname = 'refusal_threshold'
-"""
-PASSAGES = """
-CREATE TABLE IF NOT EXISTS {table} (
-    id bigserial PRIMARY KEY,
-    document bigint NOT NULL REFERENCES rag.documents ON DELETE CASCADE,
-    text text NOT NULL,
-    metadata jsonb NOT NULL,
-    embedding halfvec({dimension}) NOT NULL,
-    words tsvector GENERATED ALWAYS AS (to_tsvector('english', text)) STORED
-);
-CREATE INDEX IF NOT EXISTS {index} ON {table} (document);
-"""
-# Two first runs at once would both pass IF NOT EXISTS and collide; the number is arbitrary.
-SCHEMA_LOCK = 7_102_023
+INDEXED_FROM = 20_000  # passages; below, a scan takes a few milliseconds and finds everything
+COLUMNS = "id, document, text, metadata, embedding"
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_TRAILER = struct.pack("!h", -1)
 
 
 @dataclass(frozen=True)
 class Collection:
+    """A row of rag.collections."""
+
     id: int
     name: str
-    table: sql.Identifier
+    dimension: int
+
+    @property
+    def table(self) -> sql.Identifier:
+        return sql.Identifier("rag", f"passages_{self.id}")
 
 
-def connect(url: str):
-    """A psycopg2 connection to a server that has pgvector >= 0.7.
+@dataclass(frozen=True)
+class Entry:
+    """A document as the collection knows it."""
 
-    Raises UserError, which never holds the password, when it cannot be reached or lacks pgvector.
-    """
-    where = describe_url(url)
-    try:
-        connection = psycopg2.connect(url, connect_timeout=10, application_name="rag_qlora")
-    except psycopg2.OperationalError as error:
-        cause = str(error).strip().splitlines()[0]
-        raise fail(f"database unreachable ({cause})", where, "start it, or mend DATABASE_URL") from error
-    try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            cursor.execute("CREATE EXTENSION IF NOT EXISTS vector")
-            cursor.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-            version = cursor.fetchone()[0]
-    except psycopg2.Error as error:
-        connection.close()
-        cause = str(error).strip().splitlines()[0]
-        fix = "install pgvector 0.7 or newer on the server; its owner runs CREATE EXTENSION vector"
-        raise fail(f"the database has no pgvector ({cause})", where, fix) from error
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_PGVECTOR:
-        connection.close()
-        raise fail(f"pgvector {version} is too old", where, "update it to 0.7 or newer: ALTER EXTENSION vector UPDATE")
-    register_vector(connection)
-    return connection
-
-
-def describe_url(url: str) -> str:
-    """Host and database of a connection string: what may be printed."""
-    try:
-        parts = psycopg2.extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError as error:
-        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", "write postgresql://USER@HOST:PORT/NAME") from error
-    return f"{parts.get('dbname', 'postgres')} at {parts.get('host', 'localhost')}"
+    source: str
+    fingerprint: str
+    folder: str | None = None  # that was ingested; None for texts and files that were named one by one
+    bytes: int = 0
+    passages: int = 0
+    added: datetime | None = None
 
 
 class PgVectorStore(VectorStore):
-    """One collection of passages, searched exactly by cosine similarity."""
+    """One collection of passages."""
 
-    def __init__(self, connection, embeddings: Embeddings, embedding_model: str, collection: str):
+    def __init__(self, database: Database, embeddings: Embeddings, embedding_model: str, collection: str):
         """Opens the collection, made when it is not there.
 
         Raises UserError when it was made with another embedding model.
         """
-        self.connection = connection
+        self.database = database
         self._embeddings = embeddings
-        self.collection = self._open(collection, embedding_model)
+        try:
+            self.collection = self._find(collection, embedding_model) or self._make(collection, embedding_model)
+        except psycopg2.Error as error:
+            fix = "let the owner of the database run this once, or grant CREATE on it"
+            raise fail(f"collection {collection} cannot be opened ({first_line(error)})", "database", fix) from error
 
     @property
     def embeddings(self) -> Embeddings:
         return self._embeddings
 
-    def _open(self, name: str, model: str) -> Collection:
-        try:
-            return self._find_or_make(name, model)
-        except psycopg2.Error as error:
-            cause = str(error).strip().splitlines()[0]
-            fix = "let the owner of the database run this once, or grant CREATE on it"
-            raise fail(f"collection {name} cannot be opened ({cause})", "database", fix) from error
-
-    def _find_or_make(self, name: str, model: str) -> Collection:
-        with self.connection, self.connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-            cursor.execute(NEWEST_COLUMN)
-            if cursor.fetchone() is None:
-                cursor.execute(SCHEMA)
+    def _find(self, name: str, model: str) -> Collection | None:
+        with self.database.transaction() as cursor:
+            migrate(cursor)
             cursor.execute("SELECT id, embedding_model, dimension FROM rag.collections WHERE name = %s", (name,))
             found = cursor.fetchone()
-            if found and found[1] != model:
-                raise fail(
-                    f"collection {name} was made with embedding model {found[1]} ({found[2]} dimensions), not {model}",
-                    "--collection",
-                    "use that --embedding-model, or give another --collection",
-                )
-            if found:
-                return Collection(found[0], name, sql.Identifier("rag", f"passages_{found[0]}"))
-            dimension = len(self._embeddings.embed_query("dimension"))
+        if found and found[1] != model:
+            raise fail(
+                f"collection {name} was made with embedding model {found[1]} ({found[2]} dimensions), not {model}",
+                "--collection",
+                "use that --embedding-model, or give another --collection",
+            )
+        return Collection(found[0], name, found[2]) if found else None
+
+    def _make(self, name: str, model: str) -> Collection:
+        dimension = len(self._embeddings.embed_query("dimension"))
+        with self.database.transaction() as cursor:
             cursor.execute(
-                "INSERT INTO rag.collections (name, embedding_model, dimension) VALUES (%s, %s, %s) RETURNING id",
+                "INSERT INTO rag.collections (name, embedding_model, dimension) VALUES (%s, %s, %s) "
+                "ON CONFLICT (name) DO NOTHING RETURNING id",
                 (name, model, dimension),
             )
-            key = cursor.fetchone()[0]
-            table = sql.Identifier("rag", f"passages_{key}")
-            index = sql.Identifier(f"passages_{key}_document")
-            statement = sql.SQL(PASSAGES).format(table=table, index=index, dimension=sql.Literal(dimension))
-            cursor.execute(statement)
-            return Collection(key, name, table)
+            if made := cursor.fetchone():
+                collection = Collection(made[0], name, dimension)
+                cursor.execute(sql.SQL(PASSAGES).format(table=collection.table, dimension=sql.Literal(dimension)))
+                return collection
+        return self._find(name, model)  # another process was first
 
     # ----------------------------------------------------------------------- collection
 
     @property
     def refusal_threshold(self) -> float | None:
         """The similarity that the best passage must reach for an answer; None when all are answered."""
-        with self.connection, self.connection.cursor() as cursor:
+        with self.database.transaction() as cursor:
             cursor.execute("SELECT refusal_threshold FROM rag.collections WHERE id = %s", (self.collection.id,))
             return cursor.fetchone()[0]
 
     @refusal_threshold.setter
     def refusal_threshold(self, value: float | None) -> None:
-        with self.connection, self.connection.cursor() as cursor:
+        with self.database.transaction() as cursor:
             change = "UPDATE rag.collections SET refusal_threshold = %s WHERE id = %s"
             cursor.execute(change, (value, self.collection.id))
 
     def drop(self) -> None:
         """Removes the collection with everything in it."""
-        with self.connection, self.connection.cursor() as cursor:
+        with self.database.transaction() as cursor:
             cursor.execute(sql.SQL("DROP TABLE {}").format(self.collection.table))
             cursor.execute("DELETE FROM rag.collections WHERE id = %s", (self.collection.id,))
 
-    # ----------------------------------------------------------------------- write
-
-    def fingerprints(self) -> dict[str, str]:
-        """The fingerprint of every document, by source."""
-        with self.connection, self.connection.cursor() as cursor:
-            cursor.execute("SELECT source, fingerprint FROM rag.documents WHERE collection = %s", (self.collection.id,))
-            return dict(cursor.fetchall())
-
-    def put_document(self, source: str, fingerprint: str, passages: Sequence[Document]) -> None:
-        """Adds a document or replaces it, with all its passages, in one transaction."""
-        vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
-        with self.connection, self.connection.cursor() as cursor:
-            cursor.execute(
-                "DELETE FROM rag.documents WHERE collection = %s AND source = %s", (self.collection.id, source)
-            )
-            cursor.execute(
-                "INSERT INTO rag.documents (collection, source, fingerprint) VALUES (%s, %s, %s) RETURNING id",
-                (self.collection.id, source, fingerprint),
-            )
-            key = cursor.fetchone()[0]
-            rows = [
-                (key, passage.page_content, Json(passage.metadata), HalfVector(vector))
-                for passage, vector in zip(passages, vectors, strict=True)
-            ]
-            insert = sql.SQL("INSERT INTO {} (document, text, metadata, embedding) VALUES %s").format(
-                self.collection.table
-            )
-            execute_values(cursor, insert, rows)
-
-    def add_texts(self, texts, metadatas=None, **kwargs) -> list[str]:
-        """LangChain's way in: every distinct `source` in the metadata replaces that document."""
-        by_source: dict[str, list[Document]] = {}
-        for text, metadata in zip(texts, metadatas or [{} for _ in texts], strict=True):
-            source = metadata.get("source", text[:60])
-            by_source.setdefault(source, []).append(Document(text, metadata={**metadata, "source": source}))
-        for source, passages in by_source.items():
-            self.put_document(source, "added as text", passages)
-        return list(by_source)
-
-    @classmethod
-    def from_texts(cls, texts, embedding, metadatas=None, *, connection, embedding_model, collection, **kwargs):
-        store = cls(connection, embedding, embedding_model, collection)
-        store.add_texts(texts, metadatas)
-        return store
-
-    # ----------------------------------------------------------------------- search
-
     def count(self) -> int:
         """How many passages the collection has."""
-        with self.connection, self.connection.cursor() as cursor:
+        with self.database.transaction() as cursor:
             cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(self.collection.table))
             return cursor.fetchone()[0]
 
-    def similarity_search(self, query: str, k: int = 3, **kwargs) -> list[Document]:
-        """The `k` nearest passages, best first; `metadata["score"]` is the cosine similarity (-1 to 1)."""
-        nearest = sql.SQL(
-            "SELECT text, metadata, 1 - (embedding <=> %s) AS score FROM {} ORDER BY embedding <=> %s, id LIMIT %s"
+    def documents(self) -> list[Entry]:
+        """What is in the collection, by source."""
+        listed = sql.SQL(
+            "SELECT source, fingerprint, folder, bytes, count(p.id), added FROM rag.documents d "
+            "LEFT JOIN {} p ON p.document = d.id WHERE collection = %s GROUP BY d.id ORDER BY source"
         ).format(self.collection.table)
-        vector = HalfVector(self._embeddings.embed_query(query.replace("\0", "")))
-        with self.connection, self.connection.cursor() as cursor:
-            cursor.execute(nearest, (vector, vector, k))
-            return [
-                Document(text, metadata={**metadata, "score": round(score, 4)})
-                for text, metadata, score in cursor.fetchall()
-            ]
+        with self.database.transaction() as cursor:
+            cursor.execute(listed, (self.collection.id,))
+            return [Entry(*row) for row in cursor.fetchall()]
 
-    def similarity_search_with_score(self, query: str, k: int = 3, **kwargs) -> list[tuple[Document, float]]:
-        return [(document, document.metadata["score"]) for document in self.similarity_search(query, k)]
+    def index_if_large(self) -> None:
+        """Makes the HNSW and the word index once the collection has passed 20,000 passages; they stay."""
+        if self.count() <= INDEXED_FROM or self.is_indexed():
+            return
+        note(f"Over {INDEXED_FROM:,} passages: building the indexes (once)")
+        statement = sql.SQL(
+            "SET LOCAL maintenance_work_mem = '1GB';"
+            "CREATE INDEX IF NOT EXISTS {dense} ON {table} USING hnsw (embedding halfvec_cosine_ops);"
+            "CREATE INDEX IF NOT EXISTS {words} ON {table} USING gin (words);"
+            "ANALYZE {table}"
+        ).format(
+            table=self.collection.table,
+            dense=sql.Identifier(f"passages_{self.collection.id}_dense"),
+            words=sql.Identifier(f"passages_{self.collection.id}_words"),
+        )
+        with self.database.transaction() as cursor:
+            cursor.execute(statement)
+
+    def is_indexed(self) -> bool:
+        """Whether the HNSW index is there."""
+        with self.database.transaction() as cursor:
+            cursor.execute("SELECT to_regclass(%s)", (f"rag.passages_{self.collection.id}_dense",))
+            return cursor.fetchone()[0] is not None
+
+    # ----------------------------------------------------------------------- write
+
+    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
+        """Adds a document or replaces it, with all its passages, in one transaction.
+
+        Nothing is done, and False returned, when another process has just put the same document there.
+        """
+        if vectors is None:
+            vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
+        with self.database.transaction() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (self.collection.id, entry.source))
+            key = (self.collection.id, entry.source)
+            cursor.execute("SELECT fingerprint FROM rag.documents WHERE (collection, source) = (%s, %s)", key)
+            if cursor.fetchone() == (entry.fingerprint,):
+                return False
+            cursor.execute("DELETE FROM rag.documents WHERE (collection, source) = (%s, %s)", key)
+            document = self._add_entry(cursor, entry)
+            ids = [f"{document}/{n}" for n in range(1, len(passages) + 1)]
+            self._upsert(cursor, ids, document, passages, vectors)
+        return True
+
+    def _add_entry(self, cursor, entry: Entry) -> int:
+        """The key of the document's row, which is made when it is not there."""
+        cursor.execute(
+            "INSERT INTO rag.documents (collection, source, fingerprint, folder, bytes) VALUES (%s, %s, %s, %s, %s) "
+            "ON CONFLICT (collection, source) DO UPDATE SET added = now() RETURNING id",
+            (self.collection.id, entry.source, entry.fingerprint, entry.folder, entry.bytes),
+        )
+        return cursor.fetchone()[0]
+
+    def _upsert(self, cursor, ids: Sequence[str], document: int, passages: Sequence[Document], vectors) -> None:
+        """Writes passages by a binary COPY into a temporary table (ten times as fast as INSERT), then one upsert."""
+        cursor.execute(
+            sql.SQL(
+                "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} LIMIT 0"
+            ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(COLUMNS), self.collection.table)
+        )
+        incoming = sql.Identifier(f"incoming_{self.collection.id}")
+        rows = encode_rows(ids, document, passages, vectors)
+        cursor.copy_expert(sql.SQL("COPY {} FROM STDIN WITH (FORMAT binary)").format(incoming), rows)
+        cursor.execute(
+            sql.SQL(
+                "INSERT INTO {table} ({columns}) SELECT {columns} FROM {incoming} ON CONFLICT (id) DO UPDATE SET "
+                "(document, text, metadata, embedding) = "
+                "(excluded.document, excluded.text, excluded.metadata, excluded.embedding)"
+            ).format(table=self.collection.table, columns=sql.SQL(COLUMNS), incoming=incoming)
+        )
+
+    def forget(self, sources: Sequence[str]) -> int:
+        """Removes documents with their passages; returns how many there were."""
+        with self.database.transaction() as cursor:
+            cursor.execute(
+                "DELETE FROM rag.documents WHERE collection = %s AND source = ANY(%s)",
+                (self.collection.id, list(sources)),
+            )
+            return cursor.rowcount
+
+    # ----------------------------------------------------------------------- LangChain's way in
+
+    def add_texts(self, texts: Iterable[str], metadatas=None, *, ids=None, **kwargs) -> list[str]:
+        """Adds passages, or replaces those of the same id; returns the ids in the order of the texts.
+
+        They belong to the document that `source` in their metadata names, else to one called "texts".
+        """
+        texts = list(texts)
+        ids = [given or str(uuid.uuid4()) for given in ids or [None] * len(texts)]
+        vectors = self._embeddings.embed_documents(texts)
+        # A later text of the same id replaces an earlier one, as it would in two calls.
+        last = {given: n for n, given in enumerate(ids)}
+        by_source: dict[str, list[int]] = {}
+        for n in last.values():
+            source = ((metadatas[n] if metadatas else None) or {}).get("source", "texts")
+            by_source.setdefault(str(source), []).append(n)
+        with self.database.transaction() as cursor:
+            for source, numbers in sorted(by_source.items()):  # in one order everywhere: no deadlock
+                document = self._add_entry(cursor, Entry(source, "added as text"))
+                passages = [Document(texts[n], metadata=(metadatas[n] if metadatas else None) or {}) for n in numbers]
+                self._upsert(cursor, [ids[n] for n in numbers], document, passages, [vectors[n] for n in numbers])
+        return ids
+
+    @classmethod
+    def from_texts(cls, texts, embedding, metadatas=None, *, ids=None, database, embedding_model, collection, **kwargs):
+        store = cls(database, embedding, embedding_model, collection)
+        store.add_texts(texts, metadatas, ids=ids)
+        return store
+
+    def delete(self, ids: list[str] | None = None, **kwargs) -> bool | None:
+        """Removes passages by id; ids that are not there are passed over. None is not everything: nothing is done."""
+        if ids is None:
+            return None
+        with self.database.transaction() as cursor:
+            cursor.execute(sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(self.collection.table), (list(ids),))
+        return True
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        chosen = sql.SQL(
+            "SELECT id, text, metadata FROM {} WHERE id = ANY(%(ids)s) ORDER BY array_position(%(ids)s, id)"
+        ).format(self.collection.table)
+        with self.database.transaction() as cursor:
+            cursor.execute(chosen, {"ids": list(ids)})
+            return [Document(text, metadata=metadata, id=key) for key, text, metadata in cursor.fetchall()]
+
+    # ----------------------------------------------------------------------- search
+
+    def find(
+        self,
+        question: str,
+        k: int = 3,
+        mode: str = searching.DEFAULT_MODE,
+        where: Sequence[Condition] = (),
+        fetch_k: int = searching.FETCH,
+        diversity: float = 0.0,
+    ) -> list[Document]:
+        """The `k` best passages, best first; their metadata has `score`, the cosine similarity (-1 to 1),
+        and `ranks`, the place that each leg of the search gave them.
+
+        `fetch_k` passages a leg are looked at. With `diversity` above 0, passages that say what a better
+        one says give way (maximal marginal relevance, lambda = 1 - diversity).
+        """
+        question = question.replace("\0", " ")
+        vector = self._embeddings.embed_query(question)
+        found = self._find_passages(question, vector, fetch_k if diversity else k, mode, where, max(k, fetch_k))
+        if diversity:
+            vectors = [hit.embedding.to_numpy() for hit in found]
+            chosen = maximal_marginal_relevance(numpy.array(vector), vectors, 1 - diversity, k)
+            found = [found[n] for n in chosen]
+        return [hit.as_document() for hit in found]
+
+    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[searching.Hit]:
+        condition, values = metadata_filter.as_sql(where)
+        values |= {"question": question, "vector": HalfVector(vector), "k": k, "fetch": fetch_k}
+        values |= {"enough": INDEXED_FROM, "words": searching.WORDS}
+        parts = {"table": self.collection.table, "condition": condition}
+        with self.database.transaction(searching.SECONDS) as cursor:
+            cursor.execute(sql.SQL(searching.SETTINGS), {"candidates": min(1000, max(100, fetch_k))})
+            if where:
+                # HNSW finds its way through neighbours that the filter rejects: where few fulfil it, all are compared.
+                cursor.execute(sql.SQL(searching.COUNT).format(**parts), values)
+                if cursor.fetchone()[0] <= INDEXED_FROM:
+                    cursor.execute("SET LOCAL enable_indexscan = off")
+            cursor.execute(sql.SQL(searching.STATEMENTS[mode]).format(**parts), values)
+            return [searching.Hit(*row) for row in cursor.fetchall()]
+
+    def similarity_search(self, query: str, k: int = 4, filter: dict | None = None, **kwargs) -> list[Document]:
+        return [document for document, _ in self.similarity_search_with_score(query, k, filter)]
+
+    def similarity_search_with_score(self, query: str, k: int = 4, filter: dict | None = None, **kwargs):
+        """(passage, cosine similarity) of the nearest, best first; metadata as they were given."""
+        return self._nearest(query, self._embeddings.embed_query(query.replace("\0", " ")), k, filter)
+
+    def similarity_search_by_vector(self, embedding: list[float], k: int = 4, filter: dict | None = None, **kwargs):
+        return [document for document, _ in self._nearest("", embedding, k, filter)]
+
+    def _nearest(self, query: str, vector, k: int, filters: dict | None) -> list[tuple[Document, float]]:
+        found = self._find_passages(query, vector, k, "dense", metadata_filter.read_dict(filters), k)
+        return [(Document(hit.text, metadata=hit.metadata, id=hit.id), hit.score) for hit in found]
+
+    def max_marginal_relevance_search(self, query, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs):
+        vector = self._embeddings.embed_query(query.replace("\0", " "))
+        return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult, filter)
+
+    def max_marginal_relevance_search_by_vector(
+        self, embedding, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs
+    ):
+        found = self._find_passages("", embedding, fetch_k, "dense", metadata_filter.read_dict(filter), fetch_k)
+        vectors = [hit.embedding.to_numpy() for hit in found]
+        chosen = maximal_marginal_relevance(numpy.array(embedding), vectors, lambda_mult, k)
+        return [Document(found[n].text, metadata=found[n].metadata, id=found[n].id) for n in chosen]
 
     def _select_relevance_score_fn(self):
         return lambda score: (score + 1) / 2
+
+
+def encode_rows(ids: Sequence[str], document: int, passages: Sequence[Document], vectors) -> BytesIO:
+    """The passages as PostgreSQL's binary COPY reads them (documentation of COPY, "Binary Format")."""
+    rows = BytesIO()
+    rows.write(COPY_HEADER)
+    packed = numpy.asarray(vectors, dtype=">f2")
+    start = struct.pack("!hh", packed.shape[1], 0) if len(packed) else b""  # halfvec: dimension, unused
+    owner = struct.pack("!q", document)
+    for given, passage, vector in zip(ids, passages, packed, strict=True):
+        rows.write(struct.pack("!h", 5))
+        metadata = b"\1" + json.dumps(passage.metadata, ensure_ascii=False, default=str).encode()  # jsonb, version 1
+        for field in (given.encode(), owner, passage.page_content.encode(), metadata, start + vector.tobytes()):
+            rows.write(struct.pack("!i", len(field)))
+            rows.write(field)
+    rows.write(COPY_TRAILER)
+    rows.seek(0)
+    return rows

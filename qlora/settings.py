@@ -13,7 +13,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 
 KEYS = {
-    "DATABASE_URL": "PostgreSQL with pgvector 0.7 or newer; without it an embedded server is started",
+    "DATABASE_URL": "PostgreSQL with pgvector 0.8 or newer; without it an embedded server is started",
     "HF_TOKEN": "Hugging Face token, for gated models such as Llama-2",
     "QLORA_PRESET": "auto, laptop, llama2-7b or llama2-13b",
     "QLORA_BASE_MODEL": "hub id or folder of the base model",

@@ -1,13 +1,15 @@
 """A sweep: retrieval metrics for several values of one setting, ranked; no language model runs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
-from qlora.console import Invalid, note, number
+from qlora.console import Invalid, choice, note, number
 from qlora.evaluation import score_retrieval, search_all
 from qlora.report import as_markdown_table, as_text_table, show
+from qlora.searching import MODES
 
-SETTINGS = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50)}
+SETTINGS = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
 COLUMNS = {
     "given": "answered",  # among the top-k passages, which is all that the model sees
     "recall@1": "recall@1",
@@ -24,23 +26,27 @@ def read_setting(text: str) -> tuple[str, list] | Invalid:
     name, _, values = text.partition("=")
     read = [SETTINGS[name](value) for value in values.split(",")] if name in SETTINGS else []
     if not read or any(isinstance(value, Invalid) for value in read):
-        return Invalid(text, "passages=120,200,256 (tokens, 16 or more) or top-k=1,3,5 (at most 50)")
+        expected = "passages=120,200,256 (tokens, 16 or more), top-k=1,3,5 (at most 50) or search=dense,lexical,hybrid"
+        return Invalid(text, expected)
     return name, list(dict.fromkeys(read))
 
 
-def score_values(store, questions, name: str, values: list, top_k: int, open_trial) -> dict:
+def score_values(search, questions, name: str, values: list, top_k: int, open_trial) -> dict:
     """Metrics for every value, best first: more answers among the passages given, then higher MRR, then fewer words.
 
-    `open_trial(tokens)` makes a collection of the documents split at so many tokens; it is dropped afterwards.
+    `search(question, k)` finds passages; `open_trial(tokens)` makes a collection of the documents split at so many
+    tokens, which is dropped afterwards.
     """
     rows = []
-    found = search_all(store, questions, max(values)) if name == "top-k" else None
+    found = search_all(search, questions, max(values)) if name == "top-k" else None
     for value in values:
-        if name == "passages":
+        if name == "search":
+            found = search_all(partial(search, mode=value), questions, top_k)
+        elif name == "passages":
             note(f"Passages of {value} tokens")
             trial = open_trial(value)
             try:
-                found = search_all(trial, questions, top_k)
+                found = search_all(partial(trial.find, **search.keywords), questions, top_k)
             finally:
                 trial.drop()
         rows.append({"value": value, **score_passages(questions, found, value if name == "top-k" else top_k)})

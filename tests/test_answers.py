@@ -109,7 +109,9 @@ def test_history_is_harmless_too(generator):
     store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
     store.refusal_threshold = None
     store.add_documents([Document(hostile, metadata={"source": "a.md", "score": 1.0})])
-    chain = rag_qlora.build_chain(argparse.Namespace(top_k=1), store, Prompt(), generator)
+    store.find = lambda question, k, **options: store.similarity_search(question, k)
+    args = argparse.Namespace(top_k=1, mode="dense", where=[], fetch_k=1, diversity=0)
+    chain = rag_qlora.build_chain(args, store, Prompt(), generator)
     history = ({"role": "user", "content": hostile}, {"role": "assistant", "content": hostile})
     messages = chain.invoke({"question": hostile, "history": history})["prompt"].to_messages()
     turns = [{"role": {"human": "user", "ai": "assistant"}.get(m.type, m.type), "content": m.text} for m in messages]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qlora import base_model
+from qlora import base_model, documents
 from qlora.console import UserError
 from qlora.documents import embedded_text, find_files, fingerprint, load_passages, place
 
@@ -58,7 +58,7 @@ def load(file, tokenizer, size=200, overlap=40):
 
 def test_every_type_is_read_and_says_where_the_fact_stands(folder, tokenizer):
     places = {}
-    for file, source in find_files([str(folder)]):
+    for file, source in ((found.path, found.source) for found in find_files([str(folder)])):
         passages = load_passages(file, source, tokenizer, 256, 200, 40)
         found = [passage for passage in passages if FACT in passage.page_content]
         assert len(found) == 1, source
@@ -84,7 +84,7 @@ def test_folders_are_walked_without_hidden_files_links_and_other_types(folder, t
     (folder / "sub" / "x.md").write_text("text")
     (folder / "picture.png").write_bytes(b"png")
     (folder / "link.md").symlink_to("/etc/hostname")
-    sources = [source for _, source in find_files([str(folder)])]
+    sources = [file.source for file in find_files([str(folder)])]
     assert "sub/x.md" in sources and len(sources) == 9
 
 
@@ -143,6 +143,39 @@ def test_lines_count_within_a_section(tmp_path, tokenizer):
     lines = text.split("\n")
     for passage in load_passages(tmp_path / "t.md", "t.md", tokenizer, 256, 100, 20):
         assert passage.page_content.split("\n")[0] in lines[passage.metadata["line"] - 1]
+        start, end = passage.metadata["span"]
+        assert text[start:end] == passage.page_content
+
+
+def test_other_encodings_are_detected(tmp_path, tokenizer):
+    text = "naïve café façade: the déjà vu of a crème brûlée at the château, près de l'église " * 8
+    (tmp_path / "a.txt").write_bytes(text.encode("latin-1"))
+    (tmp_path / "b.csv").write_bytes(f"name,dish\nRené,{text}\n".encode("latin-1"))
+    (tmp_path / "c.json").write_bytes(json.dumps([text], ensure_ascii=False).encode("utf-16"))
+    for name in ("a.txt", "b.csv", "c.json"):
+        assert "crème brûlée at the château" in load(tmp_path / name, tokenizer)[0].page_content
+
+
+def test_too_large_and_too_long_files_are_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(documents, "MOST_BYTES", 100)
+    monkeypatch.setattr(documents, "MOST_PAGES", 0)
+    (tmp_path / "large.txt").write_text("x" * 101)
+    with pytest.raises(UserError, match="too large"):
+        fingerprint(tmp_path / "large.txt", 1)
+    make_pdf(tmp_path / "long.pdf", "A page.")
+    with pytest.raises(UserError, match="too many"):
+        load(tmp_path / "long.pdf", tokenizer)
+
+
+def test_nothing_outside_the_folder_is_taken(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside / "CVS", inside / ".git", outside):
+        folder.mkdir(parents=True)
+        (folder / "a.md").write_text("x")
+    (inside / "mine.md").write_text("x")
+    (inside / "link.md").symlink_to(outside / "a.md")
+    (inside / "linked").symlink_to(outside)
+    assert [file.source for file in find_files([str(inside)])] == ["mine.md"]
 
 
 def test_fingerprint_depends_on_content_and_splitting(tmp_path):

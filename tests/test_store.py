@@ -17,11 +17,12 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from qlora import embedded_postgres
 from qlora.console import UserError
-from qlora.pgvector_store import PgVectorStore, connect, describe_url
+from qlora.database import Database, connect, describe_url
+from qlora.pgvector_store import Entry, PgVectorStore
 
 
 def open_store(url, name, model="fake", size=8) -> PgVectorStore:
-    return PgVectorStore(connect(url), DeterministicFakeEmbedding(size=size), model, name)
+    return PgVectorStore(Database(url), DeterministicFakeEmbedding(size=size), model, name)
 
 
 def passages(*texts, source="a.md"):
@@ -30,8 +31,8 @@ def passages(*texts, source="a.md"):
 
 def test_nearest_first_with_metadata_and_scores(database, collection):
     store = open_store(database, collection)
-    store.put_document("a.md", "1", passages("one", "two", "three"))
-    found = store.similarity_search("two", k=2)
+    store.put_document(Entry("a.md", "1"), passages("one", "two", "three"))
+    found = store.find("two", k=2, mode="dense")
     assert next(d.page_content for d in found) == "two" and len(found) == 2
     assert found[0].metadata["source"] == "a.md" and found[0].metadata["line"] == 2
     assert found[0].metadata["score"] > 0.999 > found[1].metadata["score"]
@@ -40,13 +41,15 @@ def test_nearest_first_with_metadata_and_scores(database, collection):
 
 def test_a_document_is_replaced_whole(database, collection):
     store = open_store(database, collection)
-    store.put_document("a.md", "1", passages("one", "two"))
-    store.put_document("b.md", "1", passages("other", source="b.md"))
-    store.put_document("a.md", "2", passages("new"))
-    assert store.count() == 2 and store.fingerprints() == {"a.md": "2", "b.md": "1"}
+    store.put_document(Entry("a.md", "1"), passages("one", "two"))
+    store.put_document(Entry("b.md", "1"), passages("other", source="b.md"))
+    assert store.put_document(Entry("a.md", "2"), passages("new"))
+    assert not store.put_document(Entry("a.md", "2"), passages("another process was first"))
+    assert store.count() == 2 and {e.source: e.fingerprint for e in store.documents()} == {"a.md": "2", "b.md": "1"}
     with pytest.raises(psycopg2.DataError):  # JSON has no NUL: the second row fails after the delete
-        store.put_document("a.md", "3", [*passages("good"), Document("bad", metadata={"source": "a.md", "x": "\0"})])
-    assert store.fingerprints()["a.md"] == "2" and store.similarity_search("new", 1)[0].page_content == "new"
+        bad = Document("bad", metadata={"source": "a.md", "x": "\0"})
+        store.put_document(Entry("a.md", "3"), [*passages("good"), bad])
+    assert store.documents()[0].fingerprint == "2" and store.similarity_search("new", 1)[0].page_content == "new"
 
 
 def test_texts_with_quotes_are_bound(database, collection):

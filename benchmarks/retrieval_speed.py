@@ -1,0 +1,231 @@
+#!/usr/bin/env python
+"""Speed of ingest and search beside LangChain's own PGVector, on the same passages, vectors and server.
+
+    python benchmarks/retrieval_speed.py                        # 100,000 passages; about 15 minutes on two cores
+    python benchmarks/retrieval_speed.py --passages 1000000     # more of them
+    python benchmarks/retrieval_speed.py --documents docs/      # embed and ingest these instead of the sample's
+
+Four measurements, ours beside the plain way in alternating rounds where there is one:
+embedding (SentenceTransformer.encode with its defaults), ingest end to end (against embedding alone, the limit),
+the database path alone with vectors ready, and queries at that size: exact search, HNSW, and its recall.
+The passages of the last two are random words with random clustered vectors: 100,000 real ones would take half an
+hour to embed.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from qlora import base_model, console, settings  # noqa: E402
+
+DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
+COMMUNITY_ROWS = 4_000  # what the plain store is given: at its speed all of them would take hours
+
+
+def main(argv: list[str]) -> int:
+    args, problems = console.parse_arguments(build_parser(), argv)
+    problems.raise_if_any()
+    settings.quieten_libraries()
+    from qlora import embedded_postgres
+
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:
+        url = embedded_postgres.start_server(Path(folder, "data"))
+        result = measure_embedding(args, url)
+        result |= measure_store(args, url)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def build_parser():
+    title, _, text = __doc__.partition("\n\n")
+    parser = console.Parser(usage="retrieval_speed.py [flags]", description=title, epilog=text)
+    count = console.number(int, 1)
+    parser.add_argument("--passages", type=count, default=100_000, help="in the database (100000)")
+    parser.add_argument("--rounds", type=count, default=3, help="of every comparison (3)")
+    documents = PROJECT / "sample_data" / "documents"
+    parser.add_argument("--documents", default=str(documents), help="folder to embed and ingest (the sample's)")
+    return parser
+
+
+# ------------------------------------------------------------------------------- embedding and ingest
+
+
+def measure_embedding(args, url: str) -> dict:
+    """Passages a second of plain encode, of our embedder, and of a whole ingest; and how near the vectors are."""
+    import numpy
+
+    from qlora import documents
+    from qlora.database import Database
+    from qlora.pgvector_store import PgVectorStore
+    from qlora.sync import put_files
+
+    plain, ours = load_plain(), load_ours()
+    files = documents.find_files([args.documents])
+    tokenizer, window = ours._client.tokenizer, ours._client.max_seq_length
+    passages = [p for f in files for p in documents.load_passages(f.path, f.source, tokenizer, window, 200, 40)]
+    texts = list(dict.fromkeys(map(documents.embedded_text, passages)))
+    near = numpy.sum(numpy.array(ours.embed_documents(texts)) * plain.encode(texts, normalize_embeddings=True), axis=1)
+    times = {"plain": [], "ours": [], "ingest": []}
+    for number in range(args.rounds):
+        store = PgVectorStore(Database(url), ours, "ours", f"round {number}")
+        runs = {
+            "plain": lambda: plain.encode(texts),
+            "ours": lambda: ours.embed_documents(texts),
+            "ingest": lambda store=store: put_files(store, [args.documents], "ours", 200, 40),
+        }
+        for name in list(runs)[:: -1 if number % 2 else 1]:
+            times[name].append(stopwatch(runs[name]))
+        store.drop()
+    rates = {name: [len(texts) / seconds for seconds in taken] for name, taken in times.items()}
+    return {
+        "documents": len(files),
+        "texts": len(texts),
+        "texts_per_second": {name: spread(values) for name, values in rates.items()},
+        "embedder_over_plain": spread(ratios(rates["ours"], rates["plain"])),
+        "ingest_over_embedder": spread(ratios(rates["ingest"], rates["ours"])),
+        "lowest_cosine_to_fp32": float(near.min()),
+    }
+
+
+def load_plain():
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER))
+
+
+def load_ours():
+    import argparse
+
+    import rag_qlora
+
+    return rag_qlora.load_embeddings(argparse.Namespace(embedding_model=base_model.EMBEDDED_EMBEDDER))
+
+
+# ------------------------------------------------------------------------------- store
+
+
+def measure_store(args, url: str) -> dict:
+    """Rows a second into the database with vectors ready, then queries with and without the index."""
+    from langchain_core.documents import Document
+
+    from qlora import doctor
+    from qlora.database import Database
+    from qlora.pgvector_store import Entry, PgVectorStore
+
+    texts, vectors = make_passages(args.passages)
+    ready = Ready()
+    store = PgVectorStore(Database(url), ready, "ready", "large")
+    taken = {"ours": [], "community": []}
+    community = open_community(url, ready)
+    console.note(f"{args.passages:,} passages into the database")
+    share = args.passages // args.rounds
+    for number in range(args.rounds):
+        part = range(number * share, (number + 1) * share)
+        passages = [Document(texts[n], metadata={"source": f"{n // PER_DOCUMENT}", "row": n}) for n in part]
+
+        def put(passages=passages, part=part):
+            for at in range(0, len(passages), PER_DOCUMENT):
+                chosen = slice(part.start + at, min(part.start + at + PER_DOCUMENT, part.stop))
+                entry = Entry(f"{part.start + at}", "1")
+                store.put_document(entry, passages[at : at + PER_DOCUMENT], vectors[chosen])
+
+        taken["ours"].append(len(passages) / stopwatch(put))
+        rows = slice(number * COMMUNITY_ROWS, (number + 1) * COMMUNITY_ROWS)
+        add = lambda rows=rows: community.add_embeddings(texts[rows], vectors[rows].tolist())  # noqa: E731
+        taken["community"].append(len(texts[rows]) / stopwatch(add))
+    exact = time_queries(store, ready, vectors)
+    built = stopwatch(store.index_if_large)
+    indexed = time_queries(store, ready, vectors)
+    return {
+        "passages": store.count(),
+        "rows_per_second": {name: spread(values) for name, values in taken.items()},
+        "database_path_over_community": spread(ratios(taken["ours"], taken["community"])),
+        "index_seconds": round(built, 1),
+        "query_ms": {"exact": exact, "indexed": indexed},
+        "recall@10": doctor.measure_recall(store, 10) if store.is_indexed() else 1.0,
+        "bytes": measure_size(store),
+    }
+
+
+class Ready:
+    """Embeddings whose vectors are made beforehand: what is measured is the database."""
+
+    next_vector: list[float] = [0.0] * DIMENSION
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.next_vector
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [self.next_vector for _ in texts]
+
+
+def make_passages(count: int):
+    """Texts of 100 words with the frequencies of a language, and unit vectors around 1,000 centres."""
+    import numpy
+
+    chance = numpy.random.default_rng(0)
+    words = numpy.array([f"w{n:x}" for n in range(20_000)])
+    numbers = chance.zipf(1.3, size=(count, WORDS)) % len(words)
+    texts = [" ".join(words[row]) for row in numbers]
+    centres = chance.normal(size=(CLUSTERS, DIMENSION)).astype("float32")
+    noise = chance.normal(size=(count, DIMENSION)).astype("float32")
+    vectors = centres[chance.integers(CLUSTERS, size=count)] + 0.6 * noise
+    return texts, vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def open_community(url: str, embeddings):
+    """LangChain's own PGVector (langchain_community), with its defaults."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    from langchain_community.vectorstores.pgvector import PGVector
+
+    return PGVector(connection_string=url, embedding_function=embeddings, collection_name="community", use_jsonb=True)
+
+
+def time_queries(store, ready: Ready, vectors) -> dict[str, float]:
+    """Milliseconds of a dense search for ten passages near one of the collection's own: median and 95th percentile."""
+    taken = []
+    for n in range(QUERIES):
+        ready.next_vector = vectors[n * len(vectors) // QUERIES].tolist()
+        taken.append(1000 * stopwatch(lambda: store.find("", 10, mode="dense")))
+    return {"p50": round(statistics.median(taken), 2), "p95": round(statistics.quantiles(taken, n=20)[-1], 2)}
+
+
+def measure_size(store) -> dict[str, int]:
+    with store.database.transaction() as cursor:
+        table = f"rag.passages_{store.collection.id}"
+        cursor.execute("SELECT pg_table_size(%s::regclass), pg_indexes_size(%s::regclass)", (table, table))
+        return dict(zip(("table", "indexes"), cursor.fetchone(), strict=True))
+
+
+# ------------------------------------------------------------------------------- numbers
+
+
+def stopwatch(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def ratios(ours: list[float], others: list[float]) -> list[float]:
+    return [mine / its for mine, its in zip(ours, others, strict=True)]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))

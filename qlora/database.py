@@ -1,0 +1,204 @@
+"""The PostgreSQL server: connected to, given the schema `rag`, reached again after a restart.
+
+rag.collections   name, embedding model, dimension, refusal threshold
+rag.documents     collection, source, fingerprint (sha256 of content and splitting), folder, size, when
+rag.passages_N    one table a collection: halfvec embedding, text, metadata, tsvector
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import psycopg2
+from pgvector.psycopg2 import register_vector
+
+from qlora.console import UserError, fail, note
+
+OLDEST_PGVECTOR = (0, 8)  # hnsw.iterative_scan came with 0.8.0
+PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each attempt to reach a server that went away
+# Two first runs at once would both pass IF NOT EXISTS and collide; the number is arbitrary.
+SCHEMA_LOCK = 7_102_023
+
+PASSAGES = """
+CREATE TABLE {table} (
+    id text PRIMARY KEY,
+    document bigint NOT NULL REFERENCES rag.documents ON DELETE CASCADE,
+    text text NOT NULL,
+    metadata jsonb NOT NULL,
+    embedding halfvec({dimension}) NOT NULL,
+    words tsvector
+        GENERATED ALWAYS AS (to_tsvector('english', coalesce(metadata->>'heading', '') || ' ' || text)) STORED
+);
+CREATE INDEX ON {table} (document);
+"""
+FIRST_SCHEMA = """
+CREATE SCHEMA rag;
+CREATE TABLE rag.collections (
+    id serial PRIMARY KEY,
+    name text UNIQUE NOT NULL,
+    embedding_model text NOT NULL,
+    dimension int NOT NULL,
+    refusal_threshold real,
+    made timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE rag.documents (
+    id bigserial PRIMARY KEY,
+    collection int NOT NULL REFERENCES rag.collections ON DELETE CASCADE,
+    source text NOT NULL,
+    fingerprint text NOT NULL,
+    added timestamptz NOT NULL DEFAULT now(),
+    UNIQUE (collection, source)
+);
+"""
+# Names of passages that LangChain's callers choose, headings among the words, folders to prune, and terms() below.
+# A tsquery of any of the question's words: the rarest cannot be known here, so the longest ones, which say most.
+SECOND_SCHEMA = """
+CREATE TABLE rag.schema (version int NOT NULL);
+INSERT INTO rag.schema VALUES (1);
+ALTER TABLE rag.documents ADD COLUMN folder text, ADD COLUMN bytes bigint NOT NULL DEFAULT 0;
+CREATE FUNCTION rag.any_word(question text, most int) RETURNS tsquery LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(string_agg(word, ' | '), '')::tsquery
+    FROM (
+        SELECT '''' || replace(replace(lexeme, '\\', '\\\\'), '''', '''''') || '''' AS word
+        FROM unnest(to_tsvector('english', question))
+        ORDER BY length(lexeme) DESC, lexeme
+        LIMIT most
+    ) AS words
+$$;
+DO $$
+DECLARE passages text;
+BEGIN
+    FOR passages IN SELECT format('passages_%s', id) FROM rag.collections LOOP
+        EXECUTE format('ALTER TABLE rag.%I DROP COLUMN words', passages);
+        EXECUTE format('ALTER TABLE rag.%I ALTER COLUMN id DROP DEFAULT', passages);
+        EXECUTE format('ALTER TABLE rag.%I ALTER COLUMN id TYPE text', passages);
+        EXECUTE format('DROP SEQUENCE rag.%I', passages || '_id_seq');
+        EXECUTE format('ALTER TABLE rag.%I ADD COLUMN words tsvector GENERATED ALWAYS AS (to_tsvector(''english'', '
+            'coalesce(metadata->>''heading'', '''') || '' '' || text)) STORED', passages);
+    END LOOP;
+END $$;
+"""
+MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA)
+VERSION = """
+SELECT CASE WHEN to_regclass('rag.collections') IS NULL THEN 0 WHEN to_regclass('rag.schema') IS NULL THEN 1 END
+"""
+
+
+class Database:
+    """One connection, used by a thread at a time."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.lock = threading.RLock()
+        self.connection = connect(url)
+
+    @contextlib.contextmanager
+    def transaction(self, seconds: int = 0) -> Iterator:
+        """A cursor whose work is kept when the block ends and undone when it raises.
+
+        No statement may take longer than `seconds`; 0 is no limit. A server that was restarted is connected to again.
+        """
+        with self.lock:
+            self.begin(seconds)
+            with self.connection, self.connection.cursor() as cursor:
+                yield cursor
+
+    def begin(self, seconds: int) -> None:
+        """Runs the transaction's first statement, which also tells whether the server is still there."""
+        for pause in (*PAUSES, None):
+            try:
+                with self.connection.cursor() as cursor:
+                    cursor.execute("SET LOCAL statement_timeout = %s", (f"{seconds}s",))
+                return
+            except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+                if pause is None:
+                    raise fail("the database does not come back", describe_url(self.url), "start it again") from error
+            note(f"Lost the database, connecting again in {pause} s")
+            time.sleep(pause)
+            with contextlib.suppress(UserError):
+                self.connection = connect(self.url)
+
+
+def connect(url: str):
+    """A psycopg2 connection to a server that has pgvector >= 0.8.
+
+    Raises UserError, which never holds the password, when it cannot be reached or lacks pgvector.
+    """
+    where = describe_url(url)
+    try:
+        connection = psycopg2.connect(url, connect_timeout=10, application_name="rag_qlora")
+    except psycopg2.OperationalError as error:
+        raise fail(f"database unreachable ({first_line(error)})", where, "start it, or mend DATABASE_URL") from error
+    try:
+        version = find_pgvector(connection)
+    except psycopg2.Error as error:
+        connection.close()
+        fix = "install pgvector 0.8 or newer on the server; its owner runs CREATE EXTENSION vector"
+        raise fail(f"the database has no pgvector ({first_line(error)})", where, fix) from error
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_PGVECTOR:
+        connection.close()
+        raise fail(f"pgvector {version} is too old", where, "update it to 0.8 or newer: ALTER EXTENSION vector UPDATE")
+    register_vector(connection)
+    return connection
+
+
+def find_pgvector(connection) -> str:
+    """The version of the extension, which is made when the database lacks it."""
+    installed = "SELECT extversion FROM pg_extension WHERE extname = 'vector'"
+    with connection, connection.cursor() as cursor:
+        cursor.execute(installed)
+        if (found := cursor.fetchone()) is None:
+            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+            cursor.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            cursor.execute(installed)
+            found = cursor.fetchone()
+    return found[0]
+
+
+def describe_url(url: str) -> str:
+    """Host and database of a connection string: what may be printed."""
+    try:
+        parts = psycopg2.extensions.parse_dsn(url)
+    except psycopg2.ProgrammingError as error:
+        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", "write postgresql://USER@HOST:PORT/NAME") from error
+    return f"{parts.get('dbname', 'postgres')} at {parts.get('host', 'localhost')}"
+
+
+def is_unprotected(url: str) -> bool:
+    """Whether the server is on another machine and its certificate is not checked."""
+    parts = psycopg2.extensions.parse_dsn(url)
+    host = parts.get("host", "localhost")
+    is_local = host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
+    return not is_local and parts.get("sslmode") != "verify-full"
+
+
+def first_line(error: psycopg2.Error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def migrate(cursor) -> None:
+    """Brings the schema `rag` to this version; nothing but a look when it is there.
+
+    Raises UserError when a newer version of this project made it.
+    """
+    if (version := read_version(cursor)) == len(MIGRATIONS):
+        return
+    cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+    version = read_version(cursor)  # another process may have been first
+    if version > len(MIGRATIONS):
+        fix = "update this project, or name another database"
+        raise fail(f"the database has schema version {version}, this project knows {len(MIGRATIONS)}", "database", fix)
+    for statements in MIGRATIONS[version:]:
+        cursor.execute(statements)
+    cursor.execute("UPDATE rag.schema SET version = %s", (len(MIGRATIONS),))
+
+
+def read_version(cursor) -> int:
+    """How many migrations the database had; 0 without the schema."""
+    cursor.execute(VERSION)
+    (version,) = cursor.fetchone()
+    if version is None:
+        cursor.execute("SELECT version FROM rag.schema")
+        (version,) = cursor.fetchone()
+    return version

@@ -1,0 +1,113 @@
+"""Whether the database and a collection are as they should be, and how much of the truth the index finds."""
+
+from dataclasses import asdict, dataclass
+
+from psycopg2 import sql
+
+from qlora import searching
+from qlora.database import describe_url, find_pgvector, is_unprotected
+from qlora.pgvector_store import INDEXED_FROM, PgVectorStore
+
+GOOD_PGVECTOR = (0, 8, 3)
+ENOUGH_RECALL = 0.95
+SAMPLE = 100  # passages whose neighbours are looked for
+MARKS = {"good": "[green]ok[/]", "warning": "[yellow]warning[/]", "bad": "[red]bad[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    state: str  # one of MARKS
+    detail: str
+
+
+def examine(store: PgVectorStore, embedding_model: str) -> list[Finding]:
+    """What was found out about server, index and embeddings."""
+    findings = [*examine_server(store), *examine_collection(store, embedding_model)]
+    if store.is_indexed():
+        findings += examine_index(store)
+    else:
+        state = "good" if store.count() <= INDEXED_FROM else "bad"
+        fix = "exact search" if state == "good" else "missing: run ingest once more"
+        findings.append(Finding("index", state, f"none, made above {INDEXED_FROM:,} passages: {fix}"))
+    return findings
+
+
+def examine_server(store: PgVectorStore) -> list[Finding]:
+    """Versions of PostgreSQL and pgvector, and whether the connection can be listened to."""
+    url = store.database.url
+    with store.database.transaction() as cursor:
+        cursor.execute("SELECT current_setting('server_version')")
+        (version,) = cursor.fetchone()
+    pgvector = find_pgvector(store.database.connection)
+    is_new = tuple(map(int, pgvector.split("."))) >= GOOD_PGVECTOR
+    advice = "" if is_new else f": update to {'.'.join(map(str, GOOD_PGVECTOR))} or newer"
+    findings = [
+        Finding("server", "good", f"PostgreSQL {version}, {describe_url(url)}"),
+        Finding("pgvector", "good" if is_new else "warning", pgvector + advice),
+    ]
+    if is_unprotected(url):
+        findings.append(Finding("encryption", "warning", "the certificate is not checked: add sslmode=verify-full"))
+    return findings
+
+
+def examine_collection(store: PgVectorStore, embedding_model: str) -> list[Finding]:
+    """The collection's size, and whether its vectors are those of the embedding model."""
+    dimension = len(store.embeddings.embed_query("dimension"))
+    fits = dimension == store.collection.dimension
+    detail = f"{embedding_model}, {dimension} dimensions" + ("" if fits else f", not {store.collection.dimension}")
+    documents = len(store.documents())
+    return [
+        Finding("collection", "good", f"{store.collection.name}: {documents:,} documents, {store.count():,} passages"),
+        Finding("embeddings", "good" if fits else "bad", detail),
+    ]
+
+
+def examine_index(store: PgVectorStore) -> list[Finding]:
+    """Validity and size of the HNSW index, and its recall against exact search on a sample of the passages."""
+    with store.database.transaction() as cursor:
+        cursor.execute(
+            "SELECT indisvalid, pg_size_pretty(pg_relation_size(indexrelid)) FROM pg_index "
+            "WHERE indexrelid = to_regclass(%s)",
+            (f"rag.passages_{store.collection.id}_dense",),
+        )
+        valid, size = cursor.fetchone()
+    recall = measure_recall(store, 10)
+    found = Finding("index", "good" if valid else "bad", f"HNSW, {size}" + ("" if valid else ", invalid: REINDEX it"))
+    state = "good" if recall >= ENOUGH_RECALL else "bad"
+    return [found, Finding("recall@10", state, f"{recall:.3f} of exact search, {SAMPLE} passages looked for")]
+
+
+def measure_recall(store: PgVectorStore, k: int) -> float:
+    """The share of the `k` nearest passages that the index finds, over a sample of the collection's own passages."""
+    parts = {"table": store.collection.table, "condition": sql.SQL("true")}
+    statement = sql.SQL(searching.STATEMENTS["dense"]).format(**parts)
+    sample = sql.SQL("SELECT embedding FROM {} ORDER BY md5(id) LIMIT %s").format(store.collection.table)
+    hits = 0
+    with store.database.transaction() as cursor:
+        cursor.execute(sample, (SAMPLE,))
+        vectors = [row[0] for row in cursor.fetchall()]
+        cursor.execute(searching.SETTINGS, {"candidates": 100})
+        for vector in vectors:
+            nearest = []
+            for scan in ("on", "off"):
+                cursor.execute(f"SET LOCAL enable_indexscan = {scan}")
+                cursor.execute(statement, {"vector": vector, "k": k})
+                nearest.append({row[0] for row in cursor.fetchall()})
+            hits += len(set.intersection(*nearest))
+    return hits / (k * len(vectors))
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """A line a finding on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        table.add_row(MARKS[finding.state], finding.what, finding.detail)
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def as_json(findings: list[Finding]) -> list[dict]:
+    return [asdict(finding) for finding in findings]

@@ -1,0 +1,216 @@
+"""The command line of rag_qlora.py: its commands and flags, with every value resolved and checked."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from qlora import adapter, base_model, console, presets, settings
+from qlora.searching import DEFAULT_MODE, FETCH, MODES
+
+SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
+SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
+DEMO_QUESTIONS = (
+    "What commission does the Trust charge someone who sells fish at auction?",
+    "Which four foods are kept in the moth cupboard?",
+    "What is the price of having a hull antifouled by the boatyard?",
+)
+WITHOUT_MODEL = ("ingest", "documents", "forget", "search", "sweep", "compare", "doctor")
+
+
+def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...]) -> argparse.Namespace:
+    """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
+    settings.load_dotenv_once()
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["chat" if sys.stdin.isatty() else "demo", *argv]
+    parser, commands = build_parser(description, steps)
+    args, problems = console.parse_arguments(parser, argv, commands)
+    args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or base_model.EMBEDDED_EMBEDDER
+    args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
+    if args.command == "evaluate":
+        check_evaluation(args, problems)
+    if args.command == "ingest":
+        check_ingest(args, problems)
+    elif args.command not in WITHOUT_MODEL:
+        with problems.collecting():
+            resolve_model(args, detect=not problems.found)
+    if args.command != "compare":
+        with problems.collecting():
+            check_database()
+    problems.raise_if_any()
+    return args
+
+
+def check_database() -> None:
+    """Connects to a named database at once, before anything heavy is loaded."""
+    if url := settings.get("DATABASE_URL"):
+        from qlora.database import connect, is_unprotected
+
+        connect(url).close()
+        if is_unprotected(url):
+            console.note("The server's certificate is not checked: add sslmode=verify-full to DATABASE_URL")
+
+
+def resolve_model(args, detect: bool) -> None:
+    """Sets base_model and adapter: the adapter names its base, so that naming either is enough."""
+    preset = presets.PRESETS[presets.choose_preset(args.preset, detect)]
+    named = args.base_model or (preset.base_model if args.preset else None)
+    if not named and not args.adapter:
+        named = settings.get("QLORA_BASE_MODEL")
+    folder = args.adapter or settings.get("QLORA_ADAPTER")
+    if folder == "none":
+        args.adapter, args.base_model = None, named or preset.base_model
+    else:
+        args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
+        args.base_model = adapter.read_adapter(args.adapter, named).base_model
+    del args.preset
+    if args.command == "evaluate":
+        args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
+
+
+def check_evaluation(args, problems: console.Problems) -> None:
+    """Makes sweep and compare commands of their own; adds what is wrong with questions and documents."""
+    from qlora.documents import find_files
+    from qlora.evaluation import load_questions
+
+    args.command = "compare" if args.compare else "sweep" if args.sweep else "evaluate"
+    with problems.collecting():
+        load_questions(args.questions)
+    if args.command == "sweep":
+        args.output = args.output or Path("evaluations/sweep")
+        sample = [str(SAMPLE_DOCUMENTS)] if args.questions == SAMPLE_QUESTIONS else []
+        args.documents = args.documents or sample
+        if not args.documents and any(setting[0] == "passages" for setting in args.sweep):
+            problems.add("no documents to split", "--sweep passages", "name them with --documents PATH ...")
+        with problems.collecting():
+            find_files(args.documents)
+
+
+def check_ingest(args, problems: console.Problems) -> None:
+    from qlora import documents
+
+    with problems.collecting():
+        documents.find_files(args.paths)
+    if isinstance(args.overlap, int) and isinstance(args.passage_tokens, int) and args.overlap >= args.passage_tokens:
+        problems.add("--overlap reaches --passage-tokens", "command line", "give a smaller --overlap")
+
+
+def build_parser(description: str, steps: tuple[str, ...]):
+    """The parser, and the parser of each command by name."""
+    title, _, text = description.partition("\n\n")
+    parser = console.Parser(usage="rag_qlora.py [command] [flags]", description=title, epilog=text)
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    setup, generation, storage, answering = steps
+    database, searching = database_flags(storage), search_flags(storage)
+    model, answers = model_flags(setup, generation), answer_flags(answering)
+
+    def add(name: str, parents: list, purpose: str, words: str = "") -> argparse.ArgumentParser:
+        usage = f"rag_qlora.py {name} [flags] {words}".rstrip()
+        return commands.add_parser(name, parents=parents, usage=usage, description=purpose, help=purpose)
+
+    one = add("ingest", [database], "put files and folders into the collection", "PATH ...")
+    one.add_argument(
+        "paths", nargs="+", metavar="PATH", help="files, folders: .txt .md .html .pdf .docx .csv .json .jsonl"
+    )
+    one.add_argument("--passage-tokens", type=console.number(int, 16), default=200, help="tokens a passage (200)")
+    one.add_argument("--overlap", type=console.number(int, 0), default=40, help="tokens two passages share (40)")
+    text = "also forget documents whose files are gone from the folders"
+    one.add_argument("--prune", action="store_true", help=text)
+    one.add_argument("--dry-run", action="store_true", help="show what would be done (+ new, ~ changed, - forgotten)")
+    add("documents", [database], "list what is in the collection")
+    one = add("forget", [database], "remove documents from the collection", "SOURCE ...")
+    one.add_argument("sources", nargs="+", metavar="SOURCE", help="as `documents` lists them")
+    one = add("search", [database, searching, answers], "show the nearest passages", "question")
+    one.add_argument("question")
+    one.add_argument("--explain", action="store_true", help="show the rank of each passage in each leg of the search")
+    one = add("ask", [model, database, searching, answers], "answer questions, citing passages", "question ...")
+    one.add_argument("questions", nargs="+", metavar="question")
+    one.add_argument("--strict", action="store_true", help="exit code 3 when a question is refused")
+    text = "score base and tuned model on questions with known answers"
+    one = add("evaluate", [model, database, searching, answers], text)
+    add_evaluation_flags(one)
+    one = add("demo", [model, database, searching, answers], "answer three questions on the sample documents")
+    one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
+    add("chat", [model, database, searching, answers], "several turns")
+    add("doctor", [database], "check server, indexes and embeddings, and measure what the index finds")
+    for name in ("documents", "search", "ask", "demo", "evaluate", "doctor"):
+        commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
+    return parser, commands.choices
+
+
+def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
+    """Flags of `evaluate` alone, which also sweeps and compares."""
+    one.add_argument("--questions", type=Path, default=SAMPLE_QUESTIONS, help="ours, dataset rows, or SQuAD (sample's)")
+    one.add_argument("--limit", type=console.number(int, 1), help="so many of the questions, evenly spread (all)")
+    one.add_argument("--batch-size", type=console.number(int, 1), default=8, help="answers at a time (8)")
+    one.add_argument("--output", type=Path, help="folder of the report (evaluations/NAME-OF-ADAPTER)")
+    text = "fit the collection's refusal threshold on half of the questions, report on the other half"
+    one.add_argument("--calibrate", action="store_true", help=text)
+    text = "retrieval alone, for several values: search=dense,lexical,hybrid, passages=120,200,256 or top-k=1,3,5"
+    one.add_argument("--sweep", type=read_sweep, action="append", default=[], metavar="SETTING=A,B", help=text)
+    one.add_argument(
+        "--documents", nargs="+", default=[], metavar="PATH", help="what --sweep passages splits (sample's)"
+    )
+    text = "two evaluation.json: the paired difference of their answers, nothing is run"
+    one.add_argument("--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help=text)
+
+
+def read_sweep(text: str):
+    from qlora.sweep import read_setting
+
+    return read_setting(text)
+
+
+def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    share = console.number(float, 0, 1, above=True)
+    group = flags.add_argument_group(setup)
+    group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b")
+    group.add_argument("--base-model", help="hub id or folder (the adapter's own)")
+    group.add_argument("--adapter", help="adapter folder, or none for the base model (adapters/NAME-OF-BASE)")
+    group = flags.add_argument_group(generation)
+    group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")
+    group.add_argument("--top-p", type=share, default=1.0, help="share of probability to sample from (1)")
+    tokens = console.number(int, 1, 4096)
+    group.add_argument("--max-new-tokens", type=tokens, default=96, help="length of an answer (96)")
+    group.add_argument("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is none (1)")
+    group.add_argument("--seed", type=console.number(int, 0), default=0, help="of the sampling (0)")
+    return flags
+
+
+def database_flags(storage: str) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group(storage)
+    group.add_argument("--collection", help="name of the collection (documents)")
+    group.add_argument("--embedding-model", help=f"sentence-transformers model ({base_model.EMBEDDED_EMBEDDER})")
+    flags.set_defaults(passage_tokens=200, overlap=40)  # for the sample documents in an empty collection
+    return flags
+
+
+def search_flags(storage: str) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group(f"{storage}: search")
+    text = f"dense (meaning), lexical (words) or hybrid (both, fused by rank) ({DEFAULT_MODE})"
+    group.add_argument("--search", type=console.choice(*MODES), default=DEFAULT_MODE, dest="mode", help=text)
+    text = f"passages that each leg ranks ({FETCH})"
+    group.add_argument("--fetch-k", type=console.number(int, 1, 1000), default=FETCH, help=text)
+    text = "0 to 1: how much passages that repeat a better one give way (0)"
+    group.add_argument("--diversity", type=console.number(float, 0, 1), default=0.0, help=text)
+    text = "only passages whose metadata fulfil it: source=a.md, 'page>=3'; may be repeated"
+    group.add_argument("--where", type=read_where, action="append", default=[], metavar="KEY=VALUE", help=text)
+    return flags
+
+
+def read_where(text: str):
+    from qlora.metadata_filter import read_condition
+
+    try:
+        return read_condition(text)
+    except ValueError:
+        return console.Invalid(text, "KEY=VALUE, or != < <= > >= between them")
+
+
+def answer_flags(answering: str) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group(answering)
+    group.add_argument("--top-k", type=console.number(int, 1, 50), default=3, help="passages a question (3)")
+    return flags

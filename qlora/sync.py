@@ -1,0 +1,142 @@
+"""Makes a collection hold what the files say: new ones added, changed ones replaced, the rest left alone.
+
+The next batch of passages is embedded while files are read and the last batch is written. A document is
+written whole or not at all, so that a run that was killed is finished by running it again.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from langchain_core.documents import Document
+
+from qlora import documents
+from qlora.console import Problems, note, progress
+from qlora.documents import SourceFile
+from qlora.pgvector_store import Entry
+
+BATCH = 512  # passages embedded together: enough to put those of one length together
+REMEMBERED = 20_000  # embedded texts, about 30 MB: what stands in many documents is embedded once
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How files become passages; part of a document's fingerprint."""
+
+    embedding_model: str
+    window: int
+    passage_tokens: int
+    overlap: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do; `known` are the sources that the collection already had."""
+
+    put: list[tuple[SourceFile, Entry]]
+    unchanged: int
+    gone: list[str]
+    known: frozenset[str]
+
+
+def put_files(
+    store, paths: list[str], embedding_model: str, passage_tokens: int, overlap: int, prune=False, dry_run=False
+) -> None:
+    """Syncs the collection with the files; with `prune` it forgets documents whose files are gone from the folders.
+
+    Raises UserError with the files that could not be read, when all others are in.
+    """
+    embedder = store.embeddings._client  # the SentenceTransformer: its tokenizer and its window
+    splitting = Splitting(embedding_model, embedder.max_seq_length, passage_tokens, overlap)
+    problems = Problems()
+    plan = make_plan(store, documents.find_files(paths), splitting, prune, problems)
+    if dry_run:
+        print_plan(plan)
+    else:
+        store.forget(plan.gone)
+        written = write_documents(store, plan, embedder.tokenizer, splitting, problems)
+        store.index_if_large()
+        new = sum(entry.source not in plan.known for entry, _ in written)
+        note(
+            f"{new} added, {len(written) - new} changed, {plan.unchanged} unchanged, {len(plan.gone)} forgotten, "
+            f"{sum(count for _, count in written)} passages, {len(problems.found)} unreadable"
+        )
+    problems.raise_if_any()
+
+
+def make_plan(store, files: list[SourceFile], splitting: Splitting, prune: bool, problems: Problems) -> Plan:
+    """What to put and what to forget; files that cannot be read are added to the problems."""
+    known = {entry.source: entry for entry in store.documents()}
+    put, unchanged = [], 0
+    for file in files:
+        with problems.collecting():
+            fingerprint = documents.fingerprint(file.path, splitting)
+            entry = Entry(file.source, fingerprint, file.folder, file.path.stat().st_size)
+            if file.source in known and known[file.source].fingerprint == fingerprint:
+                unchanged += 1
+            else:
+                put.append((file, entry))
+    folders = {file.folder for file in files} - {None}
+    there = {file.source for file in files}
+    gone = [source for source, entry in known.items() if entry.folder in folders and source not in there]
+    return Plan(put, unchanged, gone if prune else [], frozenset(known))
+
+
+def print_plan(plan: Plan) -> None:
+    """A line a document on stdout: + is new, ~ changed, - forgotten."""
+    for _, entry in plan.put:
+        print(f"{'~' if entry.source in plan.known else '+'} {entry.source}")
+    for source in plan.gone:
+        print(f"- {source}")
+    note(f"{len(plan.put)} to put, {plan.unchanged} unchanged, {len(plan.gone)} to forget; nothing was done")
+
+
+def write_documents(store, plan: Plan, tokenizer, splitting: Splitting, problems: Problems) -> list[tuple[Entry, int]]:
+    """Every entry that was written, and its number of passages."""
+    written: list[tuple[Entry, int]] = []
+    remembered: dict[str, list[float]] = {}
+
+    def write(batch, vectors) -> None:
+        for entry, passages in batch:
+            store.put_document(entry, passages, vectors[: len(passages)])
+            vectors = vectors[len(passages) :]
+            written.append((entry, len(passages)))
+            bar.advance(task)
+
+    with progress() as bar, ThreadPoolExecutor(1) as embedding:
+        task = bar.add_task("documents", total=len(plan.put))
+        waiting = None
+        for batch in read_batches(plan, tokenizer, splitting, problems):
+            texts = [documents.embedded_text(passage) for _, passages in batch for passage in passages]
+            begun = embedding.submit(embed_once, store.embeddings, texts, remembered)
+            if waiting:
+                write(waiting[0], waiting[1].result())
+            waiting = batch, begun
+        if waiting:
+            write(waiting[0], waiting[1].result())
+    return written
+
+
+def read_batches(
+    plan: Plan, tokenizer, splitting: Splitting, problems: Problems
+) -> Iterator[list[tuple[Entry, list[Document]]]]:
+    """The documents with their passages, so many at a time that there are about BATCH passages."""
+    batch: list[tuple[Entry, list[Document]]] = []
+    sizes = splitting.window, splitting.passage_tokens, splitting.overlap
+    for file, entry in plan.put:
+        with problems.collecting():
+            batch.append((entry, documents.load_passages(file.path, file.source, tokenizer, *sizes)))
+        if sum(len(passages) for _, passages in batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def embed_once(embeddings, texts: list[str], remembered: dict[str, list[float]]) -> list[list[float]]:
+    """The vectors of the texts, in their order; equal texts are embedded once."""
+    if len(remembered) > REMEMBERED:
+        remembered.clear()
+    new = [text for text in dict.fromkeys(texts) if text not in remembered]
+    remembered |= zip(new, embeddings.embed_documents(new), strict=True)
+    return [remembered[text] for text in texts]

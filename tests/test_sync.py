@@ -1,0 +1,209 @@
+"""Sync: what is added, replaced, left alone and forgotten; kills, two at once, and unreadable files."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PROJECT, rag
+from langchain_core.embeddings import DeterministicFakeEmbedding
+
+from qlora import sync
+from qlora.database import Database
+from qlora.pgvector_store import PgVectorStore
+
+# A process that syncs a folder with a slow embedder, so that a kill hits it in the middle.
+SYNC = """
+import sys, time
+sys.path[:0] = [{project!r}, {tests!r}]
+from test_sync import open_store
+from qlora import sync
+sync.BATCH = 8
+sync.put_files(open_store({url!r}, {name!r}, pause={pause}), [{folder!r}], "fake", 60, 10)
+"""
+
+
+class FakeEmbeddings(DeterministicFakeEmbedding):
+    """Deterministic vectors behind the real embedding model's tokenizer."""
+
+    pause: float = 0.0
+    embedded: list = []
+
+    @property
+    def _client(self):
+        return Tokenizer
+
+    def embed_documents(self, texts):
+        time.sleep(self.pause)
+        self.embedded.extend(texts)
+        return super().embed_documents(texts)
+
+
+class Tokenizer:
+    """As much of a SentenceTransformer as splitting needs: a token is a word."""
+
+    max_seq_length = 256
+
+    @staticmethod
+    def tokenizer(text, **options):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(input_ids=text.split())
+
+
+def open_store(url, name, pause=0.0) -> PgVectorStore:
+    return PgVectorStore(Database(url), FakeEmbeddings(size=8, pause=pause, embedded=[]), "fake", name)
+
+
+def put(store, folder, **options) -> None:
+    sync.put_files(store, [str(folder)], "fake", 60, 10, **options)
+
+
+def passages_of(store) -> dict[str, int]:
+    return {entry.source: entry.passages for entry in store.documents()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "docs"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(6):
+        (folder / "sub" / f"{n}.md").write_text(f"# Part {n}\n\n" + f"word{n} says a thing. " * 60)
+    return folder
+
+
+def test_new_changed_unchanged_and_gone(database, collection, folder, capsys):
+    store = open_store(database, collection)
+    put(store, folder)
+    assert "6 added, 0 changed, 0 unchanged, 0 forgotten" in capsys.readouterr().err
+    before = {entry.source: entry for entry in store.documents()}
+    assert len(before) == 6 and all(entry.passages > 1 for entry in before.values())
+    assert before["sub/1.md"].bytes == (folder / "sub" / "1.md").stat().st_size
+    (folder / "sub" / "1.md").write_text("Quite another text.")
+    (folder / "sub" / "2.md").unlink()
+    (folder / "new.txt").write_text("A new one.")
+    put(store, folder, prune=True, dry_run=True)
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["+ new.txt", "~ sub/1.md", "- sub/2.md"] and "nothing was done" in shown.err
+    assert {entry.source: entry for entry in store.documents()} == before
+    put(store, folder)
+    assert "1 added, 1 changed, 4 unchanged, 0 forgotten" in capsys.readouterr().err
+    assert "sub/2.md" in passages_of(store)
+    put(store, folder, prune=True)
+    after = {entry.source: entry for entry in store.documents()}
+    assert set(after) == {"new.txt", *(f"sub/{n}.md" for n in (0, 1, 3, 4, 5))} and after["sub/1.md"].passages == 1
+    assert all(after[source] == before[source] for source in ("sub/0.md", "sub/3.md"))
+    embedded = len(store.embeddings.embedded)
+    put(store, folder, prune=True)
+    assert len(store.embeddings.embedded) == embedded
+
+
+def test_pruning_leaves_other_folders_alone(database, collection, folder, tmp_path):
+    store = open_store(database, collection)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "theirs.md").write_text("Another folder's.")
+    (tmp_path / "single.md").write_text("A file by itself.")
+    for path in (folder, other, tmp_path / "single.md"):
+        put(store, path)
+    (folder / "sub" / "0.md").unlink()
+    put(store, folder, prune=True)
+    assert set(passages_of(store)) == {"theirs.md", "single.md", *(f"sub/{n}.md" for n in range(1, 6))}
+
+
+def test_equal_passages_are_embedded_once(database, collection, folder):
+    for n in range(20):
+        (folder / f"copy{n}.txt").write_text("The same notice stands in every one of them.")
+    store = open_store(database, collection)
+    put(store, folder)
+    embedded = store.embeddings.embedded
+    assert len(embedded) == len(set(embedded)) and store.count() >= len(embedded) + 19
+
+
+def test_one_unreadable_file_does_not_stop_the_rest(database, collection, folder, capsys):
+    from qlora.console import UserError
+
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (folder / "empty.md").write_text("  \n")
+    store = open_store(database, collection)
+    with pytest.raises(UserError) as error:
+        put(store, folder)
+    assert (
+        "broken.pdf" in str(error.value)
+        and "empty.md" in str(error.value)
+        and "2 unreadable" in capsys.readouterr().err
+    )
+    assert len(store.documents()) == 6
+
+
+def start(database, collection, folder, pause):
+    code = SYNC.format(
+        project=str(PROJECT),
+        tests=str(PROJECT / "tests"),
+        url=database,
+        name=collection,
+        folder=str(folder),
+        pause=pause,
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_killed_at_any_moment_every_document_is_whole_or_absent(database, collection, folder):
+    for n in range(6, 30):
+        (folder / "sub" / f"{n}.md").write_text(f"# Part {n}\n\n" + f"word{n} says a thing. " * 60)
+    wanted = open_store(database, f"{collection} whole")
+    put(wanted, folder)
+    store = open_store(database, collection)
+    chance, killed = random.Random(5), 0
+    for _ in range(4):
+        process = start(database, collection, folder, pause=0.3)
+        known = len(store.documents())
+        while len(store.documents()) == known and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(chance.random() / 3)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        there = passages_of(store)
+        assert there.items() <= passages_of(wanted).items() and store.find("word1", 3)
+    assert killed >= 2 and len(there) < 30
+    put(store, folder)
+    assert passages_of(store) == passages_of(wanted)
+
+
+def test_two_at_once_neither_duplicate_nor_deadlock(database, collection, folder):
+    processes = [start(database, collection, folder, pause=0.05) for _ in range(2)]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    store = open_store(database, collection)
+    assert len(store.documents()) == 6 and store.count() == sum(passages_of(store).values())
+    whole = open_store(database, f"{collection} whole")
+    put(whole, folder)
+    assert passages_of(store) == passages_of(whole)
+
+
+def test_documents_and_forget_on_the_command_line(collection, folder, capsys):
+    assert rag("ingest", folder) == 0
+    capsys.readouterr()
+    assert rag("documents") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[0].endswith("sub/0.md")
+    assert rag("forget", "sub/0.md", "nowhere.md") == 2
+    assert "no such document - nowhere.md" in capsys.readouterr().err
+    assert rag("forget", "sub/0.md", "sub/3.md") == 0
+    capsys.readouterr()
+    assert rag("documents", "--json") == 0
+    import json
+
+    assert [entry["source"] for entry in json.loads(capsys.readouterr().out)] == [f"sub/{n}.md" for n in (1, 2, 4, 5)]
+    assert rag("search", "--explain", "--search", "hybrid", "--where", "source=sub/1.md", "word1 says") == 0
+    shown = capsys.readouterr().out
+    assert "dense rank " in shown and "lexical rank 1" in shown and "sub/2.md" not in shown
+    assert rag("search", "--where", "nonsense", "--search", "fuzzy", "x") == 2
+    said = capsys.readouterr().err
+    assert "--where nonsense is not valid" in said and "fuzzy is not valid" in said

@@ -1,0 +1,321 @@
+"""LangChain's own tests of a vector store, filters, search in both legs, indexes, and a server that goes away."""
+
+import json
+
+import pytest
+from conftest import rag
+from hypothesis import HealthCheck, given, settings, strategies
+from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
+from langchain_tests.integration_tests import VectorStoreIntegrationTests
+from psycopg2 import sql
+
+from qlora import metadata_filter, pgvector_store
+from qlora.database import MIGRATIONS, Database, is_unprotected
+from qlora.metadata_filter import Condition, read_condition
+from qlora.pgvector_store import Entry, PgVectorStore
+
+INJECTIONS = [
+    "' OR '1'='1",
+    "x'; DROP SCHEMA rag CASCADE; --",
+    "%(k)s",
+    "%s",
+    "{table}",
+    "a\\'b",
+    '"; --',
+    "$$",
+    "é\u2028",
+]
+
+
+class Steered(Embeddings):
+    """Vectors that a test can reason about: a text's first number is its angle in degrees."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [self.embed_query(text) for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        import math
+
+        angle = math.radians(next((float(word) for word in text.split() if word.lstrip("-").isdigit()), 0))
+        return [math.cos(angle), math.sin(angle)]
+
+
+def open_store(url, name, embeddings=None) -> PgVectorStore:
+    return PgVectorStore(Database(url), embeddings or Steered(), "steered", name)
+
+
+@pytest.fixture
+def store(database, collection) -> PgVectorStore:
+    return open_store(database, collection)
+
+
+class TestStandard(VectorStoreIntegrationTests):
+    @pytest.fixture
+    def vectorstore(self, database, request):
+        store = PgVectorStore(Database(database), self.get_embeddings(), "fake", f"standard {request.node.name}")
+        yield store
+        store.drop()
+
+
+# ------------------------------------------------------------------------------- filters
+
+
+def add_years(store: PgVectorStore, count: int = 20) -> None:
+    texts = [f"{n} passage" for n in range(count)]
+    store.add_texts(texts, [{"year": 2000 + n, "kind": "even" if n % 2 == 0 else "odd", "n": n} for n in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("condition", "wanted"),
+    [
+        ("year>=2015", {15, 16, 17, 18, 19}),
+        ("year<2002", {0, 1}),
+        ("year = 2003", {3}),
+        ("kind=odd", set(range(1, 20, 2))),
+        ("kind!=odd", set(range(0, 20, 2))),
+        ("missing=1", set()),
+        ("missing!=1", set(range(20))),
+        ("kind>3", set()),  # no number: passed over, not an error
+    ],
+)
+def test_conditions(store, condition, wanted):
+    add_years(store)
+    for mode in ("dense", "hybrid"):
+        found = store.find("0 passage", 20, mode=mode, where=[read_condition(condition)])
+        assert {document.metadata["n"] for document in found} == wanted
+
+
+def test_langchain_s_filters(store):
+    add_years(store)
+    found = store.similarity_search("0", k=20, filter={"kind": "even", "year": {"$gte": 2010, "$lt": 2014}})
+    assert {document.metadata["n"] for document in found} == {10, 12}
+    found = store.similarity_search("0", k=20, filter={"n": {"$in": [3, 5]}})
+    assert {document.metadata["n"] for document in found} == {3, 5}
+    assert len(store.similarity_search("0", k=20, filter={"n": {"$nin": [3, 5]}})) == 18
+    assert store.similarity_search("0", k=20, filter={"n": {"$in": []}}) == []
+    with pytest.raises(ValueError, match="unknown operator"):
+        store.similarity_search("0", filter={"n": {"$where": "1=1"}})
+    retriever = store.as_retriever(search_kwargs={"k": 2, "filter": {"kind": "odd"}})
+    assert [d.metadata["n"] for d in retriever.invoke("0")] == [1, 3]
+
+
+@pytest.mark.parametrize("text", ["", "year", "=5", "  ", "ye\0ar=1"])
+def test_what_is_no_condition(text):
+    with pytest.raises(ValueError, match="no condition"):
+        read_condition(text)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    key=strategies.one_of(strategies.sampled_from(INJECTIONS), strategies.text(min_size=1, max_size=30)),
+    value=strategies.one_of(strategies.sampled_from(INJECTIONS), strategies.text(max_size=30)),
+    operator=strategies.sampled_from(list(metadata_filter.OPERATORS)),
+)
+def test_keys_and_values_are_bound(database, key, value, operator):
+    """A passage with that very key and value is found by =, and nothing else ever happens."""
+    key, value = (text.replace("\0", "").encode("utf-8", "replace").decode() for text in (key, value))
+    store = open_store(database, "fuzzed")
+    store.add_texts(["1 one", "2 two"], [{key: value}, {"other": "thing"}], ids=["a", "b"])
+    found = {d.id for d in store.find("1", where=[Condition(key, operator, (value,))])}
+    assert found <= {"a", "b"}
+    if operator == "=":
+        assert "a" in found
+    if operator == "!=":
+        assert "a" not in found
+    assert store.count() == 2
+
+
+# ------------------------------------------------------------------------------- search
+
+
+def test_lexical_and_hybrid_find_a_name_that_is_far_away(store):
+    store.add_texts([f"{n} common text" for n in range(80)], [{"n": n} for n in range(80)])
+    store.add_texts(["170 the form B7 is signed by Okonkwo"], [{"n": 170}])
+    question = "who is Okonkwo?"  # no number: 0 degrees
+    assert 170 not in {d.metadata["n"] for d in store.find(question, 5, mode="dense")}
+    assert store.find(question, 5, mode="lexical")[0].metadata["n"] == 170
+    best = store.find(question, 2, mode="hybrid")
+    assert {d.metadata["n"] for d in best} == {0, 170}
+    ranks = {d.metadata["n"]: d.metadata["ranks"] for d in best}
+    assert ranks[0] == {"dense": 1, "lexical": None} and ranks[170] == {"dense": None, "lexical": 1}
+
+
+def test_scores_are_cosine_similarities(store):
+    store.add_texts(["0 a", "60 b", "90 c"])
+    for mode in ("dense", "hybrid"):
+        scores = {d.page_content[-1]: d.metadata["score"] for d in store.find("0 a b c", 3, mode=mode)}
+        assert scores == {
+            "a": pytest.approx(1, abs=1e-3),
+            "b": pytest.approx(0.5, abs=1e-3),
+            "c": pytest.approx(0, abs=1e-3),
+        }
+
+
+def test_diversity_takes_another_passage_before_a_repetition(store):
+    store.add_texts(["10 same", "11 same", "12 same", "-40 other"])
+    assert [d.page_content for d in store.find("0", 2, mode="dense")] == ["10 same", "11 same"]
+    found = store.find("0", 2, mode="dense", diversity=0.7)
+    assert [d.page_content for d in found] == ["10 same", "-40 other"]
+    found = store.max_marginal_relevance_search("0", k=2, fetch_k=4, lambda_mult=0.3)
+    assert [d.page_content for d in found] == ["10 same", "-40 other"]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "the of and",
+        "",
+        "0 " + "long word " * 5000,
+        'O\'Brien "quoted" \\ & | ! <-> :*',
+        "a\0b",
+        "\U0001f40b whale",
+        "(((",
+    ],
+)
+def test_any_question_is_answered(store, question):
+    store.add_texts(["0 a whale by O'Brien", "40 nothing"])
+    for mode in ("dense", "lexical", "hybrid"):
+        found = store.find(question, 2, mode=mode)
+        assert len(found) == 2 or mode == "lexical"
+
+
+def test_headings_count_among_the_words(store):
+    store.add_texts(["50 The price is nine pounds."], [{"heading": "Antifouling"}])
+    assert len(store.find("0 antifouling", 1, mode="lexical")) == 1
+
+
+# ------------------------------------------------------------------------------- index
+
+
+def test_large_collections_get_indexes_and_filters_stay_complete(database, collection, monkeypatch):
+    monkeypatch.setattr(pgvector_store, "INDEXED_FROM", 500)
+    store = open_store(database, collection, DeterministicFakeEmbedding(size=16))
+    passages = [Document(f"text {n}", metadata={"source": "a.md", "rare": n % 750 == 7, "n": n}) for n in range(3000)]
+    store.put_document(Entry("a.md", "1"), passages[:400])
+    store.index_if_large()
+    assert not store.is_indexed()
+    store.put_document(Entry("a.md", "2"), passages)
+    store.index_if_large()
+    store.index_if_large()
+    assert store.is_indexed()
+    with store.database.transaction() as cursor:
+        cursor.execute("SET LOCAL enable_seqscan = off")
+        cursor.execute(
+            sql.SQL("EXPLAIN SELECT id FROM {} ORDER BY embedding <=> %s LIMIT 5").format(store.collection.table),
+            (str([1] * 16),),
+        )
+        assert "_dense" in str(cursor.fetchall())
+    found = store.find("text 1", 10, mode="dense", where=[read_condition("rare=true")])
+    assert {d.metadata["n"] for d in found} == {7, 757, 1507, 2257}
+    found = store.find("text 1", 2000, mode="dense", where=[read_condition("n>=1000")])
+    assert len(found) == 2000
+    store.put_document(Entry("a.md", "3"), passages[:10])
+    assert store.is_indexed() and len(store.find("text 3", 10, mode="dense")) == 10
+
+
+def test_doctor(database, collection, monkeypatch, capsys):
+    monkeypatch.setattr(pgvector_store, "INDEXED_FROM", 100)
+    from qlora.doctor import examine
+
+    store = open_store(database, collection, DeterministicFakeEmbedding(size=16))
+    store.put_document(Entry("a.md", "1"), [Document(f"text {n}", metadata={}) for n in range(300)])
+    store.index_if_large()
+    findings = {finding.what: finding for finding in examine(store, "steered")}
+    assert {finding.state for finding in findings.values()} == {"good"}
+    assert (
+        findings["recall@10"].detail.startswith(("1.000", "0.99")) and "300 passages" in findings["collection"].detail
+    )
+    with store.database.transaction() as cursor:
+        cursor.execute(
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)",
+            (f"rag.passages_{store.collection.id}_dense",),
+        )
+    assert {finding.what: finding.state for finding in examine(store, "steered")}["index"] == "bad"
+
+
+def test_doctor_on_the_command_line(collection, capsys):
+    assert rag("doctor", "--json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert {finding["what"] for finding in findings} >= {"server", "pgvector", "collection", "embeddings", "index"}
+
+
+# ------------------------------------------------------------------------------- server
+
+
+def test_a_lost_connection_is_made_again(store, capsys):
+    store.add_texts(["0 kept"])
+    with Database(store.database.url).transaction() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND pid = %s",
+            (store.database.connection.info.backend_pid,),
+        )
+    assert store.find("0", 1)[0].page_content == "0 kept"
+    assert "connecting again" in capsys.readouterr().err
+
+
+def test_a_reader_s_role_is_enough_to_search(database, store):
+    store.add_texts(["0 open to all"])
+    with store.database.transaction() as cursor:
+        cursor.execute("DROP ROLE IF EXISTS reader")
+        cursor.execute("CREATE ROLE reader")
+        cursor.execute("GRANT USAGE ON SCHEMA rag TO reader; GRANT SELECT ON ALL TABLES IN SCHEMA rag TO reader")
+    try:
+        reader = Database(database)
+        with reader.connection.cursor() as cursor:
+            cursor.execute("SET ROLE reader; SET default_transaction_read_only = on")
+        reader.connection.commit()
+        again = PgVectorStore(reader, Steered(), "steered", store.collection.name)
+        assert again.find("0 open", 1, mode="hybrid")[0].page_content == "0 open to all"
+        assert again.refusal_threshold is None
+    finally:
+        with store.database.transaction() as cursor:
+            cursor.execute("DROP OWNED BY reader; DROP ROLE reader")
+
+
+def test_statements_have_a_limit(database):
+    import psycopg2
+
+    with pytest.raises(psycopg2.errors.QueryCanceled), Database(database).transaction(seconds=1) as cursor:
+        cursor.execute("SELECT pg_sleep(5)")
+
+
+def test_an_old_database_is_brought_forward(database):
+    """What version 1 of this project left: its collection, its document and its passage are all there afterwards."""
+    import psycopg2
+
+    admin = psycopg2.connect(database)
+    admin.autocommit = True
+    admin.cursor().execute("CREATE DATABASE old")
+    url = database.replace("/postgres?", "/old?")
+    with Database(url).transaction() as cursor:
+        cursor.execute(MIGRATIONS[0])
+        cursor.execute("INSERT INTO rag.collections (name, embedding_model, dimension) VALUES ('mine', 'steered', 2)")
+        cursor.execute("INSERT INTO rag.documents (collection, source, fingerprint) VALUES (1, 'a.md', 'f')")
+        cursor.execute(
+            "CREATE TABLE rag.passages_1 (id bigserial PRIMARY KEY, document bigint NOT NULL REFERENCES rag.documents "
+            "ON DELETE CASCADE, text text NOT NULL, metadata jsonb NOT NULL, embedding halfvec(2) NOT NULL, "
+            "words tsvector GENERATED ALWAYS AS (to_tsvector('english', text)) STORED)"
+        )
+        cursor.execute(
+            "INSERT INTO rag.passages_1 (document, text, metadata, embedding) "
+            "VALUES (1, '0 kept', '{\"heading\": \"Crew\"}', '[1,0]')"
+        )
+    store = open_store(url, "mine")
+    assert store.find("crew", 1, mode="hybrid")[0].metadata["ranks"] == {"dense": 1, "lexical": 1}
+    store.put_document(Entry("b.md", "1"), [Document("5 new", metadata={"source": "b.md"})])
+    assert [entry.source for entry in store.documents()] == ["a.md", "b.md"]
+    with store.database.transaction() as cursor:
+        cursor.execute("UPDATE rag.schema SET version = 99")
+    from qlora.console import UserError
+
+    with pytest.raises(UserError, match="schema version 99"):
+        open_store(url, "mine")
+
+
+def test_servers_elsewhere_should_be_verified():
+    assert is_unprotected("postgresql://u@db.example/x") and is_unprotected(
+        "postgresql://u@db.example/x?sslmode=require"
+    )
+    assert not is_unprotected("postgresql://u@db.example/x?sslmode=verify-full")
+    assert not is_unprotected("postgresql://u@localhost/x") and not is_unprotected("postgresql:///x?host=/tmp/pg")
