@@ -5,6 +5,7 @@ HTML), a page (PDF) or a row (CSV, JSON), and in that text its span of character
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -189,6 +190,7 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
     """
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
+    @functools.cache  # the splitter asks two or three times for every piece
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 

@@ -300,13 +300,14 @@ class PgVectorStore(VectorStore):
         values |= {"enough": INDEXED_FROM, "words": searching.WORDS}
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(searching.SECONDS) as cursor:
-            cursor.execute(sql.SQL(searching.SETTINGS), {"candidates": min(1000, max(100, fetch_k))})
+            values["candidates"] = min(1000, max(100, fetch_k))
+            settings = sql.SQL(searching.SETTINGS)
             if where:
                 # HNSW finds its way through neighbours that the filter rejects: where few fulfil it, all are compared.
                 cursor.execute(sql.SQL(searching.COUNT).format(**parts), values)
                 if cursor.fetchone()[0] <= INDEXED_FROM:
-                    cursor.execute("SET LOCAL enable_indexscan = off")
-            cursor.execute(sql.SQL(searching.STATEMENTS[mode]).format(**parts), values)
+                    settings += sql.SQL("SET LOCAL enable_indexscan = off;")
+            cursor.execute(settings + sql.SQL(searching.STATEMENTS[mode]).format(**parts), values)
             return [searching.Hit(*row) for row in cursor.fetchall()]
 
     def similarity_search(self, query: str, k: int = 4, filter: dict | None = None, **kwargs) -> list[Document]:

@@ -161,6 +161,7 @@ def read_sweep(text: str):
 
 
 def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
+    """Which model answers, and how its words are chosen."""
     flags = argparse.ArgumentParser(add_help=False)
     share = console.number(float, 0, 1, above=True)
     group = flags.add_argument_group(setup)
@@ -187,6 +188,7 @@ def database_flags(storage: str) -> argparse.ArgumentParser:
 
 
 def search_flags(storage: str) -> argparse.ArgumentParser:
+    """How passages are found."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(f"{storage}: search")
     text = f"dense (meaning), lexical (words) or hybrid (both, fused by rank) ({DEFAULT_MODE})"

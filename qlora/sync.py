@@ -15,7 +15,7 @@ from qlora.console import Problems, note, progress
 from qlora.documents import SourceFile
 from qlora.pgvector_store import Entry
 
-BATCH = 512  # passages embedded together: enough to put those of one length together
+BATCH = 256  # passages embedded together: enough to put those of one length together
 REMEMBERED = 20_000  # embedded texts, about 30 MB: what stands in many documents is embedded once
 
 
