@@ -52,7 +52,7 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
         print(indent(cited.document.page_content, "       "))
     if turn.answer.unknown:
         note(f"{turn.answer.unknown} citations of passages that were not given were removed")
-    if turn.answer.refused:
+    if turn.answer.refused and turn.answer.passages:
         nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in turn.answer.passages))
         print(f"   (nearest documents: {nearest})")
     sys.stdout.flush()

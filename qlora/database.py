@@ -98,8 +98,9 @@ class Database:
         """A cursor whose work is kept when the block ends and undone when it raises.
 
         No statement may take longer than `seconds`; 0 is no limit. A server that was restarted is connected to again.
+        Raises UserError when the server goes away, takes too long, is full, or the role lacks a right.
         """
-        with self.lock:
+        with self.lock, explaining(describe_url(self.url)):
             self.begin(seconds)
             with self.connection, self.connection.cursor() as cursor:
                 yield cursor
@@ -118,6 +119,22 @@ class Database:
             time.sleep(pause)
             with contextlib.suppress(UserError):
                 self.connection = connect(self.url)
+
+
+@contextlib.contextmanager
+def explaining(where: str) -> Iterator[None]:
+    """Turns what a server may raise at any moment into a UserError; what the transaction did is undone."""
+    try:
+        yield
+    except psycopg2.errors.QueryCanceled as error:
+        fix = "ask something shorter, or run: python rag_qlora.py doctor"
+        raise fail(f"the database took too long ({first_line(error)})", where, fix) from error
+    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction) as error:
+        fix = "connect as the owner of the database, or have the right granted"
+        raise fail(f"this role may not do that ({first_line(error)})", where, fix) from error
+    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        fix = "look after the server and run this again; no document is half in"
+        raise fail(f"the database failed ({first_line(error)})", where, fix) from error
 
 
 def connect(url: str):

@@ -13,7 +13,6 @@ from datetime import datetime
 from io import BytesIO
 
 import numpy
-import psycopg2
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
@@ -23,7 +22,7 @@ from psycopg2 import sql
 
 from qlora import metadata_filter, searching
 from qlora.console import fail, note
-from qlora.database import PASSAGES, Database, first_line, migrate
+from qlora.database import PASSAGES, Database, migrate
 from qlora.documents import embedded_text
 from qlora.metadata_filter import Condition
 
@@ -68,17 +67,13 @@ class PgVectorStore(VectorStore):
         """
         self.database = database
         self._embeddings = embeddings
-        try:
-            self.collection = self._find(collection, embedding_model) or self._make(collection, embedding_model)
-        except psycopg2.Error as error:
-            fix = "let the owner of the database run this once, or grant CREATE on it"
-            raise fail(f"collection {collection} cannot be opened ({first_line(error)})", "database", fix) from error
+        self.collection = self._open(collection, embedding_model) or self._make(collection, embedding_model)
 
     @property
     def embeddings(self) -> Embeddings:
         return self._embeddings
 
-    def _find(self, name: str, model: str) -> Collection | None:
+    def _open(self, name: str, model: str) -> Collection | None:
         with self.database.transaction() as cursor:
             migrate(cursor)
             cursor.execute("SELECT id, embedding_model, dimension FROM rag.collections WHERE name = %s", (name,))
@@ -103,7 +98,7 @@ class PgVectorStore(VectorStore):
                 collection = Collection(made[0], name, dimension)
                 cursor.execute(sql.SQL(PASSAGES).format(table=collection.table, dimension=sql.Literal(dimension)))
                 return collection
-        return self._find(name, model)  # another process was first
+        return self._open(name, model)  # another process was first
 
     # ----------------------------------------------------------------------- collection
 

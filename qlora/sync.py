@@ -4,6 +4,7 @@ The next batch of passages is embedded while files are read and the last batch i
 written whole or not at all, so that a run that was killed is finished by running it again.
 """
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def put_files(
         print_plan(plan)
     else:
         store.forget(plan.gone)
-        written = write_documents(store, plan, embedder.tokenizer, splitting, problems)
+        # A copy: encoding sets truncation on the tokenizer itself, while the other thread embeds with it.
+        written = write_documents(store, plan, copy.deepcopy(embedder.tokenizer), splitting, problems)
         store.index_if_large()
         new = sum(entry.source not in plan.known for entry, _ in written)
         note(

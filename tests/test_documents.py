@@ -122,7 +122,10 @@ def test_a_pdf_without_text_is_named(tmp_path, tokenizer):
         load(tmp_path / "scan.pdf", tokenizer)
 
 
-def test_passages_fit_the_window_overlap_and_lose_nothing(tmp_path, tokenizer):
+@pytest.mark.parametrize("of", ["embedder", "base model"])
+def test_passages_fit_the_window_overlap_and_lose_nothing(tmp_path, tokenizer, of):
+    if of == "base model":  # bytes and merges instead of word pieces
+        tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(base_model.EMBEDDED))
     words = " ".join(f"word{n} means thing{n}." for n in range(400))
     heading = "A very long heading " * 6
     (tmp_path / "long.md").write_text(f"# {heading}\n\n{words}\n\n```\n# no heading\n```\n")
