@@ -48,9 +48,7 @@ def main(argv: list[str]) -> int:
         if args.command == "evaluate":
             return evaluate(args, store, prompt, generator)
         chain = build_chain(args, store, prompt, generator)
-        if args.command == "chat":
-            return chat(args, chain)
-        return ask(args, chain)
+        return {"chat": chat}.get(args.command, ask)(args, chain, prompt)
 
 
 # ============================================================================ Model and Tokenizer Setup
@@ -61,17 +59,30 @@ def load_model(args):
     from qlora.prompt import choose_prompt
 
     source = base_model.resolve_base_model(args.base_model)
-    model = base_model.load_base_model(source)
     if args.adapter is None:
-        tokenizer = base_model.load_tokenizer(source)
-        prompt = choose_prompt(tokenizer)
+        model, tokenizer = base_model.load_base_model(source), base_model.load_tokenizer(source)
         note(f"{args.base_model} in 4-bit, without an adapter")
-        return model, tokenizer, prompt
+        return model, tokenizer, choose_prompt(tokenizer)
     trained = adapter.read_adapter(args.adapter, args.base_model)
     tokenizer = base_model.load_tokenizer(str(args.adapter))
     tokenizer.chat_template = trained.prompt.chat_template
+    if args.merge_for_speed:
+        model = merge_for_speed(trained, tokenizer)
+        note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
+        return model, tokenizer, trained.prompt
     note(f"{args.base_model} in 4-bit with {args.adapter}")
-    return adapter.load_adapter(model, trained), tokenizer, trained.prompt
+    return adapter.load_adapter(base_model.load_base_model(source), trained), tokenizer, trained.prompt
+
+
+def merge_for_speed(trained, tokenizer):
+    """The merged model, checked on the sample's first questions with their contexts."""
+    from qlora.evaluation import load_questions
+    from qlora.export import CHECKED_ROWS, merge_in_memory
+    from qlora.prompt import encode_prompt, fill_prompt
+
+    asked = [question for question in load_questions(SAMPLE_QUESTIONS) if question.context][:CHECKED_ROWS]
+    messages = [fill_prompt(tokenizer, trained.prompt, 1024, q.question, [q.context]) for q in asked]
+    return merge_in_memory(trained, tokenizer, [encode_prompt(tokenizer, each) for each in messages])
 
 
 # ============================================================================ Text Generation
@@ -137,12 +148,15 @@ def ingest(args, store) -> int:
 
 def documents(args, store) -> int:
     """Prints what is in the collection."""
+    from qlora.conversation import printable
+
     entries = store.documents()
     if args.json:
         print(json.dumps([asdict(entry) for entry in entries], default=str, ensure_ascii=False))
         return 0
     for entry in entries:
-        print(f"{entry.passages:6}  {entry.bytes / 1e3:8.1f} kB  {entry.added:%Y-%m-%d %H:%M}  {entry.source}")
+        size = f"{entry.passages:6}  {entry.bytes / 1e3:8.1f} kB"
+        print(f"{size}  {entry.added:%Y-%m-%d %H:%M}  {printable(entry.source)}")
     note(f"{len(entries)} documents: passages, size of the file, when it was put in, source")
     return 0
 
@@ -176,7 +190,7 @@ def fill_if_empty(args, store) -> None:
 def search(args, store) -> int:
     """Prints the nearest passages; loads no language model."""
     from qlora.citations import Cited
-    from qlora.conversation import describe_ranks, indent
+    from qlora.conversation import describe_ranks, indent, printable
     from qlora.documents import place
 
     fill_if_empty(args, store)
@@ -187,7 +201,7 @@ def search(args, store) -> int:
         return 0
     for n, document in enumerate(found, 1):
         metadata = document.metadata
-        print(f"[{n}] {metadata['score']:.3f}  {place(metadata)}")
+        print(printable(f"[{n}] {metadata['score']:.3f}  {place(metadata)}"))
         if args.explain:
             print(f"    {describe_ranks(metadata['ranks'])}")
         print(f"{indent(document.page_content)}\n")
@@ -214,7 +228,7 @@ def doctor(args, store) -> int:
 
 
 def build_chain(args, store, prompt, generator):
-    """retriever | prompt | model | citations, as one LangChain runnable: {"question", "history"} -> state.
+    """retriever | prompt | model | citations, as one LangChain runnable: {"question", "history", "searched"} -> state.
 
     The state that comes out also holds `documents`, `answer` and, unless the passages are all below the
     collection's refusal threshold, `message` (with token counts).
@@ -247,19 +261,25 @@ def build_chain(args, store, prompt, generator):
         | RunnablePassthrough.assign(answer=check)
     )
     refuse_unread = RunnablePassthrough.assign(answer=lambda state: refuse(state["documents"], prompt.refusal))
-    return RunnablePassthrough.assign(documents=itemgetter("question") | retriever) | RunnableBranch(
+    return RunnablePassthrough.assign(documents=itemgetter("searched") | retriever) | RunnableBranch(
         (is_promising, generate), refuse_unread
     )
 
 
-def ask(args, chain) -> int:
-    """Answers each question; the answers go to stdout. 3 with --strict when one was refused."""
-    from qlora.conversation import answer_question, print_turn
+def ask(args, chain, prompt) -> int:
+    """Answers each question; the answers go to stdout. 3 with --strict when one was refused or nothing supports it."""
+    from qlora.citations import refuse
+    from qlora.conversation import answer_question, print_turn, write_trace
 
     refused = False
     for question in args.questions:
         turn = answer_question(chain, question)
+        if args.strict and not turn.answer.refused and not turn.answer.is_supported:
+            note(f"Refused, since no passage that it cites supports it: {turn.answer.text}")
+            turn.answer = refuse([cited.document for cited in turn.answer.passages], prompt.refusal)
         refused |= turn.answer.refused
+        if args.trace:
+            write_trace(args.trace, turn, args, prompt)
         if args.json:
             print(json.dumps(turn.as_json(args), ensure_ascii=False), flush=True)
         else:
@@ -268,22 +288,35 @@ def ask(args, chain) -> int:
     return 3 if args.strict and refused else 0
 
 
-def chat(args, chain) -> int:
-    """Several turns; the last three are shown to the model. An empty line or Ctrl-D ends it."""
-    from qlora.conversation import answer_question, print_turn
+def chat(args, chain, prompt) -> int:
+    """Several turns. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends."""
+    from qlora.chat_session import Session
+    from qlora.conversation import answer_question, print_turn, write_trace
 
-    history: list[dict] = []
-    note("Ask about your documents. An empty line or Ctrl-D ends.")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines with it
+    session = Session()
+    note("Ask about your documents. /help lists the commands; an empty line or Ctrl-D ends.")
     while True:
         try:
-            question = input("\n> ").strip()
+            line = input("\n> ").strip()
+            if not line or (line.startswith("/") and not session.obey(line)):
+                return 0
+            if line.startswith("/"):
+                continue
+            turn = answer_question(chain, line, session.history(), session.stand_alone(line))
         except EOFError:
-            question = ""
-        if not question:
             return 0
-        turn = answer_question(chain, question, tuple(history[-6:]))
+        except KeyboardInterrupt:
+            note("stopped")
+            continue
+        except console.UserError as error:
+            console.print_problems(error.problems)
+            continue
         print_turn(turn, show_question=False)
-        history += [{"role": "user", "content": question}, {"role": "assistant", "content": turn.answer.text}]
+        session.turns.append(turn)
+        if args.trace:
+            write_trace(args.trace, turn, args, prompt)
 
 
 def evaluate(args, store, prompt, generator) -> int:

@@ -1,4 +1,5 @@
-"""What an answer cites: every `[n]` is looked up among the passages that were given; others are removed."""
+"""What an answer cites: every `[n]` is looked up among the passages that were given, and every sentence
+is compared with the passages it cites."""
 
 import re
 from collections.abc import Sequence
@@ -9,14 +10,28 @@ from langchain_core.documents import Document
 from qlora.prompt import Prompt
 
 MARK = re.compile(r"\[(\d+)\]")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[A-Z0-9])")
+MARKS_AFTER = re.compile(r"([.!?])((?:\s*\[\d+\])+)")  # "so. [1] Then" cites for the sentence before
+WORD = re.compile(r"\w+(?:[.,:]\d+)*")  # 1,200 and 14:30 are one
+QUOTED = re.compile(r"[\"\u201c]([^\"\u201d]+)[\"\u201d]")
+EMPTY_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "a an and are as at be been by can do does for from had has have he her his i if in is it its may no not of on "
+        "or she so that the their them then there these they this to was were what when where which who will with yes",
+    )
+)
+ENOUGH = 0.6  # share of a sentence's words that must stand in a passage it cites
 
 
 @dataclass(frozen=True)
 class Cited:
-    """A passage with the number it had in the prompt."""
+    """A passage with the number it had in the prompt, and, for one that is cited, how far it bears the answer out."""
 
     n: int
     document: Document
+    support: float | None = None  # of the sentences that cite it, the best
+    span: str = ""  # the sentence of the passage that says most of it
 
     def as_json(self) -> dict:
         metadata = self.document.metadata
@@ -25,7 +40,22 @@ class Cited:
             "source": metadata["source"],
             "score": metadata["score"],
             "text": self.document.page_content,
+            **({"support": self.support, "span": self.span} if self.support is not None else {}),
         }
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A sentence of an answer, without its citations."""
+
+    text: str
+    cites: tuple[int, ...]  # numbers of passages; those of the whole answer where the sentence has none
+    support: float  # share of its words that stand in the best of them
+    exact: bool  # whether all its numbers and quotations stand there word for word
+
+    @property
+    def is_supported(self) -> bool:
+        return self.exact and self.support >= ENOUGH
 
 
 @dataclass(frozen=True)
@@ -37,6 +67,16 @@ class Answer:
     citations: tuple[Cited, ...]
     passages: tuple[Cited, ...]
     unknown: int
+    statements: tuple[Statement, ...] = ()
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether a passage that it cites bears out at least one sentence."""
+        return any(statement.is_supported for statement in self.statements)
+
+    @property
+    def unsupported(self) -> list[str]:
+        return [statement.text for statement in self.statements if not statement.is_supported]
 
 
 def best_score(documents: Sequence[Document]) -> float:
@@ -50,19 +90,70 @@ def refuse(documents: Sequence[Document], refusal: str = Prompt.refusal) -> Answ
 
 
 def check_answer(text: str, documents: Sequence[Document], refusal: str) -> Answer:
-    """The answer with its citations resolved, in order of first mention. A refusal cites nothing."""
+    """The answer with its citations resolved, in order of first mention, and compared with what they say.
+
+    A refusal cites nothing.
+    """
     if is_refusal(text, refusal):
         return refuse(documents, refusal)
-    passages = tuple(Cited(n, document) for n, document in enumerate(documents, 1))
     numbers = [int(number) for number in MARK.findall(text)]
-    known = [n for n in dict.fromkeys(numbers) if 1 <= n <= len(passages)]
-    clean = MARK.sub(lambda mark: mark[0] if 1 <= int(mark[1]) <= len(passages) else "", text)
+    known = [n for n in dict.fromkeys(numbers) if 1 <= n <= len(documents)]
+    clean = MARK.sub(lambda mark: mark[0] if 1 <= int(mark[1]) <= len(documents) else "", text)
     clean = re.sub(r"\s+([.,;:!?]|$)", r"\1", clean).strip()
-    unknown = sum(not 1 <= n <= len(passages) for n in numbers)
-    return Answer(clean, False, tuple(passages[n - 1] for n in known), passages, unknown)
+    texts = [document.page_content for document in documents]
+    parts = SENTENCE_END.split(MARKS_AFTER.sub(r"\2\1", clean))
+    statements = tuple(compare_statement(part, known, texts) for part in parts if part.strip())
+    return Answer(
+        text=clean,
+        refused=False,
+        citations=tuple(support_citation(n, documents[n - 1], statements) for n in known),
+        passages=tuple(Cited(n, document) for n, document in enumerate(documents, 1)),
+        unknown=len(numbers) - sum(1 <= n <= len(documents) for n in numbers),
+        statements=statements,
+    )
 
 
 def is_refusal(text: str, refusal: str) -> bool:
     """Whether the answer is the refusal, whatever follows it; typographic apostrophes count as plain ones."""
     plain = MARK.sub("", text).replace("\u2019", "'").strip().lower()
     return not plain or plain.startswith(refusal.rstrip(".").lower())
+
+
+# ------------------------------------------------------------------------------- support
+
+
+def compare_statement(part: str, cited: Sequence[int], passages: Sequence[str]) -> Statement:
+    """The sentence with its support by the best of the passages it cites, or that the answer cites anywhere."""
+    own = tuple(dict.fromkeys(int(number) for number in MARK.findall(part))) or tuple(cited)
+    text = re.sub(r"\s+([.,;:!?]|$)", r"\1", MARK.sub("", part)).strip()
+    measured = [(measure_support(text, passages[n - 1]), stands_exactly(text, passages[n - 1])) for n in own]
+    support, exact = max(measured, key=lambda pair: (pair[1], pair[0]), default=(0.0, False))
+    return Statement(text, own, round(support, 3), exact)
+
+
+def measure_support(text: str, passage: str) -> float:
+    """The share of the sentence's words, empty ones left out, that the passage has; 1 for "Yes." and the like."""
+    wanted = content_words(text)
+    return len(wanted & content_words(passage)) / len(wanted) if wanted else 1.0
+
+
+def stands_exactly(text: str, passage: str) -> bool:
+    """Whether every number and every quotation of the sentence stands in the passage."""
+    plain = " ".join(passage.lower().split())
+    numbers = {word for word in WORD.findall(text) if word[0].isdigit()}
+    quotes = [" ".join(quote.lower().split()) for quote in QUOTED.findall(text)]
+    return numbers <= set(WORD.findall(passage)) and all(quote in plain for quote in quotes)
+
+
+def content_words(text: str) -> set[str]:
+    return {word for word in WORD.findall(text.lower()) if word not in EMPTY_WORDS}
+
+
+def support_citation(n: int, document: Document, statements: Sequence[Statement]) -> Cited:
+    """The citation with its support, and the passage's sentence that shares most words with what cites it."""
+    citing = [statement.text for statement in statements if n in statement.cites]
+    support = max((measure_support(text, document.page_content) for text in citing), default=0.0)
+    wanted = set().union(*map(content_words, citing))
+    sentences = [" ".join(part.split()) for part in SENTENCE_END.split(document.page_content)]
+    span = max(sentences, key=lambda sentence: len(wanted & content_words(sentence)))
+    return Cited(n, document, round(support, 3), span)

@@ -1,8 +1,10 @@
 """A turn of a conversation: a question, its checked answer, and how a person or a program sees it."""
 
+import json
 import sys
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qlora.citations import Answer
 from qlora.console import note
@@ -16,6 +18,7 @@ class Turn:
 
     question: str
     answer: Answer
+    searched: str  # the question as it was looked up: standing alone
     timings: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -24,6 +27,8 @@ class Turn:
             "question": self.question,
             "answer": self.answer.text,
             "refused": self.answer.refused,
+            "supported": self.answer.is_supported,
+            "unsupported": self.answer.unsupported,
             "citations": [cited.as_json() for cited in self.answer.citations],
             "passages": [cited.as_json() for cited in self.answer.passages],
             "timings": self.timings,
@@ -32,30 +37,46 @@ class Turn:
         }
 
 
-def answer_question(chain, question: str, history: tuple = ()) -> Turn:
+def answer_question(chain, question: str, history: tuple = (), searched: str | None = None) -> Turn:
     """Runs the chain once, with a stopwatch."""
     watch = Stopwatch()
-    state = chain.invoke({"question": question, "history": history}, config={"callbacks": [watch]})
+    given = {"question": question, "history": history, "searched": searched or question}
+    state = chain.invoke(given, config={"callbacks": [watch]})
     usage = state["message"].usage_metadata if "message" in state else {"input_tokens": 0, "output_tokens": 0}
     tokens = {"prompt": usage["input_tokens"], "completion": usage["output_tokens"]}
-    return Turn(question, state["answer"], watch.timings(), tokens)
+    return Turn(question, state["answer"], searched or question, watch.timings(), tokens)
 
 
 def print_turn(turn: Turn, show_question: bool = True) -> None:
-    """The answer on stdout, then each passage it cites with source and score."""
+    """The answer on stdout, then each passage it cites: where it stands, how it bears the answer out, what it says."""
+    answer = turn.answer
     if show_question:
-        print(f"\nQ: {turn.question}")
-    print(f"A: {turn.answer.text}")
-    for cited in turn.answer.citations:
-        metadata = cited.document.metadata
-        print(f"   [{cited.n}] {place(metadata)} (score {metadata['score']:.2f})")
-        print(indent(cited.document.page_content, "       "))
-    if turn.answer.unknown:
-        note(f"{turn.answer.unknown} citations of passages that were not given were removed")
-    if turn.answer.refused and turn.answer.passages:
-        nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in turn.answer.passages))
-        print(f"   (nearest documents: {nearest})")
+        print(f"\nQ: {printable(turn.question)}")
+    print(f"A: {printable(answer.text)}")
+    for text in answer.unsupported:
+        why = "no passage it cites says so" if answer.citations else "it cites no passage"
+        print(printable(f"   ! {why}: {text}"))
+    for cited in answer.citations:
+        print(printable(f"   [{cited.n}] {place(cited.document.metadata)} ({cited.support:.0%} of the words)"))
+        print(indent(cited.span, "       "))
+    if answer.unknown:
+        note(f"{answer.unknown} citations of passages that were not given were removed")
+    if answer.refused and answer.passages:
+        nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in answer.passages))
+        print(printable(f"   (nearest documents: {nearest})"))
     sys.stdout.flush()
+
+
+def write_trace(path: Path, turn: Turn, args, prompt) -> None:
+    """Appends the turn as a line of JSON: question, passages with scores, answer, tokens, timings, prompt digest."""
+    line = {**turn.as_json(args), "prompt_digest": prompt.digest, "collection": args.collection}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: a document could hold escape sequences."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)
 
 
 def describe_ranks(ranks: dict[str, int | None]) -> str:
@@ -64,4 +85,5 @@ def describe_ranks(ranks: dict[str, int | None]) -> str:
 
 
 def indent(text: str, margin: str = "    ") -> str:
-    return textwrap.fill(" ".join(text.split()), 100, initial_indent=margin, subsequent_indent=margin)
+    """The text, made harmless to a terminal, as a paragraph with a margin."""
+    return textwrap.fill(" ".join(printable(text).split()), 100, initial_indent=margin, subsequent_indent=margin)

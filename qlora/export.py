@@ -26,29 +26,37 @@ def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> in
     Up to 8 held-out `rows` are answered greedily by adapter on 4-bit, and the merged model must answer the same.
     Raises UserError, with nothing written, when it does not, when `folder` holds something, and without disk.
     """
-    from qlora.generator import Generator
-
     folder = folder.resolve()
     check_target(folder)
     if not rows:
         raise fail("no held-out row to check the merged model with", "dataset", "give more rows")
     tokenizer = load_tokenizer(str(adapter.folder))
     tokenizer.chat_template = adapter.prompt.chat_template
+    spread = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
+    prompts = [row.input_ids[: row.labels.count(IGNORED)] for row in spread]
+    write_model(folder, merge_in_memory(adapter, tokenizer, prompts), tokenizer, adapter)
+    return len(prompts)
+
+
+def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]]):
+    """Base + adapter as one model in 16 bit, which answers the prompts as the adapter on 4-bit does.
+
+    Raises UserError when it does not.
+    """
+    from qlora.generator import Generator
+
     # As for training: the CPU's answering kernel repacks the weights, and dequantising those gives noise.
     tuned = load_adapter(load_base_model(resolve_base_model(adapter.base_model), training=True), adapter)
     generator = Generator(model=tuned, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
-    spread = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
-    prompts = [row.input_ids[: row.labels.count(IGNORED)] for row in spread]
     answers = [generator.generate_ids([prompt])[0] for prompt in prompts]
     # In the dtype that the 4-bit model computes in: in fp32, at twice the size, no more answers are equal (14 of
     # 16, bf16 15), since the reference itself rounds to bf16.
-    merged = load_adapter(tuned.unload().dequantize(), adapter).merge_and_unload()
+    merged = load_adapter(tuned.unload().dequantize(), adapter).merge_and_unload().eval()
     differing = sum(not keeps_answer(merged, *pair) for pair in zip(prompts, answers, strict=True))
     if differing:
-        what = f"the merged model answers {differing} of {len(prompts)} held-out rows differently"
-        raise fail(what, str(adapter.folder), "nothing was written: answer with base model and adapter instead")
-    write_model(folder, merged, tokenizer, adapter)
-    return len(prompts)
+        what = f"the merged model answers {differing} of {len(prompts)} prompts differently"
+        raise fail(what, str(adapter.folder), "answer with base model and adapter instead")
+    return merged
 
 
 def check_target(folder: Path) -> None:

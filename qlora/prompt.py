@@ -133,10 +133,13 @@ def fill_prompt(
 ) -> list[dict]:
     """The messages to ask with: made harmless, with passages shortened to `budget` tokens in all.
 
-    Raises UserError when the question alone fills the budget.
+    History may take half of the budget: its oldest turns go first. Raises UserError when the question alone fills
+    the budget.
     """
     question = defuse(tokenizer, question)
     history = [{**turn, "content": defuse(tokenizer, turn["content"])} for turn in history]
+    while history and len(encode_prompt(tokenizer, prompt.messages(question, (), history))) > budget // 2:
+        history = history[2:]
     passages = [defuse(tokenizer, text) for text in passages]
     messages = prompt.messages(question, fit_passages(tokenizer, prompt, question, passages, budget, history), history)
     if len(encode_prompt(tokenizer, messages)) > budget:

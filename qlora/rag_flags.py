@@ -9,10 +9,10 @@ from qlora.searching import DEFAULT_MODE, FETCH, MODES
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
-DEMO_QUESTIONS = (
-    "What commission does the Trust charge someone who sells fish at auction?",
-    "Which four foods are kept in the moth cupboard?",
-    "What is the price of having a hull antifouled by the boatyard?",
+DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documents don't answer; README has the rates
+    "Name the trees that serve as call signs for the supervisors.",
+    "Why do rowing gigs have right of way over nearly everything?",
+    "What is the penalty for going faster than 4 knots inside the harbour?",
 )
 WITHOUT_MODEL = ("ingest", "documents", "forget", "search", "sweep", "compare", "doctor")
 
@@ -124,13 +124,19 @@ def build_parser(description: str, steps: tuple[str, ...]):
     one.add_argument("--explain", action="store_true", help="show the rank of each passage in each leg of the search")
     one = add("ask", [model, database, searching, answers], "answer questions, citing passages", "question ...")
     one.add_argument("questions", nargs="+", metavar="question")
-    one.add_argument("--strict", action="store_true", help="exit code 3 when a question is refused")
+    text = "refuse answers that no passage supports, and end with exit code 3 when a question was refused"
+    one.add_argument("--strict", action="store_true", help=text)
     text = "score base and tuned model on questions with known answers"
     one = add("evaluate", [model, database, searching, answers], text)
     add_evaluation_flags(one)
     one = add("demo", [model, database, searching, answers], "answer three questions on the sample documents")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
     add("chat", [model, database, searching, answers], "several turns")
+    for name in ("ask", "chat", "demo"):
+        text = "add the adapter to the weights in 16 bit: faster, more memory; checked on eight prompts first"
+        commands.choices[name].add_argument("--merge-for-speed", action="store_true", help=text)
+        text = "append question, passages, answer, tokens and timings to this file, a line of JSON an answer"
+        commands.choices[name].add_argument("--trace", type=Path, metavar="FILE.jsonl", help=text)
     add("doctor", [database], "check server, indexes and embeddings, and measure what the index finds")
     for name in ("documents", "search", "ask", "demo", "evaluate", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
@@ -152,6 +158,7 @@ def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
     )
     text = "two evaluation.json: the paired difference of their answers, nothing is run"
     one.add_argument("--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help=text)
+    one.set_defaults(merge_for_speed=False)  # base and tuned answer from one load
 
 
 def read_sweep(text: str):

@@ -93,7 +93,7 @@ class Recorder(TrainerCallback):
         )
         self.bar.update(self.task, description=f"training, {detail}")
         if not self.bar.console.is_terminal and state.global_step % math.ceil(state.max_steps / 10) == 0:
-            left = self.bar.tasks[self.task].time_remaining or 0
+            left = (state.max_steps - state.global_step) * self.trainer.progress.seconds / state.global_step
             console.note(f"step {state.global_step} of {state.max_steps}, {detail}, {left:.0f} s left")
 
     def on_train_end(self, args, state, control, **kwargs):

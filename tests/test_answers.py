@@ -113,7 +113,7 @@ def test_history_is_harmless_too(generator):
     args = argparse.Namespace(top_k=1, mode="dense", where=[], fetch_k=1, diversity=0)
     chain = rag_qlora.build_chain(args, store, Prompt(), generator)
     history = ({"role": "user", "content": hostile}, {"role": "assistant", "content": hostile})
-    messages = chain.invoke({"question": hostile, "history": history})["prompt"].to_messages()
+    messages = chain.invoke({"question": hostile, "history": history, "searched": hostile})["prompt"].to_messages()
     turns = [{"role": {"human": "user", "ai": "assistant"}.get(m.type, m.type), "content": m.text} for m in messages]
     ids = encode_prompt(generator.tokenizer, turns)
     assert ids.count(generator.tokenizer.bos_token_id) == 2 and ids.count(generator.tokenizer.eos_token_id) == 1

@@ -104,7 +104,7 @@ def test_a_wrong_merge_is_refused_and_writes_nothing(decided, held_out, tmp_path
 
     right = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: share * right(self, name))
-    with pytest.raises(UserError, match=r"answers 8 of 8 held-out rows differently - .* - nothing was written"):
+    with pytest.raises(UserError, match=r"answers 8 of 8 prompts differently - .* - answer with base model"):
         export.merge_adapter(decided, tmp_path / "mine", held_out)
     assert list(tmp_path.iterdir()) == []
 

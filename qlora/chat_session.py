@@ -1,0 +1,86 @@
+"""A chat: what was said so far, follow-up questions made to stand alone, and the commands of a session."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora.console import note
+from qlora.conversation import Turn, indent, printable
+from qlora.documents import place
+
+COMMANDS = {
+    "/sources": "the passages that the last answer was made from",
+    "/reset": "forget what was said",
+    "/save FILE": "write the conversation as Markdown",
+    "/quit": "end; an empty line or Ctrl-D, too",
+}
+REMEMBERED = 3  # turns that the model sees, when the window holds them
+# Words that point back: the question cannot be looked up without the one before it.
+POINTING = re.compile(
+    r"\b(its?|he|him|his|she|hers?|they|them|theirs?|this|that|these|those|there|then|ones?|same|former|latter|else)\b",
+    re.IGNORECASE,
+)
+CONTINUING = re.compile(r"(and|or|but|so|then|what about|how about|also)\b", re.IGNORECASE)
+
+
+@dataclass
+class Session:
+    """The turns of a chat, the oldest first."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+    def stand_alone(self, question: str) -> str:
+        """What to search for: the question, after the last one where it continues that or points back to it.
+
+        By rule. Words of both questions are found by both legs of the search, so that none need be replaced.
+        """
+        follows = CONTINUING.match(question) or POINTING.search(question) or len(question.split()) < 3
+        return f"{self.turns[-1].searched} {question}" if self.turns and follows else question
+
+    def history(self) -> tuple[dict, ...]:
+        """The last turns as messages, the oldest first."""
+        messages = []
+        for turn in self.turns[-REMEMBERED:]:
+            messages += [{"role": "user", "content": turn.question}]
+            messages += [{"role": "assistant", "content": turn.answer.text}]
+        return tuple(messages)
+
+    def obey(self, line: str) -> bool:
+        """Does what a command says; whether the session goes on."""
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/sources":
+            self.print_sources()
+        elif command == "/reset":
+            self.turns.clear()
+            note("forgotten")
+        elif command == "/save" and rest.strip():
+            self.save(Path(rest.strip()).expanduser())
+        else:
+            for name, meaning in COMMANDS.items():
+                note(f"{name:<12} {meaning}")
+        return True
+
+    def print_sources(self) -> None:
+        for cited in self.turns[-1].answer.passages if self.turns else ():
+            metadata = cited.document.metadata
+            print(printable(f"[{cited.n}] {metadata['score']:.3f}  {place(metadata)}"))
+            print(indent(cited.document.page_content))
+        if not self.turns or not self.turns[-1].answer.passages:
+            note("there are none yet")
+
+    def save(self, path: Path) -> None:
+        """Writes the conversation as Markdown; an existing file is left alone."""
+        parts = [f"**{turn.question}**\n\n{turn.answer.text}\n" + describe_citations(turn) for turn in self.turns]
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write("\n".join(parts))
+        except OSError as error:
+            note(f"not saved: {error.strerror.lower()} - {path} - give another file")
+        else:
+            note(f"{len(self.turns)} turns saved in {path}")
+
+
+def describe_citations(turn: Turn) -> str:
+    return "".join(f"\n* [{cited.n}] {place(cited.document.metadata)}" for cited in turn.answer.citations) + "\n"
