@@ -11,7 +11,8 @@ from qlora import settings
 
 read_dotenv = settings.load_dotenv_once  # before conftest puts it away
 
-SHAPE = {"question", "answer", "refused", "citations", "passages", "timings", "tokens", "model"}
+SHAPE = {"question", "answer", "refused", "supported", "unsupported", "citations", "passages", "timings", "tokens"}
+SHAPE |= {"model"}
 
 
 @pytest.fixture
