@@ -14,10 +14,6 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
 from qlora.prompt import encode_prompt
 
-# Tokens guessed at a time from what stands in the prompt, and checked in one pass: the same greedy text, which quotes
-# its passages, in a third of the time (transformers' prompt lookup decoding). Batches cannot be guessed for.
-LOOKUP = 10
-
 
 class Generator(BaseChatModel):
     """A causal language model with its tokenizer; greedy unless `temperature` is above 0."""
@@ -51,8 +47,6 @@ class Generator(BaseChatModel):
         if self.temperature > 0:
             torch.manual_seed(self.seed)
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        elif len(prompts) == 1 and self.max_new_tokens > LOOKUP:
-            options["prompt_lookup_num_tokens"] = LOOKUP
         end = self.tokenizer.eos_token_id
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         with torch.inference_mode():
