@@ -24,7 +24,7 @@ from qlora import console, settings  # noqa: E402
 from qlora.rag_flags import SAMPLE_QUESTIONS  # noqa: E402
 
 RECIPES = ("seed", "ours", "merged", "batch")
-LONG, BATCH, PASSAGES = 48, 8, 3
+LONG, BATCH = 48, 8
 
 
 def main(argv: list[str]) -> int:
@@ -99,12 +99,10 @@ def choose_questions(count: int) -> list[tuple[str, list[str]]]:
     usable = [question for question in load_questions(SAMPLE_QUESTIONS) if question.context and question.answers]
     chosen = usable[:: len(usable) // count][:count]
     others = [question.context for question in usable]
-    return [(q.question, [others[n], q.context, others[-n - 1]][:PASSAGES]) for n, q in enumerate(chosen)]
+    return [(q.question, [others[n], q.context, others[-n - 1]]) for n, q in enumerate(chosen)]
 
 
 def ask_ours(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], list[float]]:
-    from langchain_core.messages import AIMessage  # noqa: F401  the import is no part of the first answer
-
     from qlora.generator import Generator
     from qlora.prompt import as_langchain, fill_prompt
 

@@ -14,7 +14,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import adapter, base_model, console, settings  # noqa: E402
+import rag_qlora  # noqa: E402
+from qlora import adapter, console, settings  # noqa: E402
 
 INJECTIONS = PROJECT / "tests" / "injections.jsonl"
 HARMLESS = ("The bell is rung twice before a departure.", "Visitors sign the book at the gate.")
@@ -28,13 +29,11 @@ def main(argv: list[str]) -> int:
     problems.raise_if_any()
     settings.quieten_libraries()
     attacks = [json.loads(line) for line in INJECTIONS.read_text(encoding="utf-8").splitlines()]
-    trained = adapter.read_adapter(args.adapter)
-    base = base_model.load_base_model(base_model.resolve_base_model(trained.base_model))
-    model, tokenizer = adapter.load_adapter(base, trained), base_model.load_tokenizer(str(args.adapter))
-    tokenizer.chat_template = trained.prompt.chat_template
+    args.base_model, args.merge_for_speed = adapter.read_adapter(args.adapter).base_model, False
+    model, tokenizer, prompt = rag_qlora.load_model(args)
     with model.disable_adapter():
-        untuned = answer_all(model, tokenizer, trained.prompt, attacks)
-    answers = {"base": untuned, "tuned": answer_all(model, tokenizer, trained.prompt, attacks)}
+        untuned = answer_all(model, tokenizer, prompt, attacks)
+    answers = {"base": untuned, "tuned": answer_all(model, tokenizer, prompt, attacks)}
     print(json.dumps({name: score(attacks, made) for name, made in answers.items()}, indent=2, ensure_ascii=False))
     return 0
 

@@ -22,6 +22,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from benchmarks.train_speed import spread  # noqa: E402
 from qlora import base_model, console, settings  # noqa: E402
 
 DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
@@ -218,15 +219,6 @@ def stopwatch(work) -> float:
 
 def ratios(ours: list[float], others: list[float]) -> list[float]:
     return [mine / its for mine, its in zip(ours, others, strict=True)]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
 
 
 if __name__ == "__main__":

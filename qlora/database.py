@@ -51,7 +51,7 @@ CREATE TABLE rag.documents (
     UNIQUE (collection, source)
 );
 """
-# Names of passages that LangChain's callers choose, headings among the words, folders to prune, and terms() below.
+# Names of passages that LangChain's callers choose, headings among the words, folders to prune.
 # A tsquery of any of the question's words: the rarest cannot be known here, so the longest ones, which say most.
 SECOND_SCHEMA = """
 CREATE TABLE rag.schema (version int NOT NULL);

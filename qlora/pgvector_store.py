@@ -282,11 +282,10 @@ class PgVectorStore(VectorStore):
         """
         question = question.replace("\0", " ")
         vector = self._embeddings.embed_query(question)
-        found = self._find_passages(question, vector, fetch_k if diversity else k, mode, where, max(k, fetch_k))
+        pool = max(k, fetch_k)
+        found = self._find_passages(question, vector, pool if diversity else k, mode, where, pool)
         if diversity:
-            vectors = [hit.embedding.to_numpy() for hit in found]
-            chosen = maximal_marginal_relevance(numpy.array(vector), vectors, 1 - diversity, k)
-            found = [found[n] for n in chosen]
+            found = choose_diverse(found, vector, k, 1 - diversity)
         return [hit.as_document() for hit in found]
 
     def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[searching.Hit]:
@@ -327,12 +326,17 @@ class PgVectorStore(VectorStore):
         self, embedding, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs
     ):
         found = self._find_passages("", embedding, fetch_k, "dense", metadata_filter.read_dict(filter), fetch_k)
-        vectors = [hit.embedding.to_numpy() for hit in found]
-        chosen = maximal_marginal_relevance(numpy.array(embedding), vectors, lambda_mult, k)
-        return [Document(found[n].text, metadata=found[n].metadata, id=found[n].id) for n in chosen]
+        chosen = choose_diverse(found, embedding, k, lambda_mult)
+        return [Document(hit.text, metadata=hit.metadata, id=hit.id) for hit in chosen]
 
     def _select_relevance_score_fn(self):
         return lambda score: (score + 1) / 2
+
+
+def choose_diverse(found: Sequence[searching.Hit], vector, k: int, weight: float) -> list[searching.Hit]:
+    """The `k` of the passages with the highest marginal relevance; `weight` 1 is relevance alone."""
+    vectors = [hit.embedding.to_numpy() for hit in found]
+    return [found[n] for n in maximal_marginal_relevance(numpy.array(vector), vectors, weight, k)]
 
 
 def encode_rows(ids: Sequence[str], document: int, passages: Sequence[Document], vectors) -> BytesIO:
