@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     with console.step(STEPS, "Generate Response"):
         if args.command == "evaluate":
             return evaluate(args, store, prompt, generator)
-        chain = build_chain(args, store, prompt, generator)
+        chain = build_chain(args, store, prompt, generator, make_fill(prompt, generator))
         return {"chat": chat}.get(args.command, ask)(args, chain, prompt)
 
 
@@ -55,23 +55,34 @@ def main(argv: list[str]) -> int:
 
 
 def load_model(args):
-    """The 4-bit base with the adapter on it (or alone), its tokenizer, and the prompt to ask with."""
-    from qlora.prompt import choose_prompt
+    """The 4-bit base with the adapter on it (or alone), its tokenizer, and the prompt to ask with.
 
-    source = base_model.resolve_base_model(args.base_model)
-    if args.adapter is None:
-        model, tokenizer = base_model.load_base_model(source), base_model.load_tokenizer(source)
-        note(f"{args.base_model} in 4-bit, without an adapter")
-        return model, tokenizer, choose_prompt(tokenizer)
-    trained = adapter.read_adapter(args.adapter, args.base_model)
-    tokenizer = base_model.load_tokenizer(str(args.adapter))
-    tokenizer.chat_template = trained.prompt.chat_template
+    With --base-url no model: a server has it.
+    """
+    tokenizer, prompt, trained = load_prompt(args)
+    if args.base_url:
+        note(f"asked in the words of {args.adapter or args.base_model}")
+        return None, tokenizer, prompt
     if args.merge_for_speed:
         model = merge_for_speed(trained, tokenizer)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
-        return model, tokenizer, trained.prompt
-    note(f"{args.base_model} in 4-bit with {args.adapter}")
-    return adapter.load_adapter(base_model.load_base_model(source), trained), tokenizer, trained.prompt
+        return model, tokenizer, prompt
+    model = base_model.load_base_model(base_model.resolve_base_model(args.base_model))
+    note(f"{args.base_model} in 4-bit {f'with {args.adapter}' if trained else 'without an adapter'}")
+    return adapter.load_adapter(model, trained) if trained else model, tokenizer, prompt
+
+
+def load_prompt(args):
+    """The tokenizer, the prompt, and the verified adapter that both are from (None: from the base model)."""
+    from qlora.prompt import choose_prompt
+
+    if args.adapter is None:
+        tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(args.base_model))
+        return tokenizer, choose_prompt(tokenizer), None
+    trained = adapter.read_adapter(args.adapter, args.base_model)
+    tokenizer = base_model.load_tokenizer(str(args.adapter))
+    tokenizer.chat_template = trained.prompt.chat_template
+    return tokenizer, trained.prompt, trained
 
 
 def merge_for_speed(trained, tokenizer):
@@ -89,11 +100,15 @@ def merge_for_speed(trained, tokenizer):
 
 
 def make_generator(args, model, tokenizer):
-    """The LangChain chat model: greedy at temperature 0, else seeded sampling."""
+    """The LangChain chat model, here or on a server: greedy at temperature 0, else seeded sampling."""
     from qlora.generator import Generator
 
     how = f"sampling at temperature {args.temperature}" if args.temperature else "greedy"
     note(f"{how}, at most {args.max_new_tokens} new tokens")
+    if args.base_url:
+        from qlora.server_model import connect
+
+        return connect(args, tokenizer)
     return Generator(
         model=model,
         tokenizer=tokenizer,
@@ -227,16 +242,23 @@ def doctor(args, store) -> int:
 # ============================================================================ Generate Response
 
 
-def build_chain(args, store, prompt, generator):
+def make_fill(prompt, generator):
+    """fill(question, passages, history) -> messages that leave room for the answer in the generator's window."""
+    from qlora.prompt import fill_prompt
+
+    return partial(fill_prompt, generator.tokenizer, prompt, generator.window - generator.max_new_tokens)
+
+
+def build_chain(args, store, prompt, generator, fill):
     """retriever | prompt | model | citations, as one LangChain runnable: {"question", "history", "searched"} -> state.
 
-    The state that comes out also holds `documents`, `answer` and, unless the passages are all below the
-    collection's refusal threshold, `message` (with token counts).
+    `generator` may be any LangChain chat model. The state that comes out also holds `documents`, `answer` and, unless
+    the passages are all below the collection's refusal threshold, `message` (with token counts).
     """
     from langchain_core.runnables import RunnableBranch, RunnablePassthrough
 
     from qlora.citations import best_score, check_answer, refuse
-    from qlora.prompt import as_langchain, fill_prompt
+    from qlora.prompt import as_langchain
     from qlora.retriever import PassageRetriever
 
     retriever = PassageRetriever(find=partial(make_search(args, store), k=args.top_k))
@@ -247,10 +269,7 @@ def build_chain(args, store, prompt, generator):
 
     def ask_with(state: dict):
         texts = [document.page_content for document in state["documents"]]
-        budget = generator.window - generator.max_new_tokens
-        return as_langchain(
-            fill_prompt(generator.tokenizer, prompt, budget, state["question"], texts, state["history"])
-        )
+        return as_langchain(fill(state["question"], texts, state["history"]))
 
     def check(state: dict):
         return check_answer(state["message"].text, state["documents"], prompt.refusal)

@@ -33,7 +33,11 @@ class Turn:
             "passages": [cited.as_json() for cited in self.answer.passages],
             "timings": self.timings,
             "tokens": self.tokens,
-            "model": {"base": args.base_model, "adapter": str(args.adapter) if args.adapter else None},
+            "model": {
+                "base": args.base_model,
+                "adapter": str(args.adapter) if args.adapter else None,
+                **({"server": args.base_url, "name": args.model} if args.base_url else {}),
+            },
         }
 
 
@@ -42,7 +46,7 @@ def answer_question(chain, question: str, history: tuple = (), searched: str | N
     watch = Stopwatch()
     given = {"question": question, "history": history, "searched": searched or question}
     state = chain.invoke(given, config={"callbacks": [watch]})
-    usage = state["message"].usage_metadata if "message" in state else {"input_tokens": 0, "output_tokens": 0}
+    usage = ("message" in state and state["message"].usage_metadata) or {"input_tokens": 0, "output_tokens": 0}
     tokens = {"prompt": usage["input_tokens"], "completion": usage["output_tokens"]}
     return Turn(question, state["answer"], searched or question, watch.timings(), tokens)
 

@@ -33,6 +33,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     elif args.command not in WITHOUT_MODEL:
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
+        check_serving(args, problems)
     if args.command != "compare":
         with problems.collecting():
             check_database()
@@ -65,6 +66,21 @@ def resolve_model(args, detect: bool) -> None:
     del args.preset
     if args.command == "evaluate":
         args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
+
+
+def check_serving(args, problems: console.Problems) -> None:
+    """Adds what is wrong with where the model is to run."""
+    if args.model and not args.base_url:
+        problems.add("--model is the name of a server's model", "--model", "give --base-url, too, or --base-model")
+    if args.merge_for_speed and args.base_url:
+        problems.add("the server's model cannot be merged here", "--merge-for-speed", "leave it out")
+    elif args.merge_for_speed and not args.adapter:
+        problems.add("no adapter to merge", "--merge-for-speed", "name one with --adapter")
+    if args.base_url:
+        from qlora.server_model import check_url
+
+        with problems.collecting():
+            check_url(args.base_url)
 
 
 def check_evaluation(args, problems: console.Problems) -> None:
@@ -133,14 +149,22 @@ def build_parser(description: str, steps: tuple[str, ...]):
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
     add("chat", [model, database, searching, answers], "several turns")
     for name in ("ask", "chat", "demo"):
-        text = "add the adapter to the weights in 16 bit: faster, more memory; checked on eight prompts first"
-        commands.choices[name].add_argument("--merge-for-speed", action="store_true", help=text)
-        text = "append question, passages, answer, tokens and timings to this file, a line of JSON an answer"
-        commands.choices[name].add_argument("--trace", type=Path, metavar="FILE.jsonl", help=text)
+        add_serving_flags(commands.choices[name])
     add("doctor", [database], "check server, indexes and embeddings, and measure what the index finds")
     for name in ("documents", "search", "ask", "demo", "evaluate", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
     return parser, commands.choices
+
+
+def add_serving_flags(one: argparse.ArgumentParser) -> None:
+    """Where the model runs, and what is kept of its answers: flags of ask, chat and demo."""
+    text = "add the adapter to the weights in 16 bit: faster, more memory; checked on eight prompts first"
+    one.add_argument("--merge-for-speed", action="store_true", help=text)
+    text = "let an OpenAI-compatible server answer: http://HOST:PORT/v1; its key goes into QLORA_API_KEY"
+    one.add_argument("--base-url", metavar="URL", help=text)
+    one.add_argument("--model", metavar="NAME", help="of the server's models (its only one)")
+    text = "append question, passages, answer, tokens and timings to this file, a line of JSON an answer"
+    one.add_argument("--trace", type=Path, metavar="FILE.jsonl", help=text)
 
 
 def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
@@ -158,7 +182,6 @@ def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
     )
     text = "two evaluation.json: the paired difference of their answers, nothing is run"
     one.add_argument("--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help=text)
-    one.set_defaults(merge_for_speed=False)  # base and tuned answer from one load
 
 
 def read_sweep(text: str):
@@ -175,6 +198,7 @@ def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
     group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b")
     group.add_argument("--base-model", help="hub id or folder (the adapter's own)")
     group.add_argument("--adapter", help="adapter folder, or none for the base model (adapters/NAME-OF-BASE)")
+    flags.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`
     group = flags.add_argument_group(generation)
     group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")
     group.add_argument("--top-p", type=share, default=1.0, help="share of probability to sample from (1)")

@@ -19,6 +19,7 @@ KEYS = {
     "QLORA_BASE_MODEL": "hub id or folder of the base model",
     "QLORA_ADAPTER": "folder of the adapter to write and to answer with",
     "QLORA_EMBEDDING_MODEL": "hub id or folder of a sentence-transformers model",
+    "QLORA_API_KEY": "key of the model server that --base-url names, when it wants one",
     "QLORA_COLLECTION": "name of the collection of passages",
     "QLORA_DATA_DIR": "where the embedded models and the embedded database live",
 }

@@ -1,0 +1,146 @@
+"""The LangChain chat model over an OpenAI-compatible server, with the adapter's prompt and token counts.
+
+vLLM with a LoRA module, `transformers serve`, llama.cpp and Ollama speak this protocol. The server applies its
+own chat template, so that one must be the adapter's: the tokens that both count are compared.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from langchain.messages import AnyMessage
+from langchain_core.outputs import ChatGenerationChunk
+from langchain_openai.chat_models.base import BaseChatOpenAI
+from pydantic import PrivateAttr
+
+from qlora import settings
+from qlora.console import UserError, fail, note
+from qlora.generator import as_role
+from qlora.prompt import encode_prompt
+
+WINDOW = 4096  # Llama-2's; only vLLM tells its own
+NO_KEY = "none"  # the SDK wants one, a server on one's own machine does not
+
+
+class ServerModel(BaseChatOpenAI):
+    """Not ChatOpenAI, which renames max_tokens to what older servers do not know."""
+
+    tokenizer: Any
+    window: int
+    _warned: bool = PrivateAttr(default=False)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_tokens
+
+    @property
+    def _llm_type(self) -> str:
+        return "qlora-server-model"
+
+    def _stream(self, messages, *args, **kwargs) -> Iterator[ChatGenerationChunk]:
+        with explaining(self.openai_api_base, self.model_name):
+            for chunk in super()._stream(messages, *args, **kwargs):
+                yield chunk
+                if usage := chunk.message.usage_metadata:
+                    self.compare_prompt(messages, usage["input_tokens"])
+
+    def compare_prompt(self, messages: list[AnyMessage], counted: int) -> None:
+        """Says so, once, when the server's chat template makes other tokens than the adapter's."""
+        expected = len(encode_prompt(self.tokenizer, [as_role(message) for message in messages]))
+        if counted not in (0, expected) and not self._warned:
+            self._warned = True
+            note(
+                f"The server made {counted} tokens of a prompt that has {expected} in training: its chat template "
+                "differs. Start it with the adapter's chat_template.jinja (vLLM: --chat-template FILE)"
+            )
+
+
+def connect(args, tokenizer) -> ServerModel:
+    """The model of the server that `--base-url` and `--model` name; the only one it has when none is named.
+
+    Raises UserError when the server cannot be reached, refuses the key, or does not have the model.
+    """
+    import httpx
+
+    key = settings.get("QLORA_API_KEY") or NO_KEY
+    card = choose_model(args.base_url, key, args.model)
+    if urlsplit(args.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        note(f"Questions and passages are sent to {args.base_url}")
+    return ServerModel(
+        base_url=args.base_url,
+        api_key=key,
+        model=card.id,
+        tokenizer=tokenizer,
+        window=getattr(card, "max_model_len", None) or WINDOW,
+        max_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        extra_body={"repetition_penalty": args.repetition_penalty} if args.repetition_penalty != 1 else None,
+        streaming=True,
+        stream_usage=True,
+        timeout=httpx.Timeout(None, connect=10),  # a slow machine may think for minutes
+    )
+
+
+def choose_model(url: str, key: str, name: str | None):
+    """What the server says of the model named, or of its only one."""
+    from openai import OpenAI
+
+    with explaining(url, name), OpenAI(base_url=url, api_key=key, timeout=10, max_retries=1) as client:
+        cards = {card.id: card for card in client.models.list()}
+    if name in cards:
+        return cards[name]
+    if not name and len(cards) == 1:
+        return next(iter(cards.values()))
+    what = f"the server has no model {name}" if name else "the server has several models"
+    raise fail(what, url, f"give one of them with --model: {', '.join(sorted(cards)) or 'it has none'}")
+
+
+def check_url(url: str) -> None:
+    """Raises UserError unless it is an http address without a password in it, which would be printed."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise fail(f"no address of a server: {url}", "--base-url", "write http://HOST:PORT/v1")
+    if parts.username or parts.password:
+        raise fail("a password in the address", "--base-url", "take it out; a key goes into QLORA_API_KEY")
+
+
+@contextlib.contextmanager
+def explaining(url: str, model: str | None) -> Iterator[None]:
+    """Turns what the SDK raises into a UserError."""
+    import openai
+
+    try:
+        yield
+    except openai.APIConnectionError as error:
+        raise fail("the server cannot be reached", url, "start it, or check --base-url (it ends with /v1)") from error
+    except openai.APIStatusError as error:
+        raise explain_status(error, url, model) from error
+    except openai.APIError as error:
+        raise fail(f"the server failed ({said(error)})", url, "read its log") from error
+
+
+def explain_status(error, url: str, model: str | None) -> UserError:
+    fixes = {
+        400: "a long context? give a smaller --top-k",
+        401: "set QLORA_API_KEY to a key that the server takes",
+        403: "set QLORA_API_KEY to a key that may use the model",
+        404: "check --base-url (it ends with /v1) and --model",
+        429: "wait, and ask again",
+    }
+    what = f"the server refused with {error.status_code} ({said(error)})"
+    return fail(what, f"{url} {model or ''}".strip(), fixes.get(error.status_code, "read the server's log"))
+
+
+def said(error: Exception) -> str:
+    """The server's own words, as one line without the key."""
+    body = getattr(error, "body", None)
+    words = " ".join(str(body.get("message", body) if isinstance(body, dict) else error).split())
+    key = settings.get("QLORA_API_KEY")
+    return (words.replace(key, "QLORA_API_KEY") if key else words)[:200]

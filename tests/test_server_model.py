@@ -1,0 +1,171 @@
+"""Answers through a loopback server that speaks the OpenAI protocol and has the tests' own model."""
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import rag
+
+QUESTION = "Who checks the kettle?"
+KEY = "sk-secret-key"
+
+
+class Server(ThreadingHTTPServer):
+    """One model, or several; `requests` keeps what was asked, `fault` is what goes wrong."""
+
+    def __init__(self, generator, names=("tuned",), fault: str = ""):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.generator, self.names, self.fault, self.requests = generator, names, fault, []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if self.server.fault == "key" and self.headers["Authorization"] != f"Bearer {KEY}":
+            given = self.headers["Authorization"].removeprefix("Bearer ")
+            return self.send(401, {"error": {"message": f"Incorrect API key: {given}"}})
+        cards = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.server.names]
+        return self.send(200, {"object": "list", "data": cards})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append({"path": self.path, **body})
+        if self.server.fault == "window":
+            return self.send(400, {"error": {"message": "This model's maximum context length is 8 tokens."}})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        if self.server.fault == "in the middle":
+            return self.write({"error": {"message": "CUDA out of memory"}})
+        return self.answer(body)
+
+    def answer(self, body: dict) -> None:
+        """Streams what the model says, a chunk a piece, then the token counts."""
+        from langchain_core.messages import convert_to_messages
+
+        usage = None
+        for chunk in self.server.generator.stream(convert_to_messages(body["messages"])):
+            self.write({"choices": [{"index": 0, "delta": {"role": "assistant", "content": chunk.text}}]})
+            usage = chunk.usage_metadata or usage
+        extra = 5 if self.server.fault == "template" else 0
+        tokens = {"prompt_tokens": usage["input_tokens"] + extra, "completion_tokens": usage["output_tokens"]}
+        self.write({"choices": [], "usage": {**tokens, "total_tokens": sum(tokens.values())}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def write(self, event: dict) -> None:
+        head = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": self.server.names[0]}
+        self.wfile.write(f"data: {json.dumps({**head, **event})}\n\n".encode())
+
+    def send(self, status: int, body: dict) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+
+@contextlib.contextmanager
+def serving(generator, **options):
+    server = Server(generator, **options)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_base):
+    from qlora.base_model import load_base_model, load_tokenizer
+    from qlora.generator import Generator
+    from qlora.prompt import choose_prompt
+
+    tokenizer = load_tokenizer(str(tiny_base))
+    choose_prompt(tokenizer)
+    return Generator(model=load_base_model(str(tiny_base)), tokenizer=tokenizer, max_new_tokens=12)
+
+
+def ask(*words) -> int:
+    return rag("ask", QUESTION, "--max-new-tokens", 12, *words)
+
+
+def test_a_server_answers_as_the_model_here_does(generator, tiny_base, collection, capsys):
+    same = "--adapter", "none", "--base-model", tiny_base, "--json"
+    ask(*same)
+    here = json.loads(capsys.readouterr().out)
+    with serving(generator) as server:
+        assert ask(*same, "--base-url", server.url) == 0
+    output = capsys.readouterr()
+    there = json.loads(output.out)
+    assert here["tokens"]["completion"] == 12
+    for key in ("answer", "refused", "citations", "passages", "tokens"):
+        assert there[key] == here[key]
+    assert there["model"] == {**here["model"], "server": server.url, "name": None}
+    asked = server.requests[0]
+    assert asked["path"] == "/v1/chat/completions" and asked["model"] == "tuned" and asked["stream"]
+    assert (asked["max_tokens"], asked["temperature"], asked["seed"]) == (12, 0.0, 0)
+    assert "chat template" not in output.err
+
+
+def test_another_chat_template_is_noticed(generator, tiny_adapter, collection, capsys):
+    with serving(generator, fault="template") as server:
+        assert rag("ask", QUESTION, "And then?", "--adapter", tiny_adapter, "--base-url", server.url) == 0
+    assert capsys.readouterr().err.count("its chat template differs") == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("window", "refused with 400 (This model's maximum context length is 8 tokens.)"),
+        ("in the middle", "the server failed (CUDA out of memory)"),
+    ],
+)
+def test_failures_while_answering(generator, tiny_adapter, collection, capsys, fault, said):
+    with serving(generator, fault=fault) as server:
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error and "Traceback" not in error
+
+
+def test_the_key_is_sent_and_never_shown(generator, tiny_adapter, collection, capsys, monkeypatch):
+    with serving(generator, fault="key") as server:
+        monkeypatch.setenv("QLORA_API_KEY", "sk-wrong-key")
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 2
+        error = capsys.readouterr().err
+        assert "refused with 401" in error and "sk-wrong-key" not in error
+        monkeypatch.setenv("QLORA_API_KEY", KEY)
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 0
+    output = capsys.readouterr()
+    assert KEY not in output.out + output.err
+
+
+def test_the_model_is_named_or_the_only_one(generator, tiny_adapter, collection, capsys):
+    with serving(generator, names=("a", "b")) as server:
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 2
+        assert "give one of them with --model: a, b" in " ".join(capsys.readouterr().err.split())
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url, "--model", "c") == 2
+        assert "the server has no model c" in capsys.readouterr().err
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url, "--model", "b") == 0
+    assert [request["model"] for request in server.requests] == ["b"]
+
+
+def test_an_unreachable_server(tiny_adapter, collection, capsys):
+    with serving(None) as server:
+        pass
+    assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 2
+    assert "the server cannot be reached" in capsys.readouterr().err
+
+
+def test_mistakes_of_the_call_are_told_together(tiny_adapter, collection, capsys):
+    url = "http://me:hunter2@host/v1"
+    assert ask("--adapter", tiny_adapter, "--merge-for-speed", "--base-url", url) == 2
+    error = capsys.readouterr().err
+    assert "cannot be merged here" in error and "a password in the address" in error and "hunter2" not in error
+    assert ask("--adapter", "none", "--base-model", "x", "--merge-for-speed", "--model", "y") == 2
+    error = capsys.readouterr().err
+    assert "no adapter to merge" in error and "--base-url" in error
+    assert ask("--adapter", tiny_adapter, "--base-url", "ftp://host") == 2
+    assert "no address of a server" in capsys.readouterr().err
