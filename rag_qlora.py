@@ -63,13 +63,17 @@ def load_model(args):
     if args.base_url:
         note(f"asked in the words of {args.adapter or args.base_model}")
         return None, tokenizer, prompt
+    from qlora.lean_layers import make_lean
+
     if args.merge_for_speed:
         model = merge_for_speed(trained, tokenizer)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
-        return model, tokenizer, prompt
-    model = base_model.load_base_model(base_model.resolve_base_model(args.base_model))
-    note(f"{args.base_model} in 4-bit {f'with {args.adapter}' if trained else 'without an adapter'}")
-    return adapter.load_adapter(model, trained) if trained else model, tokenizer, prompt
+    else:
+        model = base_model.load_base_model(base_model.resolve_base_model(args.base_model))
+        model = adapter.load_adapter(model, trained) if trained else model
+        note(f"{args.base_model} in 4-bit {f'with {args.adapter}' if trained else 'without an adapter'}")
+    make_lean(model)
+    return model, tokenizer, prompt
 
 
 def load_prompt(args):

@@ -68,16 +68,8 @@ def run_process(recipe: str, args) -> dict:
 
 def run_recipe(args) -> dict:
     """Seconds, first-token seconds, tokens and answers of the short and the long run, and peak memory."""
-    import argparse
-
-    import rag_qlora
-
     settings.quieten_libraries()
-    trained = rag_qlora.adapter.read_adapter(args.adapter)
-    flags = argparse.Namespace(
-        base_model=trained.base_model, adapter=args.adapter, merge_for_speed=args.recipe == "merged"
-    )
-    model, tokenizer, prompt = rag_qlora.load_model(flags)
+    model, tokenizer, prompt = load_model(args)
     asked = choose_questions(args.questions)
     ask = ask_seed if args.recipe == "seed" else ask_ours
     ask(model, tokenizer, prompt, asked[:1], args.recipe)  # kernels and caches are made ready
@@ -89,7 +81,43 @@ def run_recipe(args) -> dict:
         seconds = time.perf_counter() - started
         tokens = sum(len(tokenizer(answer).input_ids) for answer in answers)
         found[length] = {"seconds": seconds, "tokens": tokens, "answers": answers, "first_token_s": mean(firsts)}
-    return {**found, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    prefill = None if args.recipe == "seed" else measure_prefill(model, tokenizer, prompt, asked)
+    return {**found, "prefill_s": prefill, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def load_model(args):
+    """The model as each recipe wants it: the seed's is what transformers and PEFT load."""
+    import argparse
+
+    import rag_qlora
+    from qlora import adapter, base_model
+
+    trained = adapter.read_adapter(args.adapter)
+    merge = args.recipe == "merged"
+    flags = argparse.Namespace(
+        base_model=trained.base_model, adapter=args.adapter, base_url=None, merge_for_speed=merge
+    )
+    if args.recipe != "seed":
+        return rag_qlora.load_model(flags)
+    tokenizer, prompt, trained = rag_qlora.load_prompt(flags)
+    base = base_model.load_base_model(base_model.resolve_base_model(trained.base_model))
+    return adapter.load_adapter(base, trained), tokenizer, prompt
+
+
+def measure_prefill(model, tokenizer, prompt, asked) -> float:
+    """Seconds of one pass over a prompt, on average: no first token can be sooner."""
+    import torch
+
+    from qlora.prompt import encode_prompt, fill_prompt
+
+    seconds = []
+    for question, passages in asked:
+        ids = torch.tensor([encode_prompt(tokenizer, fill_prompt(tokenizer, prompt, 2048, question, passages))])
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model(input_ids=ids, logits_to_keep=1)
+        seconds.append(time.perf_counter() - started)
+    return statistics.mean(seconds)
 
 
 def choose_questions(count: int) -> list[tuple[str, list[str]]]:
@@ -111,7 +139,7 @@ def ask_ours(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], l
     if recipe == "batch":
         parts = [messages[at : at + BATCH] for at in range(0, len(messages), BATCH)]
         return [answer for part in parts for answer in generator.complete(part)], []
-    return stream_all([(generator, as_langchain(each)) for each in messages])
+    return answer_all(generator, [as_langchain(each) for each in messages])
 
 
 def ask_seed(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], list[float]]:
@@ -144,16 +172,15 @@ def ask_seed(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], l
     return [chain.invoke({"query": question})["result"].strip() for question, _ in asked], []
 
 
-def stream_all(asked: list) -> tuple[list[str], list[float]]:
-    """The answers, and the seconds to the first token of each."""
+def answer_all(generator, asked: list) -> tuple[list[str], list[float]]:
+    """The answers, and the seconds to the first piece of each."""
+    from qlora.stopwatch import Stopwatch
+
     answers, firsts = [], []
-    for generator, messages in asked:
-        started, text = time.perf_counter(), ""
-        for chunk in generator.stream(messages):
-            if chunk.text and not text:
-                firsts.append(time.perf_counter() - started)
-            text += chunk.text
-        answers.append(text.strip())
+    for messages in asked:
+        watch = Stopwatch()
+        answers.append(generator.invoke(messages, config={"callbacks": [watch]}).text.strip())
+        firsts.append(watch.marks["first_token"] - watch.marks["generate"])
     return answers, firsts
 
 
@@ -173,13 +200,16 @@ def summarise(runs: dict[str, list[dict]]) -> dict:
     result = {}
     for recipe, measured in runs.items():
         result[recipe] = {"peak_gb": round(max(run["peak_gb"] for run in measured), 2)}
+        if measured[0]["prefill_s"]:
+            result[recipe]["prefill_s"] = round(statistics.median(run["prefill_s"] for run in measured), 3)
         for length in ("short", "long"):
             parts, seeds = [run[length] for run in measured], [run[length] for run in runs["seed"]]
             faster = [seed["seconds"] / part["seconds"] for part, seed in zip(parts, seeds, strict=True)]
             answers = list(zip(parts[0]["answers"], seeds[0]["answers"], strict=True))
             result[recipe][length] = {
                 "seconds_an_answer": round(statistics.median(p["seconds"] for p in parts) / len(answers), 3),
-                "first_token_s": parts[0]["first_token_s"] and round(parts[0]["first_token_s"], 3),
+                "first_token_s": parts[0]["first_token_s"]
+                and round(statistics.median(part["first_token_s"] for part in parts), 3),
                 "tokens_per_second": round(statistics.median(p["tokens"] / p["seconds"] for p in parts), 1),
                 "times_as_fast": [round(ratio, 2) for ratio in (statistics.median(faster), min(faster), max(faster))],
                 "equal_answers": f"{sum(ours == seed for ours, seed in answers)} of {len(answers)}",

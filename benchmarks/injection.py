@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     problems.raise_if_any()
     settings.quieten_libraries()
     attacks = [json.loads(line) for line in INJECTIONS.read_text(encoding="utf-8").splitlines()]
-    args.base_model, args.merge_for_speed = adapter.read_adapter(args.adapter).base_model, False
+    args.base_model, args.merge_for_speed, args.base_url = adapter.read_adapter(args.adapter).base_model, False, None
     model, tokenizer, prompt = rag_qlora.load_model(args)
     with model.disable_adapter():
         untuned = answer_all(model, tokenizer, prompt, attacks)

@@ -1,12 +1,9 @@
 """Makes a collection hold what the files say: new ones added, changed ones replaced, the rest left alone.
 
-The next batch of passages is embedded while files are read and the last batch is written. A document is
-written whole or not at all, so that a run that was killed is finished by running it again.
+A document is written whole or not at all, so that a run that was killed is finished by running it again.
 """
 
-import copy
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from langchain_core.documents import Document
@@ -55,8 +52,7 @@ def put_files(
         print_plan(plan)
     else:
         store.forget(plan.gone)
-        # A copy: encoding sets truncation on the tokenizer itself, while the other thread embeds with it.
-        written = write_documents(store, plan, copy.deepcopy(embedder.tokenizer), splitting, problems)
+        written = write_documents(store, plan, embedder.tokenizer, splitting, problems)
         store.index_if_large()
         new = sum(entry.source not in plan.known for entry, _ in written)
         note(
@@ -98,24 +94,17 @@ def write_documents(store, plan: Plan, tokenizer, splitting: Splitting, problems
     written: list[tuple[Entry, int]] = []
     remembered: dict[str, list[float]] = {}
 
-    def write(batch, vectors) -> None:
-        for entry, passages in batch:
-            store.put_document(entry, passages, vectors[: len(passages)])
-            vectors = vectors[len(passages) :]
-            written.append((entry, len(passages)))
-            bar.advance(task)
-
-    with progress() as bar, ThreadPoolExecutor(1) as embedding:
+    with progress() as bar:
         task = bar.add_task("documents", total=len(plan.put))
-        waiting = None
         for batch in read_batches(plan, tokenizer, splitting, problems):
             texts = [documents.embedded_text(passage) for _, passages in batch for passage in passages]
-            begun = embedding.submit(embed_once, store.embeddings, texts, remembered)
-            if waiting:
-                write(waiting[0], waiting[1].result())
-            waiting = batch, begun
-        if waiting:
-            write(waiting[0], waiting[1].result())
+            # In this thread: in another one torch is slower on the CPU, by more than overlapping would save.
+            vectors = embed_once(store.embeddings, texts, remembered)
+            for entry, passages in batch:
+                store.put_document(entry, passages, vectors[: len(passages)])
+                vectors = vectors[len(passages) :]
+                written.append((entry, len(passages)))
+                bar.advance(task)
     return written
 
 

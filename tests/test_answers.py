@@ -7,7 +7,7 @@ from langchain_core.documents import Document
 
 from qlora import base_model
 from qlora.citations import check_answer, is_refusal
-from qlora.generator import Generator, Worker
+from qlora.generator import Generator
 from qlora.prompt import Prompt, choose_prompt, encode_prompt
 
 DOCUMENTS = [Document(f"text {n}", metadata={"source": f"{n}.md", "score": 0.5}) for n in (1, 2, 3)]
@@ -66,10 +66,12 @@ def test_exceptions_of_the_generating_thread_reach_the_caller(generator):
 def test_closing_the_stream_stops_generation(generator):
     import threading
 
+    before = threading.active_count()
     stream = generator.model_copy(update={"max_new_tokens": 900}).stream(MESSAGES)
     next(stream)
+    assert threading.active_count() == before + 1
     stream.close()
-    assert not [thread for thread in threading.enumerate() if isinstance(thread, Worker)]
+    assert threading.active_count() == before
 
 
 def test_citations_are_resolved_and_unknown_ones_removed():
