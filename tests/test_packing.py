@@ -139,3 +139,23 @@ def test_lean_layers_give_peft_s_losses_and_gradients(tiny_base, options):
     for name, gradient in wanted.items():
         assert torch.cosine_similarity(gradient.flatten(), ours[name].flatten(), dim=0) > 0.99, name
         assert ours[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.1)
+
+
+def test_lean_layers_answer_as_peft_does(tiny_base):
+    """Without gradients; with the adapter switched off they are the base model's."""
+    ids = torch.tensor([[1, *range(20, 60)]])
+    model = trainer.add_lora(base_model.load_base_model(str(tiny_base)), 4, 8, 0.0, seed=0).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    with torch.inference_mode():
+        tuned = model(ids).logits
+        with model.disable_adapter():
+            base = model(ids).logits
+        lean_layers.make_lean(model)
+        lean, last = model(ids).logits, model(ids, logits_to_keep=1).logits
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, base)
+    step = (tuned - base).abs().max()
+    assert step > 0.05 and (lean - tuned).abs().max() < 0.05 * step
+    assert torch.equal(last[:, 0], lean[:, -1])
