@@ -1,9 +1,11 @@
 """A chat: what was said so far, follow-up questions made to stand alone, and the commands of a session."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora.citations import content_words
 from qlora.console import note
 from qlora.conversation import Turn, indent, printable
 from qlora.documents import place
@@ -20,22 +22,47 @@ POINTING = re.compile(
     r"\b(its?|he|him|his|she|hers?|they|them|theirs?|this|that|these|those|there|then|ones?|same|former|latter|else)\b",
     re.IGNORECASE,
 )
+REWRITING = (
+    {
+        "role": "system",
+        "content": "Rewrite the user's last question so that it can be understood without the conversation. "
+        "Reply with the rewritten question only.",
+    },
+    {"role": "user", "content": "User: Who signs form B7?\nAssistant: The bosun.\nUser: And where does he keep it?"},
+    {"role": "assistant", "content": "Where does the bosun keep form B7?"},
+)
 CONTINUING = re.compile(r"(and|or|but|so|then|what about|how about|also)\b", re.IGNORECASE)
 
 
 @dataclass
 class Session:
-    """The turns of a chat, the oldest first."""
+    """The turns of a chat, the oldest first; `complete` asks an instruct model, where there is one."""
 
     turns: list[Turn] = field(default_factory=list)
+    complete: Callable[[list[dict]], str] | None = None
 
     def stand_alone(self, question: str) -> str:
-        """What to search for: the question, after the last one where it continues that or points back to it.
+        """What to search for: the question, rewritten where it continues the last one or points back to it.
 
-        By rule. Words of both questions are found by both legs of the search, so that none need be replaced.
+        By the model, if it did what it was asked to, else by rule: after the last question. Words of both questions
+        are found by both legs of the search, so that none need be replaced.
         """
         follows = CONTINUING.match(question) or POINTING.search(question) or len(question.split()) < 3
-        return f"{self.turns[-1].searched} {question}" if self.turns and follows else question
+        if not self.turns or not follows:
+            return question
+        by_rule = f"{self.turns[-1].searched} {question}"
+        return (self.complete and self.rewrite(question)) or by_rule
+
+    def rewrite(self, question: str) -> str | None:
+        """The model's question, if it points back no more, keeps the words of this one, and adds words that were said.
+
+        Models answer, repeat or invent instead.
+        """
+        said = f"User: {self.turns[-1].searched}\nAssistant: {self.turns[-1].answer.text}\nUser: {question}"
+        written, _, rest = self.complete([*REWRITING, {"role": "user", "content": said}]).strip().partition("\n")
+        words, kept = content_words(written), content_words(POINTING.sub("", CONTINUING.sub("", question, count=1)))
+        faithful = kept < words <= content_words(said) and written.endswith("?")
+        return written if faithful and not rest and not POINTING.search(written) else None
 
     def history(self) -> tuple[dict, ...]:
         """The last turns as messages, the oldest first."""

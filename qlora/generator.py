@@ -4,6 +4,7 @@ It renders messages with the same chat template and tokens as training did (`enc
 echoes the prompt, counts tokens, and passes on exceptions of the generating thread.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -38,6 +39,10 @@ class Generator(BaseChatModel):
     def window(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.model.config.max_position_embeddings
+
+    def without_adapter(self) -> contextlib.AbstractContextManager:
+        """A context in which the base model answers alone; a model without an adapter stays as it is."""
+        return getattr(self.model, "disable_adapter", contextlib.nullcontext)()
 
     def complete(self, conversations: list[list[dict]]) -> list[str]:
         """The answer to each list of role/content messages, generated as one batch."""

@@ -31,7 +31,7 @@ LLAMA2_TEMPLATE = (
     "{{ message['content'].strip() + ' [/INST]' }}{% endif %}"
     "{% endfor %}"
 )
-CONTROL_TEXT = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>"
+CONTROL_TEXT = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|###(?= *(?:Context|Instruction|Response):)"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def defuse(tokenizer, text: str) -> str:
 
 @cache
 def control_pattern(special_tokens: tuple[str, ...]) -> re.Pattern:
-    """Matches the tokenizer's special tokens and the marks of the common chat templates."""
+    """Matches the tokenizer's special tokens, the marks of the common chat templates, and our own headings."""
     return re.compile("|".join([*map(re.escape, special_tokens), CONTROL_TEXT]))
 
 

@@ -34,6 +34,10 @@ class ServerModel(BaseChatOpenAI):
     def max_new_tokens(self) -> int:
         return self.max_tokens
 
+    def without_adapter(self) -> contextlib.AbstractContextManager:
+        """The server has one model: it stays as it is."""
+        return contextlib.nullcontext()
+
     @property
     def _llm_type(self) -> str:
         return "qlora-server-model"
