@@ -63,20 +63,21 @@ class ServerModel(BaseChatOpenAI):
 def connect(args, tokenizer) -> ServerModel:
     """The model of the server that `--base-url` and `--model` name; the only one it has when none is named.
 
-    Raises UserError when the server cannot be reached, refuses the key, or does not have the model.
+    Raises UserError when the server cannot be reached, refuses the key, or has several and none is named.
     """
     import httpx
 
     key = settings.get("QLORA_API_KEY") or NO_KEY
-    card = choose_model(args.base_url, key, args.model)
+    name, window = choose_model(args.base_url, key, args.model)
+    note(f"{name} at {args.base_url}")
     if urlsplit(args.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
         note(f"Questions and passages are sent to {args.base_url}")
     return ServerModel(
         base_url=args.base_url,
         api_key=key,
-        model=card.id,
+        model=name,
         tokenizer=tokenizer,
-        window=getattr(card, "max_model_len", None) or WINDOW,
+        window=window,
         max_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -88,18 +89,25 @@ def connect(args, tokenizer) -> ServerModel:
     )
 
 
-def choose_model(url: str, key: str, name: str | None):
-    """What the server says of the model named, or of its only one."""
-    from openai import OpenAI
+def choose_model(url: str, key: str, name: str | None) -> tuple[str, int]:
+    """Name and window of the model: the one named, else the server's only one.
 
+    A named one may be missing from the list: `transformers serve` lists its cache, and loads what it is asked for.
+    """
+    from openai import APIStatusError, OpenAI
+
+    cards = {}
     with explaining(url, name), OpenAI(base_url=url, api_key=key, timeout=10, max_retries=1) as client:
-        cards = {card.id: card for card in client.models.list()}
-    if name in cards:
-        return cards[name]
-    if not name and len(cards) == 1:
-        return next(iter(cards.values()))
-    what = f"the server has no model {name}" if name else "the server has several models"
-    raise fail(what, url, f"give one of them with --model: {', '.join(sorted(cards)) or 'it has none'}")
+        try:
+            cards = {card.id: card for card in client.models.list()}
+        except APIStatusError as error:
+            if not name or error.status_code in (401, 403):
+                raise
+    if not name and len(cards) != 1:
+        what = f"the server lists {len(cards)} models" if cards else "the server lists no model"
+        raise fail(what, url, f"name one with --model NAME{': ' + ', '.join(sorted(cards)) if cards else ''}")
+    name = name or next(iter(cards))
+    return name, getattr(cards.get(name), "max_model_len", None) or WINDOW
 
 
 def check_url(url: str) -> None:

@@ -26,6 +26,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if self.server.fault == "list":
+            return self.send(500, {"error": {"message": "no cache"}})
         if self.server.fault == "key" and self.headers["Authorization"] != f"Bearer {KEY}":
             given = self.headers["Authorization"].removeprefix("Bearer ")
             return self.send(401, {"error": {"message": f"Incorrect API key: {given}"}})
@@ -35,6 +37,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append({"path": self.path, **body})
+        if body["model"] not in self.server.names:
+            return self.send(404, {"error": {"message": f"no model {body['model']}"}})
         if self.server.fault == "window":
             return self.send(400, {"error": {"message": "This model's maximum context length is 8 tokens."}})
         self.send_response(200)
@@ -145,11 +149,18 @@ def test_the_key_is_sent_and_never_shown(generator, tiny_adapter, collection, ca
 def test_the_model_is_named_or_the_only_one(generator, tiny_adapter, collection, capsys):
     with serving(generator, names=("a", "b")) as server:
         assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 2
-        assert "give one of them with --model: a, b" in " ".join(capsys.readouterr().err.split())
+        assert "name one with --model NAME: a, b" in " ".join(capsys.readouterr().err.split())
         assert ask("--adapter", tiny_adapter, "--base-url", server.url, "--model", "c") == 2
-        assert "the server has no model c" in capsys.readouterr().err
+        assert "refused with 404 (no model c)" in capsys.readouterr().err
         assert ask("--adapter", tiny_adapter, "--base-url", server.url, "--model", "b") == 0
-    assert [request["model"] for request in server.requests] == ["b"]
+    assert [request["model"] for request in server.requests] == ["c", "b"]
+
+
+def test_a_server_that_cannot_list_its_models_answers_with_the_one_named(generator, tiny_adapter, collection, capsys):
+    with serving(generator, fault="list") as server:
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url) == 2
+        assert "refused with 500 (no cache)" in capsys.readouterr().err
+        assert ask("--adapter", tiny_adapter, "--base-url", server.url, "--model", "tuned") == 0
 
 
 def test_an_unreachable_server(tiny_adapter, collection, capsys):
