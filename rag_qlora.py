@@ -34,8 +34,7 @@ def main(argv: list[str]) -> int:
     if args.command == "compare":
         return compare(args)
     if args.command in WITHOUT_MODEL:
-        with console.step(STEPS, "Database Integration"):
-            return globals()[args.command](args, open_store(args))
+        return run_without_model(args)
 
     with console.step(STEPS, "Model and Tokenizer Setup"):
         model, tokenizer, prompt = load_model(args)
@@ -45,12 +44,18 @@ def main(argv: list[str]) -> int:
         store = open_store(args)
         fill_if_empty(args, store)
     with console.step(STEPS, "Generate Response"):
-        if args.command == "evaluate":
-            return evaluate(args, store, prompt, generator)
         chain = build_chain(args, store, prompt, generator, make_fill(prompt, generator))
         if args.command == "chat":
             return chat(args, chain, prompt, make_rewriter(args, prompt, generator))
-        return ask(args, chain, prompt)
+        if args.command in ("ask", "demo"):
+            return ask(args, chain, prompt)
+        return evaluate(args, store, prompt, generator)
+
+
+def run_without_model(args) -> int:
+    """A command that needs the collection alone."""
+    with console.step(STEPS, "Database Integration"):
+        return globals()[args.command](args, open_store(args))
 
 
 # ============================================================================ Model and Tokenizer Setup

@@ -104,6 +104,7 @@ def copy_input(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
 
 
 def run_linear(layer: Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
+    """The layer's output, in one pass where gradients are wanted; in PEFT's way with the adapter off or merged."""
     if layer.disable_adapters or layer.merged:
         return ordinary(x)
     (name,) = layer.active_adapters

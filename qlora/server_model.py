@@ -139,6 +139,7 @@ def explaining(url: str, model: str | None) -> Iterator[None]:
 
 
 def explain_status(error, url: str, model: str | None) -> UserError:
+    """What an HTTP status of the server means for its user."""
     fixes = {
         400: "a long context? give a smaller --top-k",
         401: "set QLORA_API_KEY to a key that the server takes",

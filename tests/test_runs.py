@@ -57,7 +57,7 @@ def kill_after(process: subprocess.Popen, folder, step: int, delay: float) -> No
 
 def test_a_run_killed_twice_gives_the_same_bytes(words, tmp_path):
     chance = random.Random()
-    first, second = chance.randint(1, 3), chance.randint(5, 7)
+    first, second = chance.randint(2, 3), chance.randint(5, 7)  # after step 1 its checkpoint may not be there yet
     delays = chance.uniform(0, 0.2), chance.uniform(0, 0.2)
     print(f"killed {delays} s after steps {first} and {second}")
     assert train(*words, "--output", tmp_path / "whole", "--save-steps", 1) == 0
