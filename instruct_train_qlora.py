@@ -342,7 +342,7 @@ def build_parser() -> argparse.ArgumentParser:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
-    flag("--preset", help="auto (default), laptop, llama2-7b or llama2-13b; auto looks for a CUDA GPU")
+    flag("--preset", help="auto (default), laptop, llama2-7b or llama2-13b-chat; auto looks for a CUDA GPU")
     flag("--seed", type=console.number(int, 0), default=0, help="order, split, LoRA start (0)")
     add_dataset_flags(parser.add_argument_group(STEPS[0]).add_argument)
     add_model_flags(parser.add_argument_group(STEPS[1]).add_argument)

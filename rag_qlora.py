@@ -151,16 +151,30 @@ def load_embeddings(args):
 
 
 def open_store(args, name: str | None = None, embeddings=None):
-    """The collection (or the one with another name) in the database that DATABASE_URL names, else the embedded one."""
+    """The collection (or the one with another name) in Pinecone, or in PostgreSQL: DATABASE_URL's, else embedded."""
+    embeddings = embeddings or load_embeddings(args)
+    open_it = open_pinecone if args.store == "pinecone" else open_pgvector
+    store, where = open_it(embeddings, args.embedding_model, name or args.collection)
+    note(f"Collection {name or args.collection} in {where}: {store.count()} passages")
+    return store
+
+
+def open_pgvector(embeddings, embedding_model: str, name: str):
+    """The collection in PostgreSQL, and where that is."""
     from qlora import database, embedded_postgres, pgvector_store
 
     url = settings.get("DATABASE_URL")
     connected = database.Database(url or embedded_postgres.start_server())
-    name, embeddings = name or args.collection, embeddings or load_embeddings(args)
-    store = pgvector_store.PgVectorStore(connected, embeddings, args.embedding_model, name)
     where = database.describe_url(url) if url else "the embedded PostgreSQL"
-    note(f"Collection {name} in {where}: {store.count()} passages")
-    return store
+    return pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name), where
+
+
+def open_pinecone(embeddings, embedding_model: str, name: str):
+    """The collection in Pinecone, and where that is."""
+    from qlora import pinecone_store
+
+    index = pinecone_store.open_index(len(embeddings.embed_query("dimension")))
+    return pinecone_store.PineconeStore(index, embeddings, embedding_model, name), "Pinecone"
 
 
 def ingest(args, store) -> int:

@@ -118,7 +118,8 @@ def measure_store(args, url: str) -> dict:
 
     from qlora import doctor
     from qlora.database import Database
-    from qlora.pgvector_store import Entry, PgVectorStore
+    from qlora.passage_store import Entry
+    from qlora.pgvector_store import PgVectorStore
 
     texts, vectors = make_passages(args.passages)
     ready = Ready()
@@ -142,7 +143,7 @@ def measure_store(args, url: str) -> dict:
         add = lambda rows=rows: community.add_embeddings(texts[rows], vectors[rows].tolist())  # noqa: E731
         taken["community"].append(len(texts[rows]) / stopwatch(add))
     exact = time_queries(store, ready, vectors)
-    built = stopwatch(store.index_if_large)
+    built = stopwatch(store.finish)
     indexed = time_queries(store, ready, vectors)
     return {
         "passages": store.count(),

@@ -7,13 +7,14 @@
 
 A line `# source: instruct_train_qlora.load_model` in a code cell is followed by that function's source, and one that
 names a module by its imports and constants; `<!-- source: qlora.prompt.encode_row -->` in the text becomes a block to
-read. `NAME.md` steps through the script NAME.py: its numbered headings are the script's STEPS, and it calls the step
-functions in the order of main().
+read. `NAME.md` steps through the script NAME.py, where there is one: its numbered headings are the script's STEPS, and
+it calls the step functions in the order of main().
 """
 
 import ast
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> int:
     args, problems = console.parse_arguments(build_parser(), argv)
     problems.raise_if_any()
     for prose in sorted(FOLDER.glob("*.md")):
+        if args.names and prose.stem not in args.names:
+            continue
         if args.check:
             check(prose, problems)
         else:
@@ -43,7 +46,8 @@ def main(argv: list[str]) -> int:
 
 def build_parser():
     title, _, text = __doc__.partition("\n\n")
-    parser = console.Parser(usage="build.py [flags]", description=title, epilog=text)
+    parser = console.Parser(usage="build.py [flags] [NAME ...]", description=title, epilog=text)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a notebook (all)")
     parser.add_argument("--small", action="store_true", help="execute a small slice, write nothing")
     parser.add_argument("--check", action="store_true", help="compare the committed notebooks with the scripts")
     return parser
@@ -93,7 +97,7 @@ def find_source(name: str) -> str:
 def cut(text: str, node: ast.stmt) -> str:
     """The lines of a statement with its decorators."""
     first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    return textwrap.dedent("\n".join(text.splitlines()[first - 1 : node.end_lineno]))
 
 
 # ------------------------------------------------------------------------------- execute
@@ -128,18 +132,25 @@ def build(prose: Path, small: bool) -> None:
 
 
 def clean(cell) -> None:
-    """Joins the pieces of a stream, and takes out what the next run would change or only this machine has."""
+    """Joins what was printed, on stdout and stderr, as a terminal shows it; without the places of this machine."""
     if cell.cell_type != "code":
         return
     joined = []
     for output in cell.outputs:
+        if "text/plain" in output.get("data", {}):
+            output.data["text/plain"] = without_places(output.data["text/plain"])
         if output.output_type == "stream":
-            output.text = output.text.replace(str(PROJECT), ".").replace(str(Path.home()), "~")
-            if joined and joined[-1].output_type == "stream" and joined[-1].name == output.name:
+            output.text = without_places(output.text)
+            output.name = "stdout"
+            if joined and joined[-1].output_type == "stream":
                 joined[-1].text += output.text
                 continue
         joined.append(output)
     cell.outputs = joined
+
+
+def without_places(text: str) -> str:
+    return text.replace(f"{PROJECT}/", "").replace(str(PROJECT), ".").replace(str(Path.home()), "~")
 
 
 # ------------------------------------------------------------------------------- check
@@ -170,7 +181,8 @@ def check(prose: Path, problems: console.Problems) -> None:
             problems.add("an output holds a path of a machine", path.name, "print less, or a relative path")
     if path.stat().st_size > LIMIT:
         problems.add(f"{path.stat().st_size / 1e6:.1f} MB", path.name, f"keep it below {LIMIT / 1e6:.0f} MB")
-    check_steps(prose.stem, wanted, problems)
+    if (PROJECT / f"{prose.stem}.py").is_file():
+        check_steps(prose.stem, wanted, problems)
 
 
 def check_steps(script: str, notebook, problems: console.Problems) -> None:
@@ -194,9 +206,11 @@ def check_steps(script: str, notebook, problems: console.Problems) -> None:
 
 def called(nodes: list[ast.AST]) -> list[str]:
     """Names of the functions that are called, in the order of their first call."""
-    calls = [call for node in nodes for call in ast.walk(node) if isinstance(call, ast.Call)]
-    names = [(call.lineno, call.col_offset, call.func.id) for call in calls if isinstance(call.func, ast.Name)]
-    return list(dict.fromkeys(name for _, _, name in names))
+    names = []
+    for node in nodes:
+        calls = [call for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)]
+        names += [call.func.id for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
+    return list(dict.fromkeys(names))
 
 
 if __name__ == "__main__":

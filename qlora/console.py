@@ -160,11 +160,12 @@ def parse_arguments(
 def stderr():
     """A rich console on stderr, made anew so that redirection of sys.stderr is respected.
 
-    Of several processes only the first is heard.
+    Of several processes only the first is heard. In a notebook lines stay lines, not a table each.
     """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=settings.process_rank() > 0)
+    quiet = settings.process_rank() > 0
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet, force_jupyter=False)
 
 
 def note(text: str) -> None:

@@ -1,4 +1,5 @@
-"""Conditions on a passage's metadata: from the command line or LangChain's dicts to SQL with bound values.
+"""Conditions on a passage's metadata: from the command line or LangChain's dicts to SQL with bound values, or to
+Pinecone's filters.
 
 Operators come from a list, keys and values are bound. A number on the right compares numbers and
 passes over passages where the key holds none; anything else compares text.
@@ -80,3 +81,37 @@ def compare(condition: Condition, value: str, n: int, m: int, values: dict[str, 
     )
     # The operator comes from OPERATORS, key and name are made here: no text of the user's is formatted in.
     return sql.SQL(template.format(key=f"key{n}", operator=OPERATORS[condition.operator], name=name))
+
+
+def as_pinecone(conditions: Sequence[Condition]) -> dict | None:
+    """The conditions in Pinecone's filter language (docs.pinecone.io, "Filter by metadata").
+
+    Its values have types: a value that reads as a number or a truth value is looked for as text, too. Raises ValueError
+    for < and > with text, which Pinecone does not compare.
+    """
+    parts = []
+    for condition in conditions:
+        key, operator = condition.key, condition.operator
+        if operator == "!=":
+            parts += [
+                {"$or": [{key: {"$exists": False}}, {"$and": [{key: {"$ne": v}} for v in read_values(text)]}]}
+                for text in condition.values
+            ]
+        elif operator == "=":
+            parts.append({key: {"$in": [value for text in condition.values for value in read_values(text)]}})
+        elif NUMBER.fullmatch(condition.values[0]):
+            names = {ours: theirs for theirs, ours in LANGCHAIN.items()}
+            parts.append({key: {names[operator]: float(condition.values[0])}})
+        else:
+            raise ValueError(f"Pinecone compares numbers only: {condition}")
+    return {"$and": parts} if parts else None
+
+
+def read_values(text: str) -> list[str | float | bool]:
+    """What the text may have been in a passage's metadata."""
+    values: list[str | float | bool] = [text]
+    if NUMBER.fullmatch(text):
+        values.append(float(text))
+    if text in ("true", "false"):
+        values.append(text == "true")
+    return values

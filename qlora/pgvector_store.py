@@ -6,17 +6,13 @@ the only identifier that varies is rag.passages_N, where N is the collection's i
 
 import json
 import struct
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from io import BytesIO
 
 import numpy
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from langchain_core.vectorstores import VectorStore
-from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from pgvector import HalfVector
 from psycopg2 import sql
 
@@ -24,7 +20,7 @@ from qlora import metadata_filter, searching
 from qlora.console import fail, note
 from qlora.database import PASSAGES, Database, migrate
 from qlora.documents import embedded_text
-from qlora.metadata_filter import Condition
+from qlora.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
 
 INDEXED_FROM = 20_000  # passages; below, a scan takes a few milliseconds and finds everything
 COLUMNS = "id, document, text, metadata, embedding"
@@ -45,19 +41,7 @@ class Collection:
         return sql.Identifier("rag", f"passages_{self.id}")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A document as the collection knows it."""
-
-    source: str
-    fingerprint: str
-    folder: str | None = None  # that was ingested; None for texts and files that were named one by one
-    bytes: int = 0
-    passages: int = 0
-    added: datetime | None = None
-
-
-class PgVectorStore(VectorStore):
+class PgVectorStore(PassageStore):
     """One collection of passages."""
 
     def __init__(self, database: Database, embeddings: Embeddings, embedding_model: str, collection: str):
@@ -68,10 +52,6 @@ class PgVectorStore(VectorStore):
         self.database = database
         self._embeddings = embeddings
         self.collection = self._open(collection, embedding_model) or self._make(collection, embedding_model)
-
-    @property
-    def embeddings(self) -> Embeddings:
-        return self._embeddings
 
     def _open(self, name: str, model: str) -> Collection | None:
         with self.database.transaction() as cursor:
@@ -137,7 +117,7 @@ class PgVectorStore(VectorStore):
             cursor.execute(listed, (self.collection.id,))
             return [Entry(*row) for row in cursor.fetchall()]
 
-    def index_if_large(self) -> None:
+    def finish(self) -> None:
         """Makes the HNSW and the word index once the collection has passed 20,000 passages; they stay."""
         if self.count() <= INDEXED_FROM or self.is_indexed():
             return
@@ -178,8 +158,8 @@ class PgVectorStore(VectorStore):
                 return False
             cursor.execute("DELETE FROM rag.documents WHERE (collection, source) = (%s, %s)", key)
             document = self._add_entry(cursor, entry)
-            ids = [f"{document}/{n}" for n in range(1, len(passages) + 1)]
-            self._upsert(cursor, ids, document, passages, vectors)
+            numbered = enumerate(zip(passages, vectors, strict=True), 1)
+            self._upsert(cursor, document, [Passage(f"{document}/{n}", *pair) for n, pair in numbered])
         return True
 
     def _add_entry(self, cursor, entry: Entry) -> int:
@@ -191,7 +171,7 @@ class PgVectorStore(VectorStore):
         )
         return cursor.fetchone()[0]
 
-    def _upsert(self, cursor, ids: Sequence[str], document: int, passages: Sequence[Document], vectors) -> None:
+    def _upsert(self, cursor, document: int, passages: Sequence[Passage]) -> None:
         """Writes passages by a binary COPY into a temporary table (ten times as fast as INSERT), then one upsert."""
         cursor.execute(
             sql.SQL(
@@ -199,7 +179,7 @@ class PgVectorStore(VectorStore):
             ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(COLUMNS), self.collection.table)
         )
         incoming = sql.Identifier(f"incoming_{self.collection.id}")
-        rows = encode_rows(ids, document, passages, vectors)
+        rows = encode_rows(document, passages)
         cursor.copy_expert(sql.SQL("COPY {} FROM STDIN WITH (FORMAT binary)").format(incoming), rows)
         cursor.execute(
             sql.SQL(
@@ -220,26 +200,10 @@ class PgVectorStore(VectorStore):
 
     # ----------------------------------------------------------------------- LangChain's way in
 
-    def add_texts(self, texts: Iterable[str], metadatas=None, *, ids=None, **kwargs) -> list[str]:
-        """Adds passages, or replaces those of the same id; returns the ids in the order of the texts.
-
-        They belong to the document that `source` in their metadata names, else to one called "texts".
-        """
-        texts = list(texts)
-        ids = [given or str(uuid.uuid4()) for given in ids or [None] * len(texts)]
-        vectors = self._embeddings.embed_documents(texts)
-        # A later text of the same id replaces an earlier one, as it would in two calls.
-        last = {given: n for n, given in enumerate(ids)}
-        by_source: dict[str, list[int]] = {}
-        for n in last.values():
-            source = ((metadatas[n] if metadatas else None) or {}).get("source", "texts")
-            by_source.setdefault(str(source), []).append(n)
+    def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
         with self.database.transaction() as cursor:
-            for source, numbers in sorted(by_source.items()):  # in one order everywhere: no deadlock
-                document = self._add_entry(cursor, Entry(source, "added as text"))
-                passages = [Document(texts[n], metadata=(metadatas[n] if metadatas else None) or {}) for n in numbers]
-                self._upsert(cursor, [ids[n] for n in numbers], document, passages, [vectors[n] for n in numbers])
-        return ids
+            for source, passages in sorted(by_source.items()):  # in one order everywhere: no deadlock
+                self._upsert(cursor, self._add_entry(cursor, Entry(source, ADDED_AS_TEXT)), passages)
 
     @classmethod
     def from_texts(cls, texts, embedding, metadatas=None, *, ids=None, database, embedding_model, collection, **kwargs):
@@ -265,29 +229,6 @@ class PgVectorStore(VectorStore):
 
     # ----------------------------------------------------------------------- search
 
-    def find(
-        self,
-        question: str,
-        k: int = 3,
-        mode: str = searching.DEFAULT_MODE,
-        where: Sequence[Condition] = (),
-        fetch_k: int = searching.FETCH,
-        diversity: float = 0.0,
-    ) -> list[Document]:
-        """The `k` best passages, best first; their metadata has `score`, the cosine similarity (-1 to 1),
-        and `ranks`, the place that each leg of the search gave them.
-
-        `fetch_k` passages a leg are looked at. With `diversity` above 0, passages that say what a better
-        one says give way (maximal marginal relevance, lambda = 1 - diversity).
-        """
-        question = question.replace("\0", " ")
-        vector = self._embeddings.embed_query(question)
-        pool = max(k, fetch_k)
-        found = self._find_passages(question, vector, pool if diversity else k, mode, where, pool)
-        if diversity:
-            found = choose_diverse(found, vector, k, 1 - diversity)
-        return [hit.as_document() for hit in found]
-
     def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[searching.Hit]:
         condition, values = metadata_filter.as_sql(where)
         values |= {"question": question, "vector": HalfVector(vector), "k": k, "fetch": fetch_k}
@@ -302,54 +243,21 @@ class PgVectorStore(VectorStore):
                 if cursor.fetchone()[0] <= INDEXED_FROM:
                     settings += sql.SQL("SET LOCAL enable_indexscan = off;")
             cursor.execute(settings + sql.SQL(searching.STATEMENTS[mode]).format(**parts), values)
-            return [searching.Hit(*row) for row in cursor.fetchall()]
-
-    def similarity_search(self, query: str, k: int = 4, filter: dict | None = None, **kwargs) -> list[Document]:
-        return [document for document, _ in self.similarity_search_with_score(query, k, filter)]
-
-    def similarity_search_with_score(self, query: str, k: int = 4, filter: dict | None = None, **kwargs):
-        """(passage, cosine similarity) of the nearest, best first; metadata as they were given."""
-        return self._nearest(query, self._embeddings.embed_query(query.replace("\0", " ")), k, filter)
-
-    def similarity_search_by_vector(self, embedding: list[float], k: int = 4, filter: dict | None = None, **kwargs):
-        return [document for document, _ in self._nearest("", embedding, k, filter)]
-
-    def _nearest(self, query: str, vector, k: int, filters: dict | None) -> list[tuple[Document, float]]:
-        found = self._find_passages(query, vector, k, "dense", metadata_filter.read_dict(filters), k)
-        return [(Document(hit.text, metadata=hit.metadata, id=hit.id), hit.score) for hit in found]
-
-    def max_marginal_relevance_search(self, query, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs):
-        vector = self._embeddings.embed_query(query.replace("\0", " "))
-        return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult, filter)
-
-    def max_marginal_relevance_search_by_vector(
-        self, embedding, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs
-    ):
-        found = self._find_passages("", embedding, fetch_k, "dense", metadata_filter.read_dict(filter), fetch_k)
-        chosen = choose_diverse(found, embedding, k, lambda_mult)
-        return [Document(hit.text, metadata=hit.metadata, id=hit.id) for hit in chosen]
-
-    def _select_relevance_score_fn(self):
-        return lambda score: (score + 1) / 2
+            return [searching.Hit(*row, embedding.to_numpy()) for *row, embedding in cursor.fetchall()]
 
 
-def choose_diverse(found: Sequence[searching.Hit], vector, k: int, weight: float) -> list[searching.Hit]:
-    """The `k` of the passages with the highest marginal relevance; `weight` 1 is relevance alone."""
-    vectors = [hit.embedding.to_numpy() for hit in found]
-    return [found[n] for n in maximal_marginal_relevance(numpy.array(vector), vectors, weight, k)]
-
-
-def encode_rows(ids: Sequence[str], document: int, passages: Sequence[Document], vectors) -> BytesIO:
+def encode_rows(document: int, passages: Sequence[Passage]) -> BytesIO:
     """The passages as PostgreSQL's binary COPY reads them (documentation of COPY, "Binary Format")."""
     rows = BytesIO()
     rows.write(COPY_HEADER)
-    packed = numpy.asarray(vectors, dtype=">f2")
+    packed = numpy.asarray([passage.vector for passage in passages], dtype=">f2")
     start = struct.pack("!hh", packed.shape[1], 0) if len(packed) else b""  # halfvec: dimension, unused
     owner = struct.pack("!q", document)
-    for given, passage, vector in zip(ids, passages, packed, strict=True):
+    for passage, vector in zip(passages, packed, strict=True):
         rows.write(struct.pack("!h", 5))
-        metadata = b"\1" + json.dumps(passage.metadata, ensure_ascii=False, default=str).encode()  # jsonb, version 1
-        for field in (given.encode(), owner, passage.page_content.encode(), metadata, start + vector.tobytes()):
+        metadata = json.dumps(passage.document.metadata, ensure_ascii=False, default=str).encode()
+        texts = passage.id.encode(), owner, passage.document.page_content.encode(), b"\1" + metadata  # jsonb, version 1
+        for field in (*texts, start + vector.tobytes()):
             rows.write(struct.pack("!i", len(field)))
             rows.write(field)
     rows.write(COPY_TRAILER)

@@ -46,7 +46,7 @@ PRESETS = {
         distractors=1,
     ),
     "llama2-7b": Preset("meta-llama/Llama-2-7b-hf", batch_size=4, accumulation=4, **DOLLY),
-    "llama2-13b": Preset("meta-llama/Llama-2-13b-chat-hf", batch_size=2, accumulation=8, **DOLLY),
+    "llama2-13b-chat": Preset("meta-llama/Llama-2-13b-chat-hf", batch_size=2, accumulation=8, **DOLLY),
 }
 
 

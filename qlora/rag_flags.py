@@ -36,14 +36,28 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         check_serving(args, problems)
     if args.command != "compare":
         with problems.collecting():
-            check_database()
+            check_store(args, problems)
     problems.raise_if_any()
     return args
 
 
-def check_database() -> None:
-    """Connects to a named database at once, before anything heavy is loaded."""
-    if url := settings.get("DATABASE_URL"):
+def check_store(args, problems: console.Problems) -> None:
+    """Resolves the store and how it is searched, and connects to a named database before anything heavy is loaded."""
+    args.store = args.store or settings.get("QLORA_STORE") or "pgvector"
+    if "mode" in args:
+        args.mode = args.mode or (DEFAULT_MODE if args.store == "pgvector" else "dense")
+    if args.store == "pinecone":
+        if args.command == "doctor":
+            problems.add("doctor examines PostgreSQL", "--store pinecone", "see app.pinecone.io")
+        if getattr(args, "mode", "dense") != "dense":
+            problems.add("Pinecone searches by meaning only", "--search", "give --search dense, or --store pgvector")
+        if not settings.get("PINECONE_API_KEY"):
+            problems.add(
+                "no Pinecone key", "PINECONE_API_KEY", "set it in the environment or in .env (app.pinecone.io)"
+            )
+    elif args.store != "pgvector":
+        problems.add(f"no such store: {args.store}", "QLORA_STORE", "pgvector or pinecone")
+    elif url := settings.get("DATABASE_URL"):
         from qlora.database import connect, is_unprotected
 
         connect(url).close()
@@ -195,7 +209,7 @@ def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     share = console.number(float, 0, 1, above=True)
     group = flags.add_argument_group(setup)
-    group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b")
+    group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b-chat")
     group.add_argument("--base-model", help="hub id or folder (the adapter's own)")
     group.add_argument("--adapter", help="adapter folder, or none for the base model (adapters/NAME-OF-BASE)")
     flags.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`
@@ -212,6 +226,8 @@ def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
 def database_flags(storage: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(storage)
+    stores = console.choice("pgvector", "pinecone")
+    group.add_argument("--store", type=stores, help="pgvector (PostgreSQL) or pinecone (pgvector)")
     group.add_argument("--collection", help="name of the collection (documents)")
     group.add_argument("--embedding-model", help=f"sentence-transformers model ({base_model.EMBEDDED_EMBEDDER})")
     flags.set_defaults(passage_tokens=200, overlap=40)  # for the sample documents in an empty collection
@@ -222,8 +238,8 @@ def search_flags(storage: str) -> argparse.ArgumentParser:
     """How passages are found."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(f"{storage}: search")
-    text = f"dense (meaning), lexical (words) or hybrid (both, fused by rank) ({DEFAULT_MODE})"
-    group.add_argument("--search", type=console.choice(*MODES), default=DEFAULT_MODE, dest="mode", help=text)
+    text = f"dense (meaning), lexical (words) or hybrid (both, fused by rank) ({DEFAULT_MODE}; Pinecone: dense)"
+    group.add_argument("--search", type=console.choice(*MODES), dest="mode", help=text)
     text = f"passages that each leg ranks ({FETCH})"
     group.add_argument("--fetch-k", type=console.number(int, 1, 1000), default=FETCH, help=text)
     text = "0 to 1: how much passages that repeat a better one give way (0)"

@@ -4,6 +4,7 @@ Each leg ranks its best `fetch` passages; hybrid adds 1 / (60 + rank) over the l
 Buettcher 2009). Every passage comes with its cosine similarity and its embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MODES = ("dense", "lexical", "hybrid")
@@ -74,7 +75,7 @@ class Hit:
     score: float
     dense: int | None
     lexical: int | None
-    embedding: object  # a pgvector.HalfVector
+    embedding: Sequence[float]
 
     def as_document(self):
         """A LangChain Document with the score and the ranks in its metadata."""

@@ -15,10 +15,16 @@ PROJECT = Path(__file__).resolve().parent.parent
 KEYS = {
     "DATABASE_URL": "PostgreSQL with pgvector 0.8 or newer; without it an embedded server is started",
     "HF_TOKEN": "Hugging Face token, for gated models such as Llama-2",
-    "QLORA_PRESET": "auto, laptop, llama2-7b or llama2-13b",
+    "QLORA_PRESET": "auto, laptop, llama2-7b or llama2-13b-chat",
     "QLORA_BASE_MODEL": "hub id or folder of the base model",
     "QLORA_ADAPTER": "folder of the adapter to write and to answer with",
     "QLORA_EMBEDDING_MODEL": "hub id or folder of a sentence-transformers model",
+    "PINECONE_API_KEY": "key of Pinecone, for --store pinecone",
+    "PINECONE_INDEX": "name of the Pinecone index, made when it is not there (qlora)",
+    "PINECONE_CLOUD": "where the index is made: aws, gcp or azure (aws)",
+    "PINECONE_REGION": "region of that cloud (us-east-1)",
+    "PINECONE_HOST": "address of another Pinecone control plane, such as a local one",
+    "QLORA_STORE": "pgvector or pinecone",
     "QLORA_API_KEY": "key of the model server that --base-url names, when it wants one",
     "QLORA_COLLECTION": "name of the collection of passages",
     "QLORA_DATA_DIR": "where the embedded models and the embedded database live",
@@ -79,7 +85,7 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
+    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR|IProgress not found")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading weights

@@ -11,7 +11,7 @@ from langchain_core.documents import Document
 from qlora import documents
 from qlora.console import Problems, note, progress
 from qlora.documents import SourceFile
-from qlora.pgvector_store import Entry
+from qlora.passage_store import Entry
 
 BATCH = 256  # passages embedded together: enough to put those of one length together
 REMEMBERED = 20_000  # embedded texts, about 30 MB: what stands in many documents is embedded once
@@ -53,7 +53,7 @@ def put_files(
     else:
         store.forget(plan.gone)
         written = write_documents(store, plan, embedder.tokenizer, splitting, problems)
-        store.index_if_large()
+        store.finish()
         new = sum(entry.source not in plan.known for entry, _ in written)
         note(
             f"{new} added, {len(written) - new} changed, {plan.unchanged} unchanged, {len(plan.gone)} forgotten, "

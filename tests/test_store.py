@@ -18,7 +18,8 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from qlora import embedded_postgres
 from qlora.console import UserError
 from qlora.database import Database, connect, describe_url
-from qlora.pgvector_store import Entry, PgVectorStore
+from qlora.passage_store import Entry
+from qlora.pgvector_store import PgVectorStore
 
 
 def open_store(url, name, model="fake", size=8) -> PgVectorStore:

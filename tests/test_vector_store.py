@@ -14,7 +14,8 @@ from qlora import metadata_filter, pgvector_store
 from qlora.console import UserError
 from qlora.database import MIGRATIONS, Database, is_unprotected
 from qlora.metadata_filter import Condition, read_condition
-from qlora.pgvector_store import Entry, PgVectorStore
+from qlora.passage_store import Entry
+from qlora.pgvector_store import PgVectorStore
 
 INJECTIONS = [
     "' OR '1'='1",
@@ -207,11 +208,11 @@ def test_large_collections_get_indexes_and_filters_stay_complete(database, colle
     store = open_store(database, collection, DeterministicFakeEmbedding(size=16))
     passages = [Document(f"text {n}", metadata={"source": "a.md", "rare": n % 750 == 7, "n": n}) for n in range(3000)]
     store.put_document(Entry("a.md", "1"), passages[:400])
-    store.index_if_large()
+    store.finish()
     assert not store.is_indexed()
     store.put_document(Entry("a.md", "2"), passages)
-    store.index_if_large()
-    store.index_if_large()
+    store.finish()
+    store.finish()
     assert store.is_indexed()
     with store.database.transaction() as cursor:
         cursor.execute("SET LOCAL enable_seqscan = off")
@@ -234,7 +235,7 @@ def test_doctor(database, collection, monkeypatch, capsys):
 
     store = open_store(database, collection, DeterministicFakeEmbedding(size=16))
     store.put_document(Entry("a.md", "1"), [Document(f"text {n}", metadata={}) for n in range(300)])
-    store.index_if_large()
+    store.finish()
     findings = {finding.what: finding for finding in examine(store, "steered")}
     assert {finding.state for finding in findings.values()} == {"good"}
     assert (

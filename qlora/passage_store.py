@@ -1,0 +1,162 @@
+"""What every store of passages is to LangChain and to the scripts, whichever database is behind it."""
+
+import uuid
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores.utils import maximal_marginal_relevance
+
+from qlora import metadata_filter, searching
+from qlora.metadata_filter import Condition
+from qlora.searching import Hit
+
+ADDED_AS_TEXT = "added as text"  # the fingerprint of what came through LangChain's add_texts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A document as the collection knows it."""
+
+    source: str
+    fingerprint: str
+    folder: str | None = None  # that was ingested; None for texts and files that were named one by one
+    bytes: int = 0
+    passages: int = 0
+    added: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage ready to be stored."""
+
+    id: str
+    document: Document
+    vector: Sequence[float]
+
+
+class PassageStore(VectorStore):
+    """One collection of passages. A database of its own does what is abstract here."""
+
+    _embeddings: Embeddings
+    refusal_threshold: float | None  # the similarity that the best passage must reach; None when all are answered
+
+    @property
+    def embeddings(self) -> Embeddings:
+        return self._embeddings
+
+    @abstractmethod
+    def count(self) -> int:
+        """How many passages the collection has."""
+
+    @abstractmethod
+    def documents(self) -> list[Entry]:
+        """What is in the collection, by source."""
+
+    @abstractmethod
+    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
+        """Adds a document or replaces it, with all its passages."""
+
+    @abstractmethod
+    def forget(self, sources: Sequence[str]) -> int:
+        """Removes documents with their passages; returns how many there were."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """What is to be done when everything has been written."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Removes the collection with everything in it."""
+
+    @abstractmethod
+    def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
+        """Adds passages to documents, which are made when they are not there."""
+
+    @abstractmethod
+    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[Hit]:
+        """The `k` best passages, best first."""
+
+    # ----------------------------------------------------------------------- LangChain's way in
+
+    def add_texts(self, texts: Iterable[str], metadatas=None, *, ids=None, **kwargs) -> list[str]:
+        """Adds passages, or replaces those of the same id; returns the ids in the order of the texts.
+
+        They belong to the document that `source` in their metadata names, else to one called "texts".
+        """
+        texts = list(texts)
+        ids = [given or str(uuid.uuid4()) for given in ids or [None] * len(texts)]
+        vectors = self._embeddings.embed_documents(texts)
+        # A later text of the same id replaces an earlier one, as it would in two calls.
+        last = {given: n for n, given in enumerate(ids)}
+        by_source: dict[str, list[Passage]] = {}
+        for given, n in last.items():
+            metadata = (metadatas[n] if metadatas else None) or {}
+            passage = Passage(given, Document(texts[n], metadata=metadata), vectors[n])
+            by_source.setdefault(str(metadata.get("source", "texts")), []).append(passage)
+        self._put_texts(by_source)
+        return ids
+
+    # ----------------------------------------------------------------------- search
+
+    def find(
+        self,
+        question: str,
+        k: int = 3,
+        mode: str = searching.DEFAULT_MODE,
+        where: Sequence[Condition] = (),
+        fetch_k: int = searching.FETCH,
+        diversity: float = 0.0,
+    ) -> list[Document]:
+        """The `k` best passages, best first; their metadata has `score`, the cosine similarity (-1 to 1),
+        and `ranks`, the place that each leg of the search gave them.
+
+        `fetch_k` passages a leg are looked at. With `diversity` above 0, passages that say what a better
+        one says give way (maximal marginal relevance, lambda = 1 - diversity).
+        """
+        question = question.replace("\0", " ")
+        vector = self._embeddings.embed_query(question)
+        pool = max(k, fetch_k)
+        found = self._find_passages(question, vector, pool if diversity else k, mode, where, pool)
+        if diversity:
+            found = choose_diverse(found, vector, k, 1 - diversity)
+        return [hit.as_document() for hit in found]
+
+    def similarity_search(self, query: str, k: int = 4, filter: dict | None = None, **kwargs) -> list[Document]:
+        return [document for document, _ in self.similarity_search_with_score(query, k, filter)]
+
+    def similarity_search_with_score(self, query: str, k: int = 4, filter: dict | None = None, **kwargs):
+        """(passage, cosine similarity) of the nearest, best first; metadata as they were given."""
+        return self._nearest(query, self._embeddings.embed_query(query.replace("\0", " ")), k, filter)
+
+    def similarity_search_by_vector(self, embedding: list[float], k: int = 4, filter: dict | None = None, **kwargs):
+        return [document for document, _ in self._nearest("", embedding, k, filter)]
+
+    def _nearest(self, query: str, vector, k: int, filters: dict | None) -> list[tuple[Document, float]]:
+        found = self._find_passages(query, vector, k, "dense", metadata_filter.read_dict(filters), k)
+        return [(Document(hit.text, metadata=hit.metadata, id=hit.id), hit.score) for hit in found]
+
+    def max_marginal_relevance_search(self, query, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs):
+        vector = self._embeddings.embed_query(query.replace("\0", " "))
+        return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult, filter)
+
+    def max_marginal_relevance_search_by_vector(
+        self, embedding, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs
+    ):
+        found = self._find_passages("", embedding, fetch_k, "dense", metadata_filter.read_dict(filter), fetch_k)
+        chosen = choose_diverse(found, embedding, k, lambda_mult)
+        return [Document(hit.text, metadata=hit.metadata, id=hit.id) for hit in chosen]
+
+    def _select_relevance_score_fn(self):
+        return lambda score: (score + 1) / 2
+
+
+def choose_diverse(found: Sequence[Hit], vector, k: int, weight: float) -> list[Hit]:
+    """The `k` of the passages with the highest marginal relevance; `weight` 1 is relevance alone."""
+    vectors = [hit.embedding for hit in found]
+    return [found[n] for n in maximal_marginal_relevance(numpy.array(vector), vectors, weight, k)]

@@ -1,0 +1,343 @@
+"""The LangChain VectorStore over Pinecone: an index that all collections share, two namespaces a collection.
+
+`NAME` holds the passages, `NAME documents` a record for each document that is complete and one about the
+collection. Pinecone has no transactions: a document's passages are written first, its record after them, and
+what it had before is removed last. A run that broke off is completed by running it again.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from pinecone import Index, Pinecone
+from pinecone.errors import exceptions
+
+from qlora import metadata_filter, settings
+from qlora.console import UserError, fail, note
+from qlora.documents import embedded_text
+from qlora.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
+from qlora.searching import Hit
+
+REQUEST_BYTES, METADATA_BYTES = 2_000_000, 40_960  # docs.pinecone.io, "Database limits"
+REQUEST_RECORDS, LISTED = 200, 100
+AT_ONCE = 4  # requests
+READY_SECONDS, VISIBLE_SECONDS = 300, 60
+ABOUT = "collection"  # id of the record about the collection itself
+# Ours among a record's metadata: the words, the metadata as they were given, and what the passage belongs to.
+TEXT, GIVEN, SOURCE, FINGERPRINT = "_text", "_metadata", "_source", "_fingerprint"
+
+
+def open_index(dimension: int) -> Index:
+    """The index that the settings name, made when it is not there, and waited for.
+
+    Raises UserError without a key, with a wrong one, over quota, when it has another dimension or metric, or when it
+    is not ready in five minutes.
+    """
+    key = settings.get("PINECONE_API_KEY")
+    if not key:
+        raise fail("no Pinecone key", "PINECONE_API_KEY", "set it in the environment or in .env (app.pinecone.io)")
+    name = settings.get("PINECONE_INDEX") or "qlora"
+    client = Pinecone(api_key=key, host=settings.get("PINECONE_HOST"))
+    with explaining(name):
+        if not client.indexes.exists(name):
+            cloud, region = settings.get("PINECONE_CLOUD") or "aws", settings.get("PINECONE_REGION") or "us-east-1"
+            note(f"Making the Pinecone index {name} ({cloud}, {region}), once")
+            place = {"deployment_type": "managed", "cloud": cloud, "region": region}
+            with contextlib.suppress(exceptions.ConflictError):  # another process was first
+                client.indexes.create(name=name, dimension=dimension, metric="cosine", deployment=place, timeout=-1)
+        index = wait_until_ready(client, name)
+        check_index(index, dimension)
+        return client.index(host=index.host)
+
+
+def wait_until_ready(client: Pinecone, name: str):
+    """The index's description once it serves requests."""
+    end = time.monotonic() + READY_SECONDS
+    while not (index := client.indexes.describe(name)).status.ready:
+        if time.monotonic() > end:
+            what = f"the index is not ready after {READY_SECONDS} s (it is {index.status.state})"
+            raise fail(what, name, "run it again later, or look at app.pinecone.io")
+        time.sleep(1)
+    return index
+
+
+def check_index(index, dimension: int) -> None:
+    """Raises UserError unless the index holds dense vectors of that dimension and compares them by cosine."""
+    found = index.dimension, index.metric
+    if found != (dimension, "cosine"):
+        what = f"the index has dimension {found[0]} and metric {found[1]}; {dimension} and cosine are needed"
+        raise fail(what, f"Pinecone index {index.name}", "name another index with PINECONE_INDEX: it will be made")
+
+
+class PineconeStore(PassageStore):
+    """One collection of passages in an index."""
+
+    def __init__(self, index: Index, embeddings: Embeddings, embedding_model: str, collection: str):
+        """Opens the collection. Raises UserError when it was made with another embedding model."""
+        self.index = index
+        self._embeddings = embeddings
+        self.collection = collection
+        self._awaited: dict[str, str | None] = {}  # fingerprints that reads should come to see, by source
+        self._dimension = len(embeddings.embed_query("dimension"))
+        with explaining(collection):
+            about = self._about()
+        if about.get("embedding_model", embedding_model) != embedding_model:
+            raise fail(
+                f"collection {collection} was made with embedding model {about['embedding_model']}, "
+                f"not {embedding_model}",
+                "--collection",
+                "use that --embedding-model, or give another --collection",
+            )
+        self._embedding_model = embedding_model
+
+    @property
+    def records(self) -> str:
+        """The namespace of the records about documents."""
+        return f"{self.collection} documents"
+
+    def _about(self) -> dict:
+        return self._fetch([ABOUT], self.records).get(ABOUT, {})
+
+    def _write_about(self, **values) -> None:
+        self._write([self._record(ABOUT, {"embedding_model": self._embedding_model, **self._about(), **values})])
+
+    def _record(self, key: str, values: dict) -> dict:
+        """A record with no vector to speak of: Pinecone has no other."""
+        kept = {name: value for name, value in values.items() if value is not None}
+        return {"id": key, "values": [1.0] + [0.0] * (self._dimension - 1), "metadata": kept}
+
+    @property
+    def refusal_threshold(self) -> float | None:
+        threshold = self._about().get("refusal_threshold", "")
+        return None if threshold == "" else threshold
+
+    @refusal_threshold.setter
+    def refusal_threshold(self, value: float | None) -> None:
+        self._write_about(refusal_threshold="" if value is None else value)
+
+    def count(self) -> int:
+        with explaining(self.collection):
+            found = self.index.describe_index_stats().namespaces.get(self.collection)
+        return found.vector_count if found else 0
+
+    def documents(self) -> list[Entry]:
+        entries = []
+        for keys in self._list(self.records):
+            for key, values in self._fetch(keys, self.records).items():
+                if key != ABOUT:
+                    entries.append(as_entry(values))
+        return sorted(entries, key=lambda entry: entry.source)
+
+    def drop(self) -> None:
+        for namespace in (self.collection, self.records):
+            with contextlib.suppress(exceptions.NotFoundError):
+                self.index.delete(delete_all=True, namespace=namespace)
+
+    def finish(self) -> None:
+        """Waits until reads see what was written: Pinecone is eventually consistent."""
+        end = time.monotonic() + VISIBLE_SECONDS
+        while not (seen := self._is_visible()) and time.monotonic() < end:
+            time.sleep(1)
+        if not seen:
+            note("Pinecone does not show all that was written yet: answers may miss some of it for a while")
+
+    def _is_visible(self) -> bool:
+        entries = {entry.source: entry for entry in self.documents()}
+        found = {source: source in entries and entries[source].fingerprint for source in self._awaited}
+        all_there = all(found[source] == (wanted or False) for source, wanted in self._awaited.items())
+        return all_there and self.count() == sum(entry.passages for entry in entries.values())
+
+    # ----------------------------------------------------------------------- write
+
+    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
+        """Adds a document or replaces it: passages, then its record, then what it had before is removed.
+
+        Raises UserError, with nothing written, for metadata above Pinecone's 40 kB.
+        """
+        if vectors is None:
+            vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
+        numbered = enumerate(zip(passages, vectors, strict=True), 1)
+        start = f"{document_key(entry.source)}/{digest(entry.fingerprint)}"
+        rows = [as_record(Passage(f"{start}/{n}", *pair), entry) for n, pair in numbered]
+        self._write(rows, self.collection)
+        self._write_entry(replace(entry, passages=len(passages)))
+        self._delete(
+            {"$and": [{SOURCE: {"$eq": entry.source}}, {FINGERPRINT: {"$ne": entry.fingerprint}}]}, self.collection
+        )
+        return True
+
+    def _write_entry(self, entry: Entry) -> None:
+        if not self._about():
+            self._write_about()
+        values = {**asdict(entry), "added": datetime.now(UTC).isoformat()}
+        self._write([self._record(document_key(entry.source), values)])
+        self._awaited[entry.source] = entry.fingerprint
+
+    def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
+        for source, passages in by_source.items():
+            entry = self._fetch([document_key(source)], self.records).get(document_key(source))
+            entry = as_entry(entry) if entry else Entry(source, ADDED_AS_TEXT)
+            known = self._fetch([passage.id for passage in passages], self.collection)
+            self._write([as_record(passage, entry) for passage in passages], self.collection)
+            self._write_entry(replace(entry, passages=entry.passages + len(passages) - len(known)))
+
+    def forget(self, sources: Sequence[str]) -> int:
+        keys = [document_key(source) for source in sources]
+        known = self._fetch(keys, self.records)
+        for source in sources:
+            self._delete({SOURCE: {"$eq": source}}, self.collection)
+        if known:
+            with explaining(self.collection):
+                self.index.delete(ids=list(known), namespace=self.records)
+            self._awaited |= {values["source"]: None for values in known.values()}
+        return len(known)
+
+    def _write(self, rows: list[dict], namespace: str | None = None) -> None:
+        """Upserts records, several requests at once; the SDK waits and repeats what was refused for a while.
+
+        Raises UserError, after the rest was written, when some were not.
+        """
+        if not rows:
+            return
+        largest = max(len(json.dumps(row)) for row in rows)
+        size = max(1, min(REQUEST_RECORDS, REQUEST_BYTES // largest))
+        with explaining(self.collection):
+            answer = self.index.upsert(
+                vectors=rows,
+                namespace=namespace or self.records,
+                batch_size=size,
+                max_concurrency=AT_ONCE,
+                show_progress=False,
+            )
+            if answer.has_errors:
+                raise answer.errors[0].error
+
+    def _delete(self, condition: dict, namespace: str) -> None:
+        with explaining(self.collection), contextlib.suppress(exceptions.NotFoundError):
+            self.index.delete(filter=condition, namespace=namespace)
+
+    # ----------------------------------------------------------------------- read
+
+    def _list(self, namespace: str) -> Iterator[list[str]]:
+        """The ids of all records, some at a time."""
+        token = None
+        while True:
+            with explaining(self.collection):
+                page = self.index.list_paginated(namespace=namespace, limit=LISTED, pagination_token=token)
+            if keys := [item.id for item in page.vectors]:
+                yield keys
+            token = page.pagination.next if page.pagination else None
+            if not token:
+                return
+
+    def _fetch(self, keys: Sequence[str], namespace: str) -> dict[str, dict]:
+        """The metadata of the records that are there, by id."""
+        found = {}
+        for at in range(0, len(keys), LISTED):
+            with explaining(self.collection):
+                answer = self.index.fetch(ids=list(keys[at : at + LISTED]), namespace=namespace)
+            found |= {key: vector.metadata or {} for key, vector in answer.vectors.items()}
+        return found
+
+    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[Hit]:
+        if mode != "dense":
+            raise fail("Pinecone searches by meaning only", f"search {mode}", "use dense, or --store pgvector")
+        with explaining(self.collection):
+            answer = self.index.query(
+                top_k=k,
+                vector=[float(x) for x in vector],
+                namespace=self.collection,
+                filter=metadata_filter.as_pinecone(where),
+                include_metadata=True,
+                include_values=True,
+            )
+        return [
+            Hit(match.id, match.metadata[TEXT], json.loads(match.metadata[GIVEN]), match.score, n, None, match.values)
+            for n, match in enumerate(answer.matches, 1)
+        ]
+
+    @classmethod
+    def from_texts(cls, texts, embedding, metadatas=None, *, ids=None, index, embedding_model, collection, **kwargs):
+        store = cls(index, embedding, embedding_model, collection)
+        store.add_texts(texts, metadatas, ids=ids)
+        return store
+
+    def delete(self, ids: list[str] | None = None, **kwargs) -> bool | None:
+        """Removes passages by id; ids that are not there are passed over. None is not everything: nothing is done."""
+        if ids is None:
+            return None
+        for at in range(0, len(ids), LISTED):
+            with explaining(self.collection), contextlib.suppress(exceptions.NotFoundError):  # nothing was ever written
+                self.index.delete(ids=ids[at : at + LISTED], namespace=self.collection)
+        return True
+
+    def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
+        found = self._fetch(ids, self.collection)
+        return [
+            Document(found[key][TEXT], metadata=json.loads(found[key][GIVEN]), id=key) for key in ids if key in found
+        ]
+
+
+def as_record(passage: Passage, entry: Entry) -> dict:
+    """The passage as Pinecone stores it: metadata that it can filter by beside our own.
+
+    Raises UserError when they are too large together.
+    """
+    given = passage.document.metadata
+    flat = {key: value for key, value in given.items() if isinstance(value, str | int | float | bool)}
+    ours = {
+        TEXT: passage.document.page_content,
+        GIVEN: json.dumps(given, ensure_ascii=False, default=str),
+        SOURCE: entry.source,
+        FINGERPRINT: entry.fingerprint,
+    }
+    size = len(json.dumps({**flat, **ours}, ensure_ascii=False).encode())
+    if size > METADATA_BYTES:
+        what = f"a passage with its metadata has {size:,} bytes, Pinecone takes {METADATA_BYTES:,}"
+        raise fail(what, entry.source, "ingest with smaller --passage-tokens, or take metadata out")
+    return {"id": passage.id, "values": [float(x) for x in passage.vector], "metadata": {**flat, **ours}}
+
+
+def as_entry(values: dict) -> Entry:
+    known = {name: values.get(name) for name in ("source", "fingerprint", "folder")}
+    sizes = {name: int(values.get(name, 0)) for name in ("bytes", "passages")}
+    return Entry(**known, **sizes, added=datetime.fromisoformat(values["added"]))
+
+
+def document_key(source: str) -> str:
+    """An id of a document: sources may be long, and of any letters."""
+    return digest(source)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Turns what the SDK raises into a UserError."""
+    try:
+        yield
+    except exceptions.PineconeError as error:
+        raise explain(error, what) from error
+
+
+def explain(error: exceptions.PineconeError, what: str) -> UserError:
+    """What an error of the SDK means for its user; never with the key in it."""
+    fixes = (
+        (exceptions.UnauthorizedError, "set PINECONE_API_KEY to a valid key (app.pinecone.io)"),
+        (exceptions.ForbiddenError, "the quota may be used up, or the key has no right to it: see app.pinecone.io"),
+        (exceptions.PaymentRequiredError, "the quota is used up: see app.pinecone.io"),
+        (exceptions.RateLimitError, "too many requests: wait a minute and run it again, what is done stays done"),
+        (exceptions.PineconeConnectionError, "check the network and run it again: what is done stays done"),
+        (exceptions.PineconeTimeoutError, "check the network and run it again: what is done stays done"),
+    )
+    fix = next((fix for kind, fix in fixes if isinstance(error, kind)), "run it again, or see status.pinecone.io")
+    said = " ".join(str(error).split()).replace(settings.get("PINECONE_API_KEY") or "\0", "PINECONE_API_KEY")[:200]
+    return fail(f"Pinecone: {said}", what, fix)
