@@ -224,6 +224,7 @@ def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
 
 
 def database_flags(storage: str) -> argparse.ArgumentParser:
+    """Where the passages are."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(storage)
     stores = console.choice("pgvector", "pinecone")
