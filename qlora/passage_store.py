@@ -2,7 +2,7 @@
 
 import uuid
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -40,6 +40,9 @@ class Passage:
     vector: Sequence[float]
 
 
+Prepared = tuple[Entry, Sequence[Document], Sequence]  # a document, its passages, their vectors
+
+
 class PassageStore(VectorStore):
     """One collection of passages. A database of its own does what is abstract here."""
 
@@ -61,6 +64,12 @@ class PassageStore(VectorStore):
     @abstractmethod
     def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
         """Adds a document or replaces it, with all its passages."""
+
+    def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
+        """Puts documents one after the other; each with its number of passages when it is written."""
+        for entry, passages, vectors in prepared:
+            self.put_document(entry, passages, vectors)
+            yield entry, len(passages)
 
     @abstractmethod
     def forget(self, sources: Sequence[str]) -> int:

@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
@@ -21,7 +22,7 @@ from pinecone.errors import exceptions
 from qlora import metadata_filter, settings
 from qlora.console import UserError, fail, note
 from qlora.documents import embedded_text
-from qlora.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
+from qlora.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore, Prepared
 from qlora.searching import Hit
 
 REQUEST_BYTES, METADATA_BYTES = 2_000_000, 40_960  # docs.pinecone.io, "Database limits"
@@ -94,7 +95,8 @@ class PineconeStore(PassageStore):
                 "--collection",
                 "use that --embedding-model, or give another --collection",
             )
-        self._embedding_model = embedding_model
+        if not about:
+            self._write([self._record(ABOUT, {"embedding_model": embedding_model})])
 
     @property
     def records(self) -> str:
@@ -103,9 +105,6 @@ class PineconeStore(PassageStore):
 
     def _about(self) -> dict:
         return self._fetch([ABOUT], self.records).get(ABOUT, {})
-
-    def _write_about(self, **values) -> None:
-        self._write([self._record(ABOUT, {"embedding_model": self._embedding_model, **self._about(), **values})])
 
     def _record(self, key: str, values: dict) -> dict:
         """A record with no vector to speak of: Pinecone has no other."""
@@ -119,7 +118,8 @@ class PineconeStore(PassageStore):
 
     @refusal_threshold.setter
     def refusal_threshold(self, value: float | None) -> None:
-        self._write_about(refusal_threshold="" if value is None else value)
+        kept = {**self._about(), "refusal_threshold": "" if value is None else value}
+        self._write([self._record(ABOUT, kept)])
 
     def count(self) -> int:
         with explaining(self.collection):
@@ -172,9 +172,15 @@ class PineconeStore(PassageStore):
         )
         return True
 
+    def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
+        """Several at once: each takes three answers of a server that may be far away."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            begun = [(each[0], len(each[1]), pool.submit(self.put_document, *each)) for each in prepared]
+            for entry, count, putting in begun:
+                putting.result()
+                yield entry, count
+
     def _write_entry(self, entry: Entry) -> None:
-        if not self._about():
-            self._write_about()
         values = {**asdict(entry), "added": datetime.now(UTC).isoformat()}
         self._write([self._record(document_key(entry.source), values)])
         self._awaited[entry.source] = entry.fingerprint

@@ -11,7 +11,7 @@ from langchain_core.documents import Document
 from qlora import documents
 from qlora.console import Problems, note, progress
 from qlora.documents import SourceFile
-from qlora.passage_store import Entry
+from qlora.passage_store import Entry, Prepared
 
 BATCH = 256  # passages embedded together: enough to put those of one length together
 REMEMBERED = 20_000  # embedded texts, about 30 MB: what stands in many documents is embedded once
@@ -100,12 +100,18 @@ def write_documents(store, plan: Plan, tokenizer, splitting: Splitting, problems
             texts = [documents.embedded_text(passage) for _, passages in batch for passage in passages]
             # In this thread: in another one torch is slower on the CPU, by more than overlapping would save.
             vectors = embed_once(store.embeddings, texts, remembered)
-            for entry, passages in batch:
-                store.put_document(entry, passages, vectors[: len(passages)])
-                vectors = vectors[len(passages) :]
-                written.append((entry, len(passages)))
+            for put in store.put_documents(share_out(batch, vectors)):
+                written.append(put)
                 bar.advance(task)
     return written
+
+
+def share_out(batch: list[tuple[Entry, list[Document]]], vectors: list[list[float]]) -> Iterator[Prepared]:
+    """Each document of the batch with its own of the vectors."""
+    at = 0
+    for entry, passages in batch:
+        yield entry, passages, vectors[at : at + len(passages)]
+        at += len(passages)
 
 
 def read_batches(
