@@ -15,6 +15,7 @@ Precedence: flag > environment > .env > default. Answers go to stdout, everythin
 
 import contextlib
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -182,8 +183,15 @@ def ingest(args, store) -> int:
 
     splitting = args.embedding_model, args.passage_tokens, args.overlap
     put_files(store, args.paths, *splitting, args.prune, args.dry_run)
-    note(f'Next: python rag_qlora.py ask --collection {args.collection} "Your question?"')
+    note(f'Next: python rag_qlora.py ask {same_places(args)} "Your question?"')
     return 0
+
+
+def same_places(args) -> str:
+    """The flags with which another command uses the same collection and model server."""
+    places = {"--collection": args.collection, "--store": args.store if args.store != "pgvector" else None}
+    places |= {"--base-url": vars(args).get("base_url"), "--model": vars(args).get("model")}
+    return shlex.join(word for flag, value in places.items() if value for word in (flag, value))
 
 
 def documents(args, store) -> int:
@@ -328,7 +336,7 @@ def ask(args, chain, prompt) -> int:
             print(json.dumps(turn.as_json(args), ensure_ascii=False), flush=True)
         else:
             print_turn(turn)
-    note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} --collection {args.collection}")
+    note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} {same_places(args)}")
     return 3 if args.strict and refused else 0
 
 

@@ -183,6 +183,7 @@ def test_every_command_works_over_pinecone(server, tiny_base, tmp_path, capsys):
     kept.write_text("# Bells\n\nThe bell is rung twice before a departure.")
     gone.write_text("# Old\n\nNothing of use.")
     assert rag("ingest", tmp_path, *flags) == 0
+    assert "ask --collection mine --store pinecone" in capsys.readouterr().err
     gone.unlink()
     assert rag("ingest", tmp_path, *flags, "--prune") == 0
     capsys.readouterr()
