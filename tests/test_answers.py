@@ -193,3 +193,20 @@ def test_langchain_s_own_pipeline_answers_through_the_same_chain(generator):
     their, our = [answer_question(chain, "Where is the flag?") for chain in chains]
     assert their.answer.text == our.answer.text and len(our.answer.text) > 20
     assert our.tokens["completion"] == 12 and their.timings["generate_s"] > 0
+
+
+def test_merged_for_speed_after_the_check_or_not_at_all(tiny_adapter, collection, capsys, monkeypatch):
+    import json
+
+    from conftest import rag
+
+    from qlora import export
+
+    words = "ask", "Where is the flag?", "--adapter", tiny_adapter, "--json"
+    assert rag(*words) == 0 and rag(*words, "--merge-for-speed") == 0
+    output = capsys.readouterr()
+    unmerged, merged = map(json.loads, output.out.splitlines())
+    assert merged["answer"] == unmerged["answer"] and "merged in memory" in output.err
+    monkeypatch.setattr(export, "keeps_answer", lambda *_: False)
+    assert rag(*words, "--merge-for-speed") == 2
+    assert "the merged model answers 8 of 8 prompts differently" in capsys.readouterr().err
