@@ -459,14 +459,9 @@ def compare(args) -> int:
 def complete_batch(prompt, generator, pairs) -> list:
     """A checked Answer for each (question, documents), in the words that ask() uses."""
     from qlora.citations import check_answer
-    from qlora.prompt import fill_prompt
 
-    budget = generator.window - generator.max_new_tokens
-    asked = [
-        fill_prompt(generator.tokenizer, prompt, budget, question.question, [d.page_content for d in documents])
-        for question, documents in pairs
-    ]
-    texts = generator.complete(asked)
+    fill = make_fill(prompt, generator)
+    texts = generator.complete([fill(asked.question, [d.page_content for d in found]) for asked, found in pairs])
     return [check_answer(text, documents, prompt.refusal) for text, (_, documents) in zip(texts, pairs, strict=True)]
 
 

@@ -26,8 +26,7 @@ from qlora import console  # noqa: E402
 MARK = re.compile(r"(?P<code># source: (\S+))|<!-- source: (\S+) -->")
 LIMIT = 1_000_000  # bytes a notebook; GitHub shows no large ones
 SMALL = "SMALL = False", "SMALL = True"
-# A person answers to `chat`; `compare` is for two evaluations; the rest is called by the others.
-NOT_STEPPED = {"compare", "chat", "make_rewriter"}
+NOT_STEPPED = {"chat", "make_rewriter"}  # a chat wants a person
 
 
 def main(argv: list[str]) -> int:

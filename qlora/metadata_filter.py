@@ -98,7 +98,9 @@ def as_pinecone(conditions: Sequence[Condition]) -> dict | None:
                 for text in condition.values
             ]
         elif operator == "=":
-            parts.append({key: {"$in": [value for text in condition.values for value in read_values(text)]}})
+            values = [value for text in condition.values for value in read_values(text)]
+            # Not $in, whose values have one type. Nothing is equal to none of them.
+            parts.append({"$or": [{key: {"$eq": value}} for value in values]} if values else {key: {"$in": []}})
         elif NUMBER.fullmatch(condition.values[0]):
             names = {ours: theirs for theirs, ours in LANGCHAIN.items()}
             parts.append({key: {names[operator]: float(condition.values[0])}})

@@ -136,7 +136,7 @@ class PineconeStore(PassageStore):
 
     def drop(self) -> None:
         for namespace in (self.collection, self.records):
-            with contextlib.suppress(exceptions.NotFoundError):
+            with explaining(namespace), contextlib.suppress(exceptions.NotFoundError):
                 self.index.delete(delete_all=True, namespace=namespace)
 
     def finish(self) -> None:
@@ -163,41 +163,42 @@ class PineconeStore(PassageStore):
         if vectors is None:
             vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
         numbered = enumerate(zip(passages, vectors, strict=True), 1)
-        start = f"{document_key(entry.source)}/{digest(entry.fingerprint)}"
+        start = f"{digest(entry.source)}/{digest(entry.fingerprint)}"
         rows = [as_record(Passage(f"{start}/{n}", *pair), entry) for n, pair in numbered]
         self._write(rows, self.collection)
         self._write_entry(replace(entry, passages=len(passages)))
-        self._delete(
-            {"$and": [{SOURCE: {"$eq": entry.source}}, {FINGERPRINT: {"$ne": entry.fingerprint}}]}, self.collection
-        )
+        self._delete({"$and": [{SOURCE: {"$eq": entry.source}}, {FINGERPRINT: {"$ne": entry.fingerprint}}]})
         return True
 
     def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
         """Several at once: each takes three answers of a server that may be far away."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             begun = [(each[0], len(each[1]), pool.submit(self.put_document, *each)) for each in prepared]
-            for entry, count, putting in begun:
-                putting.result()
-                yield entry, count
+            try:
+                for entry, count, putting in begun:
+                    putting.result()
+                    yield entry, count
+            finally:  # after a failure the rest is not tried: each would wait for the network in vain
+                pool.shutdown(cancel_futures=True)
 
     def _write_entry(self, entry: Entry) -> None:
         values = {**asdict(entry), "added": datetime.now(UTC).isoformat()}
-        self._write([self._record(document_key(entry.source), values)])
+        self._write([self._record(digest(entry.source), values)])
         self._awaited[entry.source] = entry.fingerprint
 
     def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
         for source, passages in by_source.items():
-            entry = self._fetch([document_key(source)], self.records).get(document_key(source))
+            entry = self._fetch([digest(source)], self.records).get(digest(source))
             entry = as_entry(entry) if entry else Entry(source, ADDED_AS_TEXT)
             known = self._fetch([passage.id for passage in passages], self.collection)
             self._write([as_record(passage, entry) for passage in passages], self.collection)
             self._write_entry(replace(entry, passages=entry.passages + len(passages) - len(known)))
 
     def forget(self, sources: Sequence[str]) -> int:
-        keys = [document_key(source) for source in sources]
+        keys = [digest(source) for source in sources]
         known = self._fetch(keys, self.records)
         for source in sources:
-            self._delete({SOURCE: {"$eq": source}}, self.collection)
+            self._delete({SOURCE: {"$eq": source}})
         if known:
             with explaining(self.collection):
                 self.index.delete(ids=list(known), namespace=self.records)
@@ -224,9 +225,9 @@ class PineconeStore(PassageStore):
             if answer.has_errors:
                 raise answer.errors[0].error
 
-    def _delete(self, condition: dict, namespace: str) -> None:
+    def _delete(self, condition: dict) -> None:
         with explaining(self.collection), contextlib.suppress(exceptions.NotFoundError):
-            self.index.delete(filter=condition, namespace=namespace)
+            self.index.delete(filter=condition, namespace=self.collection)
 
     # ----------------------------------------------------------------------- read
 
@@ -316,12 +317,8 @@ def as_entry(values: dict) -> Entry:
     return Entry(**known, **sizes, added=datetime.fromisoformat(values["added"]))
 
 
-def document_key(source: str) -> str:
-    """An id of a document: sources may be long, and of any letters."""
-    return digest(source)
-
-
 def digest(text: str) -> str:
+    """What ids are made of: sources may be long, and of any letters."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

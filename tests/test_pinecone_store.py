@@ -167,6 +167,16 @@ def test_a_network_that_goes_away_is_completed_by_the_second_run(server, tmp_pat
     assert rag(*words) == 0 and "4 unchanged" in capsys.readouterr().err
 
 
+def test_after_a_failure_the_rest_is_not_tried(server):
+    store = open_store()
+    server.faults["/vectors/upsert"] = [403] * 200
+    prepared = [(Entry(f"{n}.md", "1"), [Document("text")], [[1.0] * SIZE]) for n in range(100)]
+    before = server.requests["/vectors/upsert"]
+    with pytest.raises(UserError, match="quota"):
+        list(store.put_documents(prepared))
+    assert server.requests["/vectors/upsert"] - before < 50
+
+
 def test_what_was_just_written_is_waited_for(server):
     server.delay = 1.5
     store = open_store()
