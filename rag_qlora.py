@@ -45,10 +45,10 @@ def main(argv: list[str]) -> int:
         store = open_store(args)
         fill_if_empty(args, store)
     with console.step(STEPS, "Generate Response"):
-        chain = build_chain(args, store, prompt, generator, make_fill(prompt, generator))
-        if args.command == "chat":
-            return chat(args, chain, prompt, make_rewriter(args, prompt, generator))
-        if args.command in ("ask", "demo"):
+        if args.command != "evaluate":
+            chain = build_chain(args, store, prompt, generator, make_fill(prompt, generator))
+            if args.command == "chat":
+                return chat(args, chain, prompt, make_rewriter(args, prompt, generator))
             return ask(args, chain, prompt)
         return evaluate(args, store, prompt, generator)
 
