@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -83,26 +84,37 @@ def note_dropped(dropped) -> None:
 
 
 def format_rows(args, tokenizer, prompt, rows, counts):
-    """Training and held-out examples: context / instruction / response as token ids with labels.
+    """Training examples of every epoch, and held-out ones: context / instruction / response as token ids with labels.
 
-    Adds to `counts` what was left out of training because it is also held out, and how many rows of each
-    part were shortened or too long.
+    Every epoch has its own passages around the right one. Adds to `counts` what was left out of training because it
+    is also held out, and how many rows of each part were shortened or too long.
     """
     training, held_out = dataset.hold_out(rows, args.eval_share, args.seed)
     training, counts["leaked"] = dataset.drop_leaked(training, held_out)
     note_dropped(counts["leaked"])
-    parts = []
+
+    def encode(part, epoch: int):
+        shaped = dataset.add_distractors(part, args.distractors, args.gold_probability, prompt, args.seed + epoch)
+        return dataset.tokenize_rows(tokenizer, prompt, shaped, args.max_length)
+
+    first = []
     for name, part in (("training", training), ("held out", held_out)):
-        shaped = dataset.add_distractors(part, args.distractors, args.gold_probability, prompt, args.seed)
-        examples, cut = dataset.tokenize_rows(tokenizer, prompt, shaped, args.max_length)
+        examples, cut = encode(part, 0)
         tokens = sum(len(example.input_ids) for example in examples)
         counts[name] = {"documents": len({row.document for row in part}), **cut}
         console.note(f"{name}: {len(examples)} rows of {counts[name]['documents']} documents, {tokens} tokens")
         for what, count in cut.items():
             if count:
                 console.note(f"  {count} rows {what}: --max-length {args.max_length}")
-        parts.append(examples)
-    return parts
+        first.append(examples)
+    later = [encode(training, epoch)[0] for epoch in range(1, count_epochs(args, len(first[0])))]
+    return [first[0], *later], first[1]
+
+
+def count_epochs(args, rows: int) -> int:
+    """Epochs to prepare rows for; with --max-steps as many as those may reach."""
+    rows_a_step = args.batch_size * args.accumulation * settings.process_count()
+    return math.ceil(args.max_steps * rows_a_step / rows if args.max_steps else args.epochs)
 
 
 def report_data(args, tokenizer, training, held_out, counts) -> dict:
@@ -111,9 +123,9 @@ def report_data(args, tokenizer, training, held_out, counts) -> dict:
 
     outline = base_model.outline_model(base_model.resolve_base_model(args.base_model))
     model = trainer.add_lora(outline, *lora_options(args))
-    plan = trainer.plan_schedule(args, len(training), model.num_parameters())
+    plan = trainer.plan_schedule(args, training[0], model.num_parameters())
     sizes = {**asdict(plan), **data_report.describe_model(model), "processes": settings.process_count()}
-    report = data_report.build_report(tokenizer, training, held_out, counts, sizes)
+    report = data_report.build_report(tokenizer, training[0], held_out, counts, sizes)
     if args.dry_run:
         data_report.print_report(report)
         path = args.output.with_name(f"{args.output.name}.data_report.json")
@@ -168,9 +180,9 @@ def train_model(args, model, tokenizer, training, held_out) -> dict:
     if settings.process_rank() == 0:
         checkpoints.start_folder(partial, args.resume)
         checkpoints.match_manifest(partial, describe_start(args, training, held_out))
-    plan = trainer.plan_schedule(args, len(training), model.num_parameters())
+    plan = trainer.plan_schedule(args, training[0], model.num_parameters())
     recompute = "on" if plan.checkpointing else "off"
-    console.note(f"{plan.steps} steps of {plan.effective_batch} rows, gradient checkpointing {recompute}")
+    console.note(f"{plan.steps} steps of up to {plan.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, plan, partial)
     run.accelerator.wait_for_everyone()
     result = training_run.train(run, checkpoints.last_checkpoint(partial))
@@ -180,7 +192,7 @@ def train_model(args, model, tokenizer, training, held_out) -> dict:
 def describe_start(args, training, held_out) -> dict:
     """The manifest: what a resumed run must have in common with the one that stopped."""
     free = {"resume", "overwrite", "keep_checkpoints", "dry_run", "merge", "push_to_hub", "report_to"}
-    rows = {name: digest_rows(part) for name, part in (("training", training), ("held out", held_out))}
+    rows = {"training": [digest_rows(epoch) for epoch in training], "held out": digest_rows(held_out)}
     return {
         "arguments": {name: printable(value) for name, value in vars(args).items() if name not in free},
         "sha256 of rows": rows,

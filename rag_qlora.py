@@ -393,8 +393,10 @@ def evaluate(args, store, prompt, generator) -> int:
 
     questions = evaluation.load_questions(args.questions, args.limit)
     found = evaluation.search_all(make_search(args, store), questions, args.top_k)
-    contexts = evaluation.gather_passages(questions, found, args.top_k)
+    passages = evaluation.gather_passages(questions, found, args.top_k)
+    contexts = {name: asked for name, asked in passages.items() if name in args.contexts}
     modes = {"base": generator.without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
+    modes = {name: mode for name, mode in modes.items() if name in args.models}
     if not args.adapter:
         note("No adapter: the base model alone is evaluated")
     values = evaluation_settings(args, prompt)

@@ -52,7 +52,7 @@ def give_verdict(differences: Sequence[dict]) -> str:
     """One line on whether the tuned model answers better from retrieved passages."""
     found = next((d for d in differences if (d["what"], d["of"]) == ("tuned - base", "retrieved")), None)
     if found is None:
-        return "base model alone: nothing to compare"
+        return "one model alone: nothing to compare"
     numbers = describe_interval(found)
     if found["low"] > 0:
         return f"tuned answers better: {numbers}"

@@ -46,7 +46,8 @@ def build_report(
     check_examples(tokenizer, training, "training")
     check_examples(tokenizer, held_out, "held-out")
     tokens = count_tokens(training)
-    rows_a_step = plan["micro_batch"] * plan["accumulation"] * plan.get("processes", 1)
+    batches = measure_batches(training, plan)
+    batches_a_step = plan["accumulation"] * plan.get("processes", 1)
     trained = sum(map(count_labels, training))
     return {
         "rows": {"read": counts["read"], "kept": counts["kept"], "dropped": describe_dropped(counts["dropped"])},
@@ -58,11 +59,12 @@ def build_report(
         "refused_share": round(sum(is_refused(tokenizer, example) for example in training) / len(training), 4),
         "tokens_an_epoch": tokens,
         "steps": plan["steps"],
-        "rows_a_step": rows_a_step,
-        "epochs": round(plan["steps"] * rows_a_step / len(training), 2),
+        "tokens_computed_an_epoch": sum(batches),
+        "rows_a_step": round(len(training) * batches_a_step / len(batches), 1),
+        "epochs": round(plan["steps"] * batches_a_step / len(batches), 2),
         "estimate": {
-            "seconds": round(estimate_seconds(training, plan, rate or measure_rate())),
-            "memory_gb": estimate_memory(training, plan),
+            "seconds": round(estimate_seconds(batches, plan, rate or measure_rate())),
+            "memory_gb": estimate_memory(batches, plan),
         },
         "example": mark_trained(tokenizer, choose_example(tokenizer, training)),
     }
@@ -170,33 +172,43 @@ def measure_rate(seconds: float = 0.5) -> float:
     return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
 
 
-def estimate_seconds(training: Sequence[Example], plan: dict, rate: float) -> float:
+def measure_batches(training: Sequence[Example], plan: dict) -> list[int]:
+    """The tokens that are computed for every batch of an epoch: without padding, common beginnings once."""
+    from qlora import packing, trainer
+
+    sizes = []
+    for batch in trainer.make_batches(training, plan["micro_batch"], plan["seed"]):
+        padded = trainer.collate([vars(example) for example in batch])
+        sizes.append(packing.pack(padded["input_ids"], padded["attention_mask"]).input_ids.numel())
+    return sizes
+
+
+def estimate_seconds(batches: Sequence[int], plan: dict, rate: float) -> float:
     """An estimate of how long all steps take, without evaluations: within a factor of two on an idle machine.
 
     A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
-    LoRA), and 2 more where activations are recomputed. There is no padding.
+    LoRA), and 2 more where activations are recomputed. `batches` are their tokens (`measure_batches`).
     """
-    tokens = plan["steps"] * plan["micro_batch"] * plan["accumulation"] * count_tokens(training) / len(training)
+    tokens = plan["steps"] * plan["accumulation"] * sum(batches) / len(batches)
     return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * UTILISATION)
 
 
-def estimate_memory(training: Sequence[Example], plan: dict) -> dict[str, float]:
+def estimate_memory(batches: Sequence[int], plan: dict) -> dict[str, float]:
     """An estimate of the GB a process needs, by what needs them, and in all: within a fifth on the CPU.
 
     4-bit linear layers and 16-bit embeddings are about 0.6 bytes a weight; a LoRA weight is 16 (fp32 weight,
-    gradient and two moments of AdamW). Activations are those of the largest micro batch, whose rows are the
-    longest ones; with checkpointing, the inputs of all layers and everything of one.
+    gradient and two moments of AdamW). Activations are those of the largest batch; with checkpointing, the inputs of
+    all layers and everything of one.
     """
     import torch
 
-    longest = sorted((len(example.input_ids) for example in training), reverse=True)[: plan["micro_batch"]]
     kept = ACTIVATION_BYTES * plan["layers"]
     if plan["checkpointing"]:
         kept = CHECKPOINT_BYTES * plan["layers"] + ACTIVATION_BYTES
     parts = {
         "base_model": 0.6 * plan["parameters"],
         "lora": 16 * plan["lora_parameters"],
-        "activations": sum(longest) * plan["hidden_size"] * kept,
+        "activations": max(batches) * plan["hidden_size"] * kept,
         "libraries": LIBRARIES_CUDA if torch.cuda.is_available() else LIBRARIES_CPU,
     }
     return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}
@@ -245,8 +257,8 @@ def print_report(report: dict) -> None:
     )
     say(
         console,
-        f"{report['steps']} steps of {report['rows_a_step']} rows = {report['epochs']} epochs "
-        f"of {report['tokens_an_epoch']:,} tokens",
+        f"{report['steps']} steps of {report['rows_a_step']:g} rows = {report['epochs']} epochs "
+        f"of {report['tokens_an_epoch']:,} tokens, of which {report['tokens_computed_an_epoch']:,} are computed",
     )
     memory = dict(report["estimate"]["memory_gb"])
     needed = memory.pop("all")

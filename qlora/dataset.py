@@ -8,6 +8,7 @@ import csv
 import difflib
 import hashlib
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -268,6 +269,8 @@ def drop_leaked(training: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[
 class Contexts:
     """Where distractors come from: all contexts, in pools, and what they must not hold."""
 
+    place: dict[str, tuple[str, str]]  # context -> its subject and document
+
     by_document: dict[str, list[str]]
     by_subject: dict[str, list[str]]
     everything: list[str]
@@ -275,53 +278,82 @@ class Contexts:
     answers: dict[str, set[str]]  # normalised question -> padded words of its answers
 
 
+@dataclass(frozen=True)
+class Sets:
+    """Every context in one set of neighbours, whose rows share their passages."""
+
+    own: dict[str, list[str]]  # context -> its set, itself included
+    next: dict[str, list[str]]  # context -> the set after that, where its questions have no answer
+    rank: dict[str, float]  # context -> what passages are sorted by
+
+
 def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
     """The contexts of the rows in sorted pools, so that the order of the rows doesn't matter."""
-    words, answers = {}, defaultdict(set)
+    places, words, answers = defaultdict(set), {}, defaultdict(set)
     by_document, by_subject = defaultdict(set), defaultdict(set)
     for row in rows:
         if row.context:
+            places[row.context].add((row.subject, row.document))
             by_document[row.document].add(row.context)
             by_subject[row.subject].add(row.context)
             words[row.context] = words.get(row.context) or pad_words(row.context)
         if not is_refusal(row.response, refusal):
             answers[normalize(row.instruction)].add(pad_words(answer_span(row.response)))
     pools = ({name: sorted(texts) for name, texts in pool.items()} for pool in (by_document, by_subject))
-    return Contexts(*pools, sorted(words), words, answers)
+    return Contexts({text: min(found) for text, found in places.items()}, *pools, sorted(words), words, answers)
+
+
+def draw_sets(contexts: Contexts, size: int, seed: int) -> Sets:
+    """The contexts in random sets of `size` neighbours: of one document, or else of one subject, where these have so
+    many."""
+    chance = random.Random(seed)
+    names = sorted({name for place in contexts.place.values() for name in place})
+    order = {name: chance.random() for name in [*names, *contexts.everything]}
+    texts = sorted(contexts.everything, key=lambda text: [order[name] for name in (*contexts.place[text], text)])
+    sets = [texts[at : at + size] for at in range(0, len(texts), size)]
+    own = {text: one for one in sets for text in one}
+    after = {text: sets[(n + 1) % len(sets)] for n, one in enumerate(sets) for text in one}
+    return Sets(own, after, {text: chance.random() for text in texts})
 
 
 def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, prompt: Prompt, seed: int) -> list[Row]:
     """Rows with passages as retrieval gives them: the context among up to `count` others, shuffled.
 
-    Others come from the same document first, then from its subject, then from anywhere, and never hold the
-    answer. With probability 1 - `gold_probability` the context is left out and the right response is the
+    Others are neighbours: of the same document or subject where these have so many, and never hold the answer.
+    Rows of neighbours share their passages wherever that is possible, so that training computes these once (packing).
+    With probability 1 - `gold_probability` the context is left out and the right response is the
     refusal (RAFT, arXiv 2403.10131: training on distractors is what makes tuning help retrieval). Other
     responses end in the citation of the context. Depends on the row, the contexts of all rows and the
     seed alone. Rows without context are left as they are.
     """
     contexts = gather_contexts(rows, prompt.refusal)
-    return [
-        shape_row(row, contexts, count, gold_probability, prompt.refusal, seed) if row.context else row for row in rows
-    ]
+    sets = draw_sets(contexts, count + 1, seed)
+    given = contexts, sets, count, gold_probability, prompt.refusal, seed
+    return [shape_row(row, *given) if row.context else row for row in rows]
 
 
-def shape_row(row: Row, contexts: Contexts, count: int, gold_probability: float, refusal: str, seed: int) -> Row:
+def shape_row(
+    row: Row, contexts: Contexts, sets: Sets, count: int, gold_probability: float, refusal: str, seed: int
+) -> Row:
     """One row of `add_distractors`."""
     chance = random.Random(hashlib.sha256(f"{seed}\n{row.instruction}\n{row.context}".encode()).digest())
-    others = pick_distractors(row, contexts, count + 1, refusal, chance)
     refused = is_refusal(row.response, refusal)
-    keeps_gold = refused or count == 0 or not others or chance.random() < gold_probability
+    keeps_gold = refused or count == 0 or chance.random() < gold_probability
     # As many passages with the right one as without it: their number must not give the refusal away.
-    passages = [row.context, *others[:count]] if keeps_gold else others
-    chance.shuffle(passages)
+    near = sets.own[row.context] if keeps_gold else sets.next[row.context]
+    others = pick_distractors(row, contexts, near, count + (not keeps_gold), refusal, chance)
+    keeps_gold |= not others
+    passages = sorted([row.context, *others] if keeps_gold else others, key=sets.rank.get)
     if refused or not keeps_gold:
         return replace(row, passages=tuple(passages), response=refusal)
     cited = f"{CITATIONS.sub('', row.response)} [{passages.index(row.context) + 1}]"
     return replace(row, passages=tuple(passages), response=cited)
 
 
-def pick_distractors(row: Row, contexts: Contexts, count: int, refusal: str, chance: random.Random) -> list[str]:
-    """Up to `count` contexts without the answer, from the nearest pool that has some.
+def pick_distractors(
+    row: Row, contexts: Contexts, near: list[str], count: int, refusal: str, chance: random.Random
+) -> list[str]:
+    """Up to `count` contexts without the answer: those `near`, then from the nearest pool that has some.
 
     Of a large pool only 8 * count + 8 random contexts are looked at, so that time grows with the rows, not
     with their square. What another row answers to the same question is an answer, too: a refusal has no
@@ -332,8 +364,8 @@ def pick_distractors(row: Row, contexts: Contexts, count: int, refusal: str, cha
     answers = own | same_question if len(same_question) < TEMPLATE else own
     seen = {contexts.words[row.context]}
     picked: list[str] = []
-    for pool in (contexts.by_document[row.document], contexts.by_subject[row.subject], contexts.everything):
-        for text in chance.sample(pool, min(len(pool), 8 * count + 8)):
+    for pool in (near, contexts.by_document[row.document], contexts.by_subject[row.subject], contexts.everything):
+        for text in pool if pool is near else chance.sample(pool, min(len(pool), 8 * count + 8)):
             if len(picked) == count:
                 return picked
             words = contexts.words[text]
@@ -345,10 +377,14 @@ def pick_distractors(row: Row, contexts: Contexts, count: int, refusal: str, cha
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row: `labels` equals `input_ids` where there is loss and is -100 elsewhere."""
+    """A tokenised row: `labels` equals `input_ids` where there is loss and is -100 elsewhere.
+
+    Rows of one `group` have the same passages, or none.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    group: int = 0
 
 
 def tokenize_rows(
@@ -361,7 +397,9 @@ def tokenize_rows(
     """
     examples = []
     counts = {"shortened": 0, "too long": 0}
+    groups = {}
     for row in rows:
+        group = groups.setdefault(row.passages, len(groups))
         instruction, response = defuse(tokenizer, row.instruction), defuse(tokenizer, row.response)
         passages = [defuse(tokenizer, text) for text in row.passages]
         input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
@@ -377,7 +415,30 @@ def tokenize_rows(
         if len(input_ids) > max_length:
             counts["too long"] += 1
         else:
-            examples.append(Example(input_ids, labels))
+            examples.append(Example(input_ids, labels, group))
     if not examples:
         raise fail("every row is too long", f"--max-length {max_length}", "raise --max-length")
     return examples, counts
+
+
+def batch_groups(groups: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Row numbers in batches of at most `size` in random order; rows of a group come together, as far as they fit.
+
+    `groups` are those of the rows.
+    """
+    members = defaultdict(list)
+    for number, group in enumerate(groups):
+        members[group].append(number)
+    chance = random.Random(seed)
+    parts = []
+    for numbers in members.values():
+        chance.shuffle(numbers)
+        count = math.ceil(len(numbers) / size)  # of about equal length
+        parts += [numbers[n::count] for n in range(count)]
+    chance.shuffle(parts)
+    batches = [[]]
+    for part in parts:
+        if len(batches[-1]) + len(part) > size:
+            batches.append([])
+        batches[-1] += part
+    return batches

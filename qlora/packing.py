@@ -1,11 +1,12 @@
-"""Rows of a batch in one sequence without padding, their common beginning computed once.
+"""Rows of a batch in one sequence without padding, their common beginnings computed once.
 
-All rows of a run begin with the same system message, and what comes later in a row changes nothing
-before it: one copy of the beginning serves every row, forward and backward, to the same loss.
-`register_attention` gives transformers the attention that such a sequence needs.
+All rows of a run begin with the same system message, many go on with the same passages, and what comes later
+in a row changes nothing before it: one copy of a beginning serves every row that has it, forward and
+backward, to the same loss. `register_attention` gives transformers the attention that such a sequence needs.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -15,15 +16,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "packed"  # also attends ordinary batches, as "sdpa" does: generation uses the same model
+AHEAD = 32  # rows whose next tokens after the beginning of all are the same share more, such as passages
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The common beginning, then the rest of every row."""
+    """The beginning of all rows, then of each group of neighbours its beginning and the rest of every row."""
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens)
-    lengths: list[int]  # of the beginning, and of each rest
+    pieces: list[tuple[int, tuple[int, ...]]]  # tokens of each, and the numbers of the pieces that it goes on from
     index: torch.Tensor  # (rows, longest): where a token of the padded batch stands
 
 
@@ -31,17 +33,29 @@ def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
     """A batch padded on the left, (rows, longest) of ids and of 1 where a row is, without what repeats."""
     rows = [ids[kept] for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     start = count_common(rows)
-    lengths = [start, *(len(row) - start for row in rows)]
-    positions = torch.cat([torch.arange(start), *(torch.arange(start, len(row)) for row in rows)])
-    # A token of row n at position p >= start stands where the rests before it end, plus p - start.
-    ends = torch.tensor(lengths).cumsum(0)[:-1].to(mask.device)
-    own = mask.cumsum(dim=1) - 1
-    return PackedBatch(
-        input_ids=torch.cat([rows[0][:start], *(row[start:] for row in rows)])[None],
-        position_ids=positions[None].to(mask.device),
-        lengths=lengths,
-        index=torch.where(own < start, own, own - start + ends[:, None]),
-    )
+    tokens, positions, pieces = [rows[0][:start]], [torch.arange(start)], [(start, ())]
+    index = torch.zeros_like(mask)
+    offsets = [0]
+
+    def add(row: torch.Tensor, first: int, last: int, before: tuple[int, ...]) -> tuple[int, ...]:
+        offsets.append(offsets[-1] + pieces[-1][0])
+        tokens.append(row[first:last])
+        positions.append(torch.arange(first, last))
+        pieces.append((last - first, before))
+        return (*before, len(pieces) - 1)
+
+    done = 0
+    for _, group in groupby(rows, key=lambda row: row[start : start + AHEAD].tolist()):
+        group = list(group)
+        shared = start + count_common([row[start:] for row in group])
+        before = add(group[0], start, shared, (0,)) if shared > start else (0,)
+        for row in group:
+            path = add(row, shared, len(row), before)
+            where = [torch.arange(offsets[piece], offsets[piece] + pieces[piece][0]) for piece in path]
+            index[done, -len(row) :] = torch.cat(where)
+            done += 1
+    ids, places = torch.cat(tokens)[None], torch.cat(positions)[None].to(mask.device)
+    return PackedBatch(input_ids=ids, position_ids=places, pieces=pieces, index=index)
 
 
 def count_common(rows: list[torch.Tensor]) -> int:
@@ -53,31 +67,31 @@ def count_common(rows: list[torch.Tensor]) -> int:
     return int(same.cumprod(dim=0).sum())
 
 
-def attend(module, query, key, value, attention_mask, scaling, lengths=None, **kwargs):
+def attend(module, query, key, value, attention_mask, scaling, pieces=None, **kwargs):
     """transformers' attention function: (1, heads, tokens, size) of a packed batch -> (1, tokens, heads, size).
 
-    Without `lengths` the batch is an ordinary one, and sdpa's.
+    Without `pieces` the batch is an ordinary one, and sdpa's.
     """
-    if lengths is None:
+    if pieces is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("dropout") or kwargs.get("sliding_window") or kwargs.get("softcap"):
         raise NotImplementedError("packed attention has no dropout, sliding window or soft cap")
-    given = query, key, value, lengths, scaling, attend_fused if query.is_cuda else attend_plain
+    given = query, key, value, pieces, scaling, attend_fused if query.is_cuda else attend_plain
     if query.is_cuda or not torch.is_grad_enabled():  # checkpoint keeps its arguments even without gradients
-        return attend_rows(*given).transpose(1, 2), None
-    return checkpoint(attend_rows, *given, use_reentrant=False).transpose(1, 2), None
+        return attend_pieces(*given).transpose(1, 2), None
+    return checkpoint(attend_pieces, *given, use_reentrant=False).transpose(1, 2), None
 
 
-def attend_rows(query, key, value, lengths: list[int], scaling: float, attend_row) -> torch.Tensor:
-    """Every rest attends to the common beginning and to itself: (1, heads, tokens, size)."""
-    start, *_ = lengths
+def attend_pieces(query, key, value, pieces: list[tuple], scaling: float, attend_piece) -> torch.Tensor:
+    """Every piece attends to those it goes on from and to itself: (1, heads, tokens, size)."""
+    lengths = [length for length, _ in pieces]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    mixed = [attend_row(queries[0], keys[0], values[0], scaling)] if start else []
-    for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True):
-        if start:
-            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
-        mixed.append(attend_row(q, k, v, scaling))
+    mixed = []
+    for own, (length, before) in enumerate(pieces):
+        if length:
+            seen = (torch.cat([tensor[n] for n in (*before, own)], dim=2) for tensor in (keys, values))
+            mixed.append(attend_piece(queries[own], *seen, scaling))
     return torch.cat(mixed, dim=2)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from qlora import adapter, base_model, console, presets, settings
+from qlora.comparison import CONTEXTS, MODELS
 from qlora.searching import DEFAULT_MODE, FETCH, MODES
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
@@ -186,6 +187,10 @@ def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
     one.add_argument("--questions", type=Path, default=SAMPLE_QUESTIONS, help="ours, dataset rows, or SQuAD (sample's)")
     one.add_argument("--limit", type=console.number(int, 1), help="so many of the questions, evenly spread (all)")
     one.add_argument("--batch-size", type=console.number(int, 1), default=8, help="answers at a time (8)")
+    for flag, names in (("--models", MODELS), ("--contexts", CONTEXTS)):
+        one.add_argument(
+            flag, nargs="+", type=console.choice(*names), default=names, help=f"of {', '.join(names)} (all)"
+        )
     one.add_argument("--output", type=Path, help="folder of the report (evaluations/NAME-OF-ADAPTER)")
     text = "fit the collection's refusal threshold on half of the questions, report on the other half"
     one.add_argument("--calibrate", action="store_true", help=text)

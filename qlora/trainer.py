@@ -1,13 +1,12 @@
 """Training: LoRA on the 4-bit base, and an SFTTrainer that computes only what the loss needs.
 
 Four things make it fast and leave the loss as it is: logits for the labelled positions only, batches without
-padding whose common beginning is computed once (packing), layers with fewer passes over memory (lean_layers),
+padding whose common beginnings are computed once (packing), layers with fewer passes over memory (lean_layers),
 and bf16 autocast.
 """
 
 import json
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +15,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from qlora import checkpoints, console, packing, settings
 from qlora.base_model import LARGE, compute_dtype
-from qlora.dataset import Example
+from qlora.dataset import Example, batch_groups
 from qlora.lean_layers import make_lean
 from qlora.prompt import IGNORED
 
@@ -66,7 +65,7 @@ def needs_checkpointing(choice: str, parameters: int) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run trains; `steps` are optimizer steps of `micro_batch` x `accumulation` rows each."""
+    """How a run trains; `steps` are optimizer steps of `accumulation` batches of up to `micro_batch` rows each."""
 
     learning_rate: float
     micro_batch: int
@@ -86,14 +85,15 @@ class Schedule:
 
     @property
     def effective_batch(self) -> int:
-        """Rows an optimizer step, of all processes."""
+        """Rows an optimizer step at most, of all processes."""
         return self.micro_batch * self.accumulation * settings.process_count()
 
 
-def plan_schedule(args, rows: int, parameters: int) -> Schedule:
-    """The schedule of a run over `rows` rows; --max-steps goes before --epochs."""
-    effective = args.batch_size * args.accumulation * settings.process_count()
-    steps = args.max_steps or max(1, math.ceil(args.epochs * rows / effective))
+def plan_schedule(args, training: Sequence[Example], parameters: int) -> Schedule:
+    """The schedule of a run whose first epoch takes these rows; --max-steps goes before --epochs."""
+    batches = len(make_batches(training, args.batch_size, args.seed))
+    batches_a_step = args.accumulation * settings.process_count()
+    steps = args.max_steps or max(1, math.ceil(args.epochs * batches / batches_a_step))
     return Schedule(
         learning_rate=args.learning_rate,
         micro_batch=args.batch_size,
@@ -111,6 +111,12 @@ def plan_schedule(args, rows: int, parameters: int) -> Schedule:
         report_to=args.report_to,
         seed=args.seed,
     )
+
+
+def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list[Example]]:
+    """The rows in random order, up to `size` together, where those with the same passages stay together."""
+    numbers = batch_groups([example.group for example in examples], size, seed)
+    return [[examples[n] for n in batch] for batch in numbers]
 
 
 def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
@@ -145,7 +151,7 @@ def token_losses(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=torch.empty(1, 1, 1, 1),  # any of four dimensions: no mask is made
-        lengths=batch.lengths,
+        pieces=batch.pieces,
         logits_to_keep=batch.index[:, :-1][labelled[:, 1:]],  # a token is predicted one position earlier
         use_cache=False,
     ).logits[0]
@@ -158,29 +164,6 @@ def token_losses(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
     """Summed cross-entropy of the labelled tokens over `items` (default: their number)."""
     return token_losses(model, inputs).sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
-
-
-class SeededOrder(Sampler):
-    """Row numbers in another order every epoch, which depends on seed and epoch alone.
-
-    (TRL's sampler draws from the global generator.) An optimizer step takes the same rows in any number of micro
-    batches and processes.
-    """
-
-    def __init__(self, rows: int, seed: int):
-        self.rows, self.seed = rows, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self):
-        order = list(range(self.rows))
-        random.Random(self.seed * 1_000_003 + self.epoch).shuffle(order)
-        return iter(order)
 
 
 @dataclass
@@ -198,23 +181,35 @@ class Progress:
 
 
 class ResponseTrainer(SFTTrainer):
-    """SFTTrainer over our own token ids and labels; see the module's docstring."""
+    """SFTTrainer over batches of our own token ids and labels; see the module's docstring.
+
+    `training` holds the rows of every epoch. Batches are made here, in the order in which they are trained, since
+    a batch has as many rows as share their passages.
+    """
 
     def __init__(
-        self, model, tokenizer, training: Sequence[Example], held_out: Sequence[Example], plan: Schedule, folder: Path
+        self,
+        model,
+        tokenizer,
+        training: Sequence[Sequence[Example]],
+        held_out: Sequence[Example],
+        plan: Schedule,
+        folder: Path,
     ):
+        epochs = [make_batches(rows, plan.micro_batch, plan.seed + n) for n, rows in enumerate(training)]
+        batches = [batch for epoch in epochs for batch in epoch]
+        held_out_batches = make_batches(held_out, plan.micro_batch, plan.seed)
         super().__init__(
             model=model,
             args=trainer_config(plan, folder),
             processing_class=tokenizer,
-            data_collator=collate,
-            train_dataset=as_dataset(training),
+            data_collator=lambda batches: collate([row for batch in batches for row in batch["rows"]]),
+            train_dataset=as_dataset(batches),
             # Longest first: the peak of memory comes at once.
-            eval_dataset=as_dataset(sorted(held_out, key=lambda example: -len(example.input_ids))),
+            eval_dataset=as_dataset(sorted(held_out_batches, key=count_tokens, reverse=True)),
         )
         self.remove_callback(PrinterCallback)
         self.plan, self.folder = plan, folder
-        self.order = SeededOrder(len(training), plan.seed)
         self.sample = held_out[:: math.ceil(len(held_out) / plan.eval_answers)] if plan.eval_answers else []
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
@@ -228,7 +223,7 @@ class ResponseTrainer(SFTTrainer):
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return self.order
+        return SequentialSampler(self.train_dataset)
 
     # ----------------------------------------------------------------------- train
 
@@ -276,16 +271,17 @@ class ResponseTrainer(SFTTrainer):
         """
         started = time.perf_counter()
         self.model.eval()
-        rows = []
+        batches = []
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(inputs)
                 losses = token_losses(self.model, inputs)
-                labelled = (inputs["labels"] != IGNORED).sum(dim=1)
-                part = torch.stack([losses.sum(dim=1), labelled, (-losses[:, -1]).exp()], dim=1)
-                rows.append(self.accelerator.gather_for_metrics(part).double())
-            total, tokens, ends = torch.cat(rows).unbind(dim=1)
-            metrics = {"eval_loss": float(total.sum() / tokens.sum()), "eval_ends": float(ends.mean())}
+                labelled = (inputs["labels"] != IGNORED).sum()
+                ends = (-losses[:, -1]).exp().sum()
+                sums = torch.stack([losses.sum(), labelled, ends, labelled.new_tensor(len(losses))])
+                batches.append(self.accelerator.gather_for_metrics(sums[None]).double())
+            total, tokens, ends, rows = torch.cat(batches).sum(dim=0).tolist()
+            metrics = {"eval_loss": total / tokens, "eval_ends": ends / rows}
             metrics |= self.answer_sample()
         metrics["eval_runtime"] = time.perf_counter() - started
         self.progress.evaluated_step = self.state.global_step
@@ -368,8 +364,8 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
     config = SFTConfig(
         output_dir=str(folder),
         learning_rate=plan.learning_rate,
-        per_device_train_batch_size=plan.micro_batch,
-        per_device_eval_batch_size=plan.micro_batch,
+        per_device_train_batch_size=1,  # a batch is one item of the dataset
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=plan.accumulation,
         max_steps=plan.steps,
         warmup_steps=plan.warmup_steps,
@@ -417,10 +413,13 @@ def ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
-def as_dataset(examples: Sequence[Example]):
-    """The examples as a datasets.Dataset with input_ids and labels."""
+def count_tokens(batch: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in batch)
+
+
+def as_dataset(batches: Sequence[Sequence[Example]]):
+    """A datasets.Dataset of the batches, each a list of rows with input_ids and labels."""
     import datasets
 
-    return datasets.Dataset.from_dict(
-        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
-    )
+    rows = [[{"input_ids": row.input_ids, "labels": row.labels} for row in batch] for batch in batches]
+    return datasets.Dataset.from_dict({"rows": rows})

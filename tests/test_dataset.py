@@ -12,6 +12,7 @@ from qlora.dataset import (
     Row,
     add_distractors,
     answer_span,
+    batch_groups,
     drop_leaked,
     hold_out,
     keep_usable,
@@ -249,28 +250,48 @@ def others_of(row: Row, made: Row) -> set[str]:
     return set(made.passages) - {row.context}
 
 
-def test_distractors_come_from_the_document_then_its_subject_then_anywhere():
-    place = {"ferry/crew.md": 3, "ferry/fares.md": 6, "pay/bands.md": 20}
+def test_distractors_are_neighbours_and_questions_about_neighbours_share_their_passages():
+    """Three questions a context, nine contexts a document, three documents a folder."""
+    names = [f"{folder}/{number}.md" for folder in ("ferry", "pay") for number in range(3)]
     rows = [
-        Row(f"{name} {n}?", f"answer-{name}-{n}", f"Of {name} number {n}, answer-{name}-{n}.", "qa", name)
-        for name, size in place.items()
-        for n in range(size)
+        Row(f"{name} {n} {m}?", f"{m}{n} of {name}", " ".join(f"{m}{n} of {name}" for m in "abc"), "", name)
+        for name in names
+        for n in range(9)
+        for m in "abc"
     ]
+    made = shape(rows)
+    assert len({row.passages for row in made}) == len(rows) / 9  # three contexts, whichever is asked about
+    for row in made:
+        assert {other.source for other in rows if other.context in row.passages} == {row.source}
+    for row in shape(rows, count=26):
+        sources = {other.source for other in rows if other.context in row.passages}
+        assert len(sources) == 3 and len({source.partition("/")[0] for source in sources}) == 1
+    assert {row.passages for row in made} != {row.passages for row in shape(rows, seed=1)}
 
-    def sources(count) -> list[str]:
-        found = others_of(rows[0], shape(rows, count)[0])
-        return sorted(row.source for row in rows if row.context in found)
 
-    assert sources(2) == ["ferry/crew.md"] * 2
-    assert sources(8) == ["ferry/crew.md"] * 2 + ["ferry/fares.md"] * 6
-    assert sources(10) == ["ferry/crew.md"] * 2 + ["ferry/fares.md"] * 6 + ["pay/bands.md"] * 2
+def test_a_question_without_its_context_is_asked_among_its_neighbours_passages():
+    rows = [Row(f"{n} {m}?", f"x{n}{m}", f"Text x{n}a x{n}b.", "", "a.md") for n in range(30) for m in "ab"]
+    made = shape(rows, gold_probability=0.7)
+    full = {row.passages for row in made if row.response != Prompt().refusal}
+    refused = [row.passages in full for row in made if row.response == Prompt().refusal]
+    assert 8 <= len(refused) <= 28 and sum(refused) > 0.8 * len(refused)
 
 
 def test_without_a_folder_the_subject_is_the_category():
-    rows = [Row(f"{n}?", f"x{n}", f"Text x{n}.", "ab"[n % 2]) for n in range(40)]
+    rows = [Row(f"{n}?", f"x{n}", f"Text x{n}.", "ab"[n % 2]) for n in range(42)]
     for row, made in zip(rows, shape(rows), strict=True):
         found = others_of(row, made)
         assert len(found) == 2 and all(other.category == row.category for other in rows if other.context in found)
+
+
+def test_batches_keep_together_what_shares_passages():
+    groups = [n // 5 for n in range(40)] + [9] * 20
+    batches = batch_groups(groups, 8, seed=0)
+    assert sorted(n for batch in batches for n in batch) == list(range(60))
+    assert max(map(len, batches)) <= 8 and batches == batch_groups(groups, 8, seed=0) != batch_groups(groups, 8, seed=1)
+    for group in range(8):
+        assert sum(any(groups[n] == group for n in batch) for batch in batches) == 1
+    assert [len(batch) for batch in batch_groups([0] * 16, 8, seed=0)] == [8, 8]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def llama():
     packing.register_attention()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=60,
+        vocab_size=80,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
@@ -43,6 +43,11 @@ BATCHES = {
     "one row": rows(([11, 12], [13, 2])),
     "the same row twice": rows(([11, 12], [13, 14, 2]), ([11, 12], [13, 14, 2])),
     "one begins the other": rows(([11], [12]), ([11], [12, 13, 2])),
+    "passages in common": [
+        *rows(([31, 11, 12], [13, 2]), ([31, 14], [18, 19, 2]), beginning=[*BEGINNING, *range(30, 66)]),
+        *rows(([11], [13, 2])),
+        *rows(([31, 11, 12], [13, 2]), ([31, 14], [18, 2]), beginning=[*BEGINNING, *range(29, 66)]),
+    ],
 }
 
 
@@ -78,10 +83,25 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
 def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
     batch = trainer.collate(BATCHES["common beginning"])
     packed = packing.pack(batch["input_ids"], batch["attention_mask"])
-    assert packed.lengths == [5, 4, 8, 2] and packed.input_ids.shape == (1, 19)
+    assert packed.pieces == [(5, ()), (4, (0,)), (8, (0,)), (2, (0,))] and packed.input_ids.shape == (1, 19)
     assert packed.position_ids[0].tolist() == [*range(5), *range(5, 9), *range(5, 13), 5, 6]
+    check_index(batch, packed)
+
+
+def test_passages_that_neighbours_share_are_computed_once():
+    batch = trainer.collate(BATCHES["passages in common"])
+    packed = packing.pack(batch["input_ids"], batch["attention_mask"])
+    assert [before for _, before in packed.pieces] == [(), (0,), (0, 1), (0, 1), (0,), (0,), (0, 5), (0, 5)]
+    assert [length for length, _ in packed.pieces] == [5, 37, 4, 4, 3, 38, 4, 3]
+    check_index(batch, packed)
+
+
+def check_index(batch: dict, packed: packing.PackedBatch) -> None:
+    """Every token of the padded batch stands where the index says, at its position."""
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)):
-        assert packed.input_ids[0, packed.index[row, mask]].tolist() == ids[mask].tolist()
+        where = packed.index[row, mask]
+        assert packed.input_ids[0, where].tolist() == ids[mask].tolist()
+        assert packed.position_ids[0, where].tolist() == list(range(len(where)))
 
 
 def test_ordinary_batches_are_attended_as_ever(llama):
@@ -99,7 +119,7 @@ def test_ordinary_batches_are_attended_as_ever(llama):
 def test_what_packed_attention_cannot_do_is_refused():
     heads = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="sliding window"):
-        packing.attend(None, heads, heads, heads, None, 1.0, lengths=[1, 2], sliding_window=2)
+        packing.attend(None, heads, heads, heads, None, 1.0, pieces=[(1, ()), (2, (0,))], sliding_window=2)
 
 
 def test_gradients_of_the_lean_layers_are_right(tiny_base):

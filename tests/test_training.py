@@ -70,14 +70,6 @@ def test_gradients_are_the_same_before_and_after_an_evaluation(model):
     assert before and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_order_covers_all_rows_and_depends_on_epoch_and_seed():
-    order = trainer.SeededOrder(203, seed=5)
-    first = list(order)
-    assert sorted(first) == list(range(203)) and first == list(trainer.SeededOrder(203, seed=5)) != sorted(first)
-    order.set_epoch(1)
-    assert list(order) != first and list(trainer.SeededOrder(203, seed=6)) != first
-
-
 def test_adapter_folder_has_exactly_these_files_and_says_what_happened(tiny_adapter, tiny_base):
     assert {path.name for path in tiny_adapter.iterdir()} == FILES
     run = json.loads((tiny_adapter / "run.json").read_text())
@@ -113,14 +105,17 @@ def test_gradient_checkpointing_gives_the_same_losses(tiny_adapter, tiny_base, r
 
 
 def test_accumulation_gives_the_gradient_of_one_large_batch(tiny_base, tmp_path):
-    """Two documents of eight rows: whichever is held out, one step takes all eight rows of the other."""
+    """Two documents of eight rows: whichever is held out, one step takes all eight rows of the other.
+
+    Without distractors, so that the rows of three contexts fill one batch.
+    """
     documents = [
         [row for row in sample_rows() if row["source"] == name][:8] for name in ("ferry/freight.md", "pay/pay-bands.md")
     ]
     rows_file = tmp_path / "rows.jsonl"
     rows_file.write_text("".join(json.dumps(row) + "\n" for rows in documents for row in rows))
     norms = []
-    for name, batch, accumulation in (("one", 8, 1), ("four", 2, 4)):
+    for name, batch, accumulation in (("one", 8, 1), ("eight", 1, 8)):
         words = [
             "--base-model",
             tiny_base,
@@ -131,6 +126,8 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tiny_base, tmp_path)
             tmp_path / name,
             "--max-steps",
             1,
+            "--distractors",
+            0,
         ]
         assert train(*words, "--batch-size", batch, "--accumulation", accumulation) == 0
         first = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1])

@@ -1,0 +1,157 @@
+"""Trials of a recipe: train, evaluate, and a line in benchmarks/runs.jsonl, which holds every trial that was ever run.
+
+A trial is its flags, its seed and its data. One that stands in the log is not run again, an adapter that is
+there is not trained again.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from qlora import console, presets  # noqa: E402
+
+LOG = PROJECT / "benchmarks" / "runs.jsonl"
+SAMPLE = presets.SAMPLE_DATA
+INGEST = ("passage-tokens", "overlap")  # what a collection depends on
+ANSWER = ("top-k", "search", "fetch-k", "diversity")
+SCORES = ("em", "f1", "refusal_precision", "refusal_recall", "refusal_f1", "citation_precision", "overall_f1")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a trial trains on and is judged by."""
+
+    name: str
+    rows: Path
+    questions: Path
+    documents: Path
+
+    def describe(self) -> dict[str, str]:
+        return {"name": self.name, "rows": digest(self.rows), "questions": digest(self.questions)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe by its flags, as far as they are not the preset's."""
+
+    data: Data
+    flags: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def select(self, *names: str) -> dict[str, str]:
+        return {name: value for name, value in self.flags.items() if name in names}
+
+    @property
+    def training(self) -> dict[str, str]:
+        return {name: value for name, value in self.flags.items() if name not in (*INGEST, *ANSWER)}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def run_trial(trial: Trial, models: str = "tuned") -> dict:
+    """The trial's line of the log: trained and evaluated now, unless it stands there."""
+    described = {"data": trial.data.describe(), "flags": trial.flags, "seed": trial.seed, "models": models}
+    key = name_of(described)
+    if key in (known := read_log()):
+        return known[key]
+    folder = PROJECT / "adapters" / f"trial-{name_of([described['data'], trial.training, trial.seed])}"
+    if not (folder / "run.json").exists():
+        run_script("instruct_train_qlora.py", folder, train_words(trial, folder))
+    collection = f"trial-{trial.data.name}-{name_of(trial.select(*INGEST))}"
+    flags = as_words(trial.select(*INGEST))
+    run_script("rag_qlora.py", folder, ["ingest", trial.data.documents, "--collection", collection, *flags])
+    output = folder / f"evaluation-{key}"
+    words = ["evaluate", "--questions", trial.data.questions, "--collection", collection, "--adapter", folder]
+    words += ["--models", *models.split(), "--output", output, *as_words(trial.select(*ANSWER))]
+    words += ["--contexts", "retrieved", "oracle"] if models == "tuned" else []
+    run_script("rag_qlora.py", folder, words)
+    record = {"key": key, **described, **read_results(folder, output)}
+    with LOG.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
+def train_words(trial: Trial, folder: Path) -> list:
+    fixed = {"preset": "laptop", "dataset": trial.data.rows, "output": folder, "seed": trial.seed, "eval-answers": 0}
+    return ["--overwrite", *as_words(fixed | trial.training)]
+
+
+def as_words(flags: dict) -> list[str]:
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def name_of(described) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_script(script: str, folder: Path, words: list) -> None:
+    """Runs a script of the project, its output in a log beside the adapter folder; ends with its code if it fails."""
+    log = folder.with_suffix(".log")
+    with log.open("a", encoding="utf-8") as file:
+        command = [sys.executable, str(PROJECT / script), *map(str, words)]
+        code = subprocess.run(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=PROJECT).returncode
+    if code:
+        sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])
+        raise SystemExit(max(code, 1))
+
+
+def read_results(folder: Path, output: Path) -> dict:
+    """What training and evaluation measured."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    report = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+    cells = {f"{cell['model']} {cell['context']}": {name: cell[name] for name in SCORES} for cell in report["cells"]}
+    return {
+        "commit": run["git_commit"],
+        "questions": report["questions"],
+        "training_rows": run["dataset"]["training_rows"],
+        "train_seconds": run["result"]["train_seconds"],
+        "eval_loss": run["result"]["eval_loss_after"],
+        "recall@3": report["retrieval"]["recall@3"],
+        "cells": cells,
+    }
+
+
+def read_log() -> dict[str, dict]:
+    lines = LOG.read_text(encoding="utf-8").splitlines() if LOG.exists() else []
+    return {record["key"]: record for record in map(json.loads, lines)}
+
+
+def show_table(title: str, rows: list[tuple[str, dict]]) -> None:
+    """One line a trial on stdout: what it differs in, and its scores from retrieved and oracle passages."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    heads = ("", "F1", "oracle F1", "refusal P", "refusal R", "refusal F1", "citation P", "recall@3", "loss", "minutes")
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left")
+    for name, record in rows:
+        found, oracle = record["cells"]["tuned retrieved"], record["cells"].get("tuned oracle", {})
+        values = [found["f1"], oracle.get("f1"), *(found[key] for key in SCORES[2:6]), record["recall@3"]]
+        values += [record["eval_loss"], record["train_seconds"] / 60]
+        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in values))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def split_data(name: str, dataset: Path, documents: Path, folder: Path, share: float = 0.25) -> Data:
+    """Training rows, and questions on documents of the same rows that are not trained on, as files in `folder`."""
+    from qlora import dataset as rows_of
+
+    rows = rows_of.load_rows(str(dataset))
+    training, validation = rows_of.hold_out(rows, share, seed=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for part, chosen in (("rows", training), ("questions", validation)):
+        paths.append(folder / f"{name}-{part}.jsonl")
+        lines = [json.dumps({key: value for key, value in asdict(row).items() if key != "passages"}) for row in chosen]
+        paths[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    console.note(f"{name}: {len(training)} rows to train on, {len(validation)} questions on other documents of theirs")
+    return Data(name, *paths, documents)
