@@ -303,17 +303,23 @@ def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
     return Contexts({text: min(found) for text, found in places.items()}, *pools, sorted(words), words, answers)
 
 
-def draw_sets(contexts: Contexts, size: int, seed: int) -> Sets:
-    """The contexts in random sets of `size` neighbours: of one document, or else of one subject, where these have so
-    many."""
+def draw_sets(contexts: Contexts, largest: int, seed: int) -> Sets:
+    """The contexts in random sets of one to `largest` neighbours: of one document or subject where these have so many.
+
+    Of all sizes, so that the model learns to answer from a single passage, too.
+    """
     chance = random.Random(seed)
     names = sorted({name for place in contexts.place.values() for name in place})
     order = {name: chance.random() for name in [*names, *contexts.everything]}
     texts = sorted(contexts.everything, key=lambda text: [order[name] for name in (*contexts.place[text], text)])
-    sets = [texts[at : at + size] for at in range(0, len(texts), size)]
+    sets = []
+    while texts:
+        size = chance.randint(1, largest)
+        sets.append(texts[:size])
+        texts = texts[size:]
     own = {text: one for one in sets for text in one}
     after = {text: sets[(n + 1) % len(sets)] for n, one in enumerate(sets) for text in one}
-    return Sets(own, after, {text: chance.random() for text in texts})
+    return Sets(own, after, {text: chance.random() for text in contexts.everything})
 
 
 def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, prompt: Prompt, seed: int) -> list[Row]:
@@ -328,20 +334,18 @@ def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, pr
     """
     contexts = gather_contexts(rows, prompt.refusal)
     sets = draw_sets(contexts, count + 1, seed)
-    given = contexts, sets, count, gold_probability, prompt.refusal, seed
+    given = contexts, sets, gold_probability, prompt.refusal, seed
     return [shape_row(row, *given) if row.context else row for row in rows]
 
 
-def shape_row(
-    row: Row, contexts: Contexts, sets: Sets, count: int, gold_probability: float, refusal: str, seed: int
-) -> Row:
+def shape_row(row: Row, contexts: Contexts, sets: Sets, gold_probability: float, refusal: str, seed: int) -> Row:
     """One row of `add_distractors`."""
     chance = random.Random(hashlib.sha256(f"{seed}\n{row.instruction}\n{row.context}".encode()).digest())
     refused = is_refusal(row.response, refusal)
-    keeps_gold = refused or count == 0 or chance.random() < gold_probability
+    keeps_gold = refused or chance.random() < gold_probability
     # As many passages with the right one as without it: their number must not give the refusal away.
     near = sets.own[row.context] if keeps_gold else sets.next[row.context]
-    others = pick_distractors(row, contexts, near, count + (not keeps_gold), refusal, chance)
+    others = pick_distractors(row, contexts, near, len(near) - keeps_gold, refusal, chance)
     keeps_gold |= not others
     passages = sorted([row.context, *others] if keeps_gold else others, key=sets.rank.get)
     if refused or not keeps_gold:
