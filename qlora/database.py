@@ -52,20 +52,10 @@ CREATE TABLE rag.documents (
 );
 """
 # Names of passages that LangChain's callers choose, headings among the words, folders to prune.
-# A tsquery of any of the question's words: the rarest cannot be known here, so the longest ones, which say most.
 SECOND_SCHEMA = """
 CREATE TABLE rag.schema (version int NOT NULL);
 INSERT INTO rag.schema VALUES (1);
 ALTER TABLE rag.documents ADD COLUMN folder text, ADD COLUMN bytes bigint NOT NULL DEFAULT 0;
-CREATE FUNCTION rag.any_word(question text, most int) RETURNS tsquery LANGUAGE sql IMMUTABLE AS $$
-    SELECT coalesce(string_agg(word, ' | '), '')::tsquery
-    FROM (
-        SELECT '''' || replace(replace(lexeme, '\\', '\\\\'), '''', '''''') || '''' AS word
-        FROM unnest(to_tsvector('english', question))
-        ORDER BY length(lexeme) DESC, lexeme
-        LIMIT most
-    ) AS words
-$$;
 DO $$
 DECLARE passages text;
 BEGIN

@@ -232,7 +232,8 @@ class PgVectorStore(PassageStore):
     def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[searching.Hit]:
         condition, values = metadata_filter.as_sql(where)
         values |= {"question": question, "vector": HalfVector(vector), "k": k, "fetch": fetch_k}
-        values |= {"enough": INDEXED_FROM, "words": searching.WORDS}
+        values |= {"enough": INDEXED_FROM, "words": searching.WORDS, "common": searching.COMMON}
+        values["lexical_weight"] = searching.LEXICAL_WEIGHT
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(searching.SECONDS) as cursor:
             values["candidates"] = min(1000, max(100, fetch_k))

@@ -1,7 +1,8 @@
-"""The search statements: dense (embeddings), lexical (words), and both fused by reciprocal rank.
+"""The search statements: dense (embeddings), lexical (words), and both added up.
 
-Each leg ranks its best `fetch` passages; hybrid adds 1 / (60 + rank) over the legs (Cormack, Clarke and
-Buettcher 2009). Every passage comes with its cosine similarity and its embedding.
+Lexical is the share of the question's words that a passage holds, where rare words weigh more. Hybrid takes the best
+`fetch` passages of each and adds the share to the cosine similarity: with both scores at hand that finds more than
+fusing ranks (Bruch, Gai and Ingber, arXiv 2210.11934). Every passage comes with its similarity and embedding.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ MODES = ("dense", "lexical", "hybrid")
 DEFAULT_MODE = "hybrid"  # the best of the three on both question sets it was measured on (README)
 FETCH = 50  # passages that each leg ranks
 WORDS = 32  # of a question, the longest ones
+COMMON = 10_000  # passages with a word, from which on it is too common to look for
+# Best for 400 questions on SQuAD's training articles and 99 on the sample's training documents; 0.4 to 0.8 do as well.
+LEXICAL_WEIGHT = 0.6
 SECONDS = 60  # that a search may take
 
 # strict_order: without it a search under a filter returns too few rows. jit compiles for longer than a search takes.
@@ -30,16 +34,33 @@ dense AS MATERIALIZED (
         ORDER BY embedding <=> %(vector)s LIMIT {limit}
     ) AS nearest
 )"""
+# A word weighs as in BM25 (Robertson and Zaragoza 2009); how often it stands in a passage hardly matters in short ones.
+# The quotation marks make any lexeme a query of itself. Words in COMMON passages and more count if there are no others.
 LEXICAL = """
-asked AS MATERIALIZED (SELECT rag.any_word(%(question)s, %(words)s) AS words),
-lexical AS MATERIALIZED (
-    SELECT id, row_number() OVER (ORDER BY weight DESC, id) AS rank
-    FROM (
-        SELECT id, ts_rank_cd(words, (SELECT words FROM asked)) AS weight FROM {{table}}
-        WHERE words @@ (SELECT words FROM asked) AND {{condition}}
-        ORDER BY weight DESC, id LIMIT {limit}
+asked AS MATERIALIZED (
+    SELECT lexeme, ('''' || replace(replace(lexeme, '\\', '\\\\'), '''', '''''') || '''')::tsquery AS word
+    FROM unnest(to_tsvector('english', %(question)s)) ORDER BY length(lexeme) DESC, lexeme LIMIT %(words)s
+),
+matches AS MATERIALIZED (
+    SELECT lexeme, id FROM asked CROSS JOIN LATERAL (
+        SELECT id FROM {table} WHERE words @@ word AND {condition} LIMIT %(common)s
     ) AS matching
+),
+counts AS (SELECT lexeme, count(*) AS passages FROM matches GROUP BY lexeme),
+weights AS MATERIALIZED (
+    SELECT lexeme, ln(1 + (total - passages + 0.5) / (passages + 0.5)) AS weight
+    FROM counts, (SELECT count(*) AS total FROM {table} WHERE {condition}) AS size
+    WHERE passages < %(common)s OR (SELECT min(passages) FROM counts) = %(common)s
+),
+lexical AS MATERIALIZED (
+    SELECT id, share, row_number() OVER (ORDER BY share DESC, id) AS rank
+    FROM (
+        SELECT id, sum(weight) / (SELECT sum(weight) FROM weights) AS share
+        FROM matches JOIN weights USING (lexeme) GROUP BY id
+    ) AS weighed
 )"""
+BEST = """,
+best AS (SELECT id FROM dense UNION SELECT id FROM lexical WHERE rank <= %(fetch)s)"""
 RESULT = """
 SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, {dense}, {lexical}, embedding
 FROM {legs} JOIN {{table}} USING (id)
@@ -50,17 +71,18 @@ STATEMENTS = {
     + DENSE.format(limit="%(k)s")
     + RESULT.format(dense="dense.rank", lexical="NULL", legs="dense", order="dense.rank"),
     "lexical": "WITH"
-    + LEXICAL.format(limit="%(k)s")
+    + LEXICAL
     + RESULT.format(dense="NULL", lexical="lexical.rank", legs="lexical", order="lexical.rank"),
     "hybrid": "WITH"
     + DENSE.format(limit="%(fetch)s")
     + ","
-    + LEXICAL.format(limit="%(fetch)s")
+    + LEXICAL
+    + BEST
     + RESULT.format(
         dense="dense.rank",
         lexical="lexical.rank",
-        legs="dense FULL JOIN lexical USING (id)",
-        order="coalesce(1.0 / (60 + dense.rank), 0) + coalesce(1.0 / (60 + lexical.rank), 0) DESC",
+        legs="best LEFT JOIN dense USING (id) LEFT JOIN lexical USING (id)",
+        order="1 - (embedding <=> %(vector)s) + %(lexical_weight)s * coalesce(lexical.share, 0) DESC",
     ),
 }
 

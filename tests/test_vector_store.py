@@ -10,7 +10,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from psycopg2 import sql
 
-from qlora import metadata_filter, pgvector_store
+from qlora import metadata_filter, pgvector_store, searching
 from qlora.console import UserError
 from qlora.database import MIGRATIONS, Database, is_unprotected
 from qlora.metadata_filter import Condition, read_condition
@@ -145,15 +145,31 @@ def test_keys_and_values_are_bound(database, key, value, operator):
 
 
 def test_lexical_and_hybrid_find_a_name_that_is_far_away(store):
-    store.add_texts([f"{n} common text" for n in range(80)], [{"n": n} for n in range(80)])
-    store.add_texts(["170 the form B7 is signed by Okonkwo"], [{"n": 170}])
-    question = "who is Okonkwo?"  # no number: 0 degrees
-    assert 170 not in {d.metadata["n"] for d in store.find(question, 5, mode="dense")}
-    assert store.find(question, 5, mode="lexical")[0].metadata["n"] == 170
-    best = store.find(question, 2, mode="hybrid")
-    assert {d.metadata["n"] for d in best} == {0, 170}
-    ranks = {d.metadata["n"]: d.metadata["ranks"] for d in best}
-    assert ranks[0] == {"dense": 1, "lexical": None} and ranks[170] == {"dense": None, "lexical": 1}
+    store.add_texts([f"{n} common text" for n in range(60, 140)], [{"n": n} for n in range(60, 140)])
+    store.add_texts(["-90 the form B7 is signed by Okonkwo"], [{"n": -90}])
+    question = "who is Okonkwo?"  # no number: 0 degrees; 60 degrees to the nearest, a cosine of a half
+    assert -90 not in {d.metadata["n"] for d in store.find(question, 5, mode="dense")}
+    assert store.find(question, 5, mode="lexical")[0].metadata["n"] == -90
+    best = store.find(question, 2, mode="hybrid", fetch_k=5)
+    assert [d.metadata["n"] for d in best] == [-90, 60]
+    assert [d.metadata["ranks"] for d in best] == [{"dense": None, "lexical": 1}, {"dense": 1, "lexical": None}]
+    found = store.find("0 who has Okonkwo's common text?", 2, mode="hybrid")
+    assert [d.metadata["n"] for d in found] == [-90, 60]  # words of 80 passages weigh little
+
+
+def test_rare_words_weigh_more_than_common_ones(store):
+    store.add_texts([f"0 the crew of the ferry, {n}" for n in range(20)], [{"n": n} for n in range(20)])
+    store.add_texts(["0 the moth cupboard"], [{"n": 99}])
+    found = store.find("Does the ferry crew use the moth cupboard?", 2, mode="lexical")
+    assert found[0].metadata["n"] == 99 and found[1].metadata["n"] < 20
+    assert store.find("Which crew?", 1, mode="lexical")  # a common word alone
+
+
+def test_a_word_of_too_many_passages_is_not_looked_for(store, monkeypatch):
+    monkeypatch.setattr(searching, "COMMON", 10)
+    store.add_texts([f"0 ferry {n}" for n in range(20)] + ["0 moth"])
+    assert [d.page_content for d in store.find("ferry moth", 5, mode="lexical")] == ["0 moth"]
+    assert len(store.find("ferry", 50, mode="lexical")) == 10
 
 
 def test_scores_are_cosine_similarities(store):
