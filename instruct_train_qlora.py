@@ -19,7 +19,7 @@ import math
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from qlora import adapter, base_model, checkpoints, console, dataset, export, presets, row_filters, settings
@@ -289,9 +289,9 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
     with problems.collecting():
         args.preset = presets.choose_preset(args.preset, detect=not problems.found)
         preset = presets.PRESETS[args.preset]
-    for name in ("dataset", "max_length", "batch_size", "accumulation", "learning_rate", "epochs", "distractors"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(preset, name))
+    for field in fields(preset):
+        if getattr(args, field.name, "") is None:
+            setattr(args, field.name, getattr(preset, field.name))
     args.base_model = named or preset.base_model
     args.output = choose_output(args.output, args.base_model)
     args.alpha = args.alpha or (2 * args.rank if isinstance(args.rank, int) else None)
@@ -306,9 +306,9 @@ def resolve_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def read_filters(args, problems: console.Problems):
-    """What --filter, --min-words, --max-words, --max-rows and --require-extractive select."""
+    """What --filter, --min-words, --max-words, --max-rows, --require-extractive and --refusal-share select."""
     words = args.filter, args.min_words, args.max_words
-    return row_filters.read_selection(*words, problems, args.max_rows, args.require_extractive)
+    return row_filters.read_selection(*words, problems, args.max_rows, args.require_extractive, args.refusal_share)
 
 
 def check_inputs(args, selection, problems: console.Problems) -> None:
@@ -386,9 +386,10 @@ def add_dataset_flags(flag) -> None:
     flag("--max-rows", type=console.number(int, 2), help="a sample of so many rows, the same for the same --seed")
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
     flag("--require-extractive", action="store_true", help="keep rows whose response stands in the context")
+    flag("--refusal-share", type=share, default=0.2, help='rows that say "I don\'t know.", at most (0.2)')
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
     flag("--distractors", type=console.number(int, 0, 20), help="other passages a row (preset's)")
-    flag("--gold-probability", type=share, default=0.85, help="rows that keep the right passage (0.85)")
+    flag("--gold-probability", type=share, help="rows that keep the right passage (preset's)")
     flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
 
 

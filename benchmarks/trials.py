@@ -18,6 +18,7 @@ from qlora import console, presets  # noqa: E402
 
 LOG = PROJECT / "benchmarks" / "runs.jsonl"
 SAMPLE = presets.SAMPLE_DATA
+DOCUMENTS = SAMPLE / "documents"
 INGEST = ("passage-tokens", "overlap")  # what a collection depends on
 ANSWER = ("top-k", "search", "fetch-k", "diversity")
 SCORES = ("em", "f1", "refusal_precision", "refusal_recall", "refusal_f1", "citation_precision", "overall_f1")
@@ -43,6 +44,7 @@ class Trial:
     data: Data
     flags: dict[str, str] = field(default_factory=dict)
     seed: int = 0
+    without: str = ""  # a function of benchmarks/ablation.py that takes a part of the scripts away
 
     def select(self, *names: str) -> dict[str, str]:
         return {name: value for name, value in self.flags.items() if name in names}
@@ -59,20 +61,22 @@ def digest(path: Path) -> str:
 def run_trial(trial: Trial, models: str = "tuned") -> dict:
     """The trial's line of the log: trained and evaluated now, unless it stands there."""
     described = {"data": trial.data.describe(), "flags": trial.flags, "seed": trial.seed, "models": models}
+    described |= {"without": trial.without} if trial.without else {}
     key = name_of(described)
     if key in (known := read_log()):
         return known[key]
-    folder = PROJECT / "adapters" / f"trial-{name_of([described['data'], trial.training, trial.seed])}"
+    trained = [described["data"], trial.training, trial.seed, trial.without]
+    folder = PROJECT / "adapters" / f"trial-{name_of(trained if trial.without else trained[:3])}"
     if not (folder / "run.json").exists():
-        run_script("instruct_train_qlora.py", folder, train_words(trial, folder))
-    collection = f"trial-{trial.data.name}-{name_of(trial.select(*INGEST))}"
+        run_script(trial, "instruct_train_qlora", folder, train_words(trial, folder))
+    collection = f"trial-{trial.data.name}-{name_of([trial.select(*INGEST), trial.without])}"
     flags = as_words(trial.select(*INGEST))
-    run_script("rag_qlora.py", folder, ["ingest", trial.data.documents, "--collection", collection, *flags])
+    run_script(trial, "rag_qlora", folder, ["ingest", trial.data.documents, "--collection", collection, *flags])
     output = folder / f"evaluation-{key}"
     words = ["evaluate", "--questions", trial.data.questions, "--collection", collection, "--adapter", folder]
     words += ["--models", *models.split(), "--output", output, *as_words(trial.select(*ANSWER))]
     words += ["--contexts", "retrieved", "oracle"] if models == "tuned" else []
-    run_script("rag_qlora.py", folder, words)
+    run_script(trial, "rag_qlora", folder, words)
     record = {"key": key, **described, **read_results(folder, output)}
     with LOG.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -92,11 +96,13 @@ def name_of(described) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def run_script(script: str, folder: Path, words: list) -> None:
+def run_script(trial: Trial, script: str, folder: Path, words: list) -> None:
     """Runs a script of the project, its output in a log beside the adapter folder; ends with its code if it fails."""
     log = folder.with_suffix(".log")
+    program = PROJECT / f"{script}.py"
+    part = [PROJECT / "benchmarks" / "ablation.py", "--run", trial.without, script] if trial.without else [program]
     with log.open("a", encoding="utf-8") as file:
-        command = [sys.executable, str(PROJECT / script), *map(str, words)]
+        command = [sys.executable, *map(str, [*part, *words])]
         code = subprocess.run(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=PROJECT).returncode
     if code:
         sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])

@@ -37,6 +37,11 @@ class Adapter:
         """The name that `resolve_base_model` takes."""
         return self.run["base_model"]["name"]
 
+    @property
+    def passages(self) -> int:
+        """How many passages a question had in training, at most: as many are given to it in answering."""
+        return self.run["arguments"]["distractors"] + 1
+
 
 def bytes_needed(rank: int) -> int:
     """Disk for an adapter of a 13B model, the largest of the presets, and its tokenizer."""

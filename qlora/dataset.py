@@ -13,6 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from qlora.console import Problems, fail
@@ -25,6 +26,7 @@ from qlora.row_filters import (
     Selection,
     answer_span,
     is_refusal,
+    limit_refusals,
     normalize,
     pad_words,
     reason_to_drop,
@@ -32,6 +34,7 @@ from qlora.row_filters import (
 )
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FIRST = 0.75  # of the contexts stand first: the best passage of a search is the right one about so often
 TEMPLATE = 5  # contexts from which on an instruction is a task for any text ("Summarise this"), no question
 
 
@@ -204,11 +207,12 @@ def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int
     if not passed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise fail("no row is left after filtering", reasons, "loosen --filter or give other rows")
-    kept = sample_rows(list(passed), selection.max_rows, seed)
-    chosen = set(kept)
-    for row in passed:
-        if row not in chosen:
-            dropped.add("over --max-rows", row)
+    limited = limit_refusals(list(passed), selection.refusal_share, seed)
+    kept = sample_rows(limited, selection.max_rows, seed)
+    for reason, rows, chosen in (("--refusal-share", passed, set(limited)), ("--max-rows", limited, set(kept))):
+        for row in rows:
+            if row not in chosen:
+                dropped.add(f"over {reason}", row)
     return kept, dropped
 
 
@@ -270,7 +274,6 @@ class Contexts:
     """Where distractors come from: all contexts, in pools, and what they must not hold."""
 
     place: dict[str, tuple[str, str]]  # context -> its subject and document
-
     by_document: dict[str, list[str]]
     by_subject: dict[str, list[str]]
     everything: list[str]
@@ -280,11 +283,12 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Sets:
-    """Every context in one set of neighbours, whose rows share their passages."""
+    """Every context in one set of neighbours, which are shown together."""
 
     own: dict[str, list[str]]  # context -> its set, itself included
     next: dict[str, list[str]]  # context -> the set after that, where its questions have no answer
     rank: dict[str, float]  # context -> what passages are sorted by
+    first: set[str]  # contexts that come before all others when they are asked about
 
 
 def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
@@ -312,22 +316,21 @@ def draw_sets(contexts: Contexts, largest: int, seed: int) -> Sets:
     names = sorted({name for place in contexts.place.values() for name in place})
     order = {name: chance.random() for name in [*names, *contexts.everything]}
     texts = sorted(contexts.everything, key=lambda text: [order[name] for name in (*contexts.place[text], text)])
-    sets = []
-    while texts:
-        size = chance.randint(1, largest)
-        sets.append(texts[:size])
-        texts = texts[size:]
+    rest, sets = iter(texts), []
+    while one := list(islice(rest, chance.randint(1, largest))):
+        sets.append(one)
     own = {text: one for one in sets for text in one}
     after = {text: sets[(n + 1) % len(sets)] for n, one in enumerate(sets) for text in one}
-    return Sets(own, after, {text: chance.random() for text in contexts.everything})
+    rank = {text: chance.random() for text in texts}
+    return Sets(own, after, rank, {text for text in texts if chance.random() < FIRST})
 
 
 def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, prompt: Prompt, seed: int) -> list[Row]:
-    """Rows with passages as retrieval gives them: the context among up to `count` others, shuffled.
+    """Rows with passages as retrieval gives them: the context among up to `count` others, mostly before them.
 
     Others are neighbours: of the same document or subject where these have so many, and never hold the answer.
-    Rows of neighbours share their passages wherever that is possible, so that training computes these once (packing).
-    With probability 1 - `gold_probability` the context is left out and the right response is the
+    Rows about one context share their passages wherever that is possible, so that training computes them once
+    (packing). With probability 1 - `gold_probability` the context is left out and the right response is the
     refusal (RAFT, arXiv 2403.10131: training on distractors is what makes tuning help retrieval). Other
     responses end in the citation of the context. Depends on the row, the contexts of all rows and the
     seed alone. Rows without context are left as they are.
@@ -347,7 +350,9 @@ def shape_row(row: Row, contexts: Contexts, sets: Sets, gold_probability: float,
     near = sets.own[row.context] if keeps_gold else sets.next[row.context]
     others = pick_distractors(row, contexts, near, len(near) - keeps_gold, refusal, chance)
     keeps_gold |= not others
-    passages = sorted([row.context, *others] if keeps_gold else others, key=sets.rank.get)
+    lead = row.context if keeps_gold else near[0]
+    passages = [row.context, *others] if keeps_gold else others
+    passages.sort(key=lambda text: (text != lead or lead not in sets.first, sets.rank[text]))
     if refused or not keeps_gold:
         return replace(row, passages=tuple(passages), response=refusal)
     cited = f"{CITATIONS.sub('', row.response)} [{passages.index(row.context) + 1}]"

@@ -15,6 +15,7 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
     "Why do rowing gigs have right of way over nearly everything?",
     "What is the penalty for going faster than 4 knots inside the harbour?",
 )
+TOP_K = 3
 WITHOUT_MODEL = ("ingest", "documents", "forget", "search", "sweep", "compare", "doctor")
 
 
@@ -35,6 +36,8 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
         check_serving(args, problems)
+    if "top_k" in args:
+        args.top_k = args.top_k or TOP_K
     if args.command != "compare":
         with problems.collecting():
             check_store(args, problems)
@@ -77,7 +80,9 @@ def resolve_model(args, detect: bool) -> None:
         args.adapter, args.base_model = None, named or preset.base_model
     else:
         args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
-        args.base_model = adapter.read_adapter(args.adapter, named).base_model
+        trained = adapter.read_adapter(args.adapter, named)
+        args.base_model = trained.base_model
+        args.top_k = args.top_k or trained.passages
     del args.preset
     if args.command == "evaluate":
         args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
@@ -267,5 +272,7 @@ def read_where(text: str):
 def answer_flags(answering: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(answering)
-    group.add_argument("--top-k", type=console.number(int, 1, 50), default=3, help="passages a question (3)")
+    group.add_argument(
+        "--top-k", type=console.number(int, 1, 50), help="passages a question (as many as in training, else 3)"
+    )
     return flags

@@ -33,7 +33,8 @@ CITATIONS = re.compile(r"(?<!\s)\s+(\[\d+\]\s*)+\.?$")  # `a[0]` is code
 class Selection:
     """What rows must be like: values a column must or must not have, words it has, how many rows at most.
 
-    `extractive` asks that the response stands in the context, where there is one.
+    `extractive` asks that the response stands in the context, where there is one; at most `refusal_share` of the
+    rows may refuse.
     """
 
     equal: dict[str, set[str]] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Selection:
     max_words: dict[str, int] = field(default_factory=dict)
     max_rows: int | None = None
     extractive: bool = False
+    refusal_share: float = 1.0
 
 
 class Dropped(Counter):
@@ -74,6 +76,7 @@ def read_selection(
     problems: Problems,
     max_rows: int | None = None,
     extractive: bool = False,
+    refusal_share: float = 1.0,
 ) -> Selection:
     """The selection that the words of --filter, --min-words and --max-words describe.
 
@@ -93,7 +96,7 @@ def read_selection(
         if fewest[name] > most[name]:
             what = f"--min-words {name}={fewest[name]} is above --max-words {name}={most[name]}"
             problems.add(what, "command line", "give a smaller --min-words")
-    return Selection(equal, unequal, fewest, most, max_rows, extractive)
+    return Selection(equal, unequal, fewest, most, max_rows, extractive, refusal_share)
 
 
 def read_word_counts(texts: Sequence[str], flag: str, problems: Problems) -> dict[str, int]:
@@ -158,6 +161,14 @@ def is_extractive(response: str, context: str) -> bool:
     span = answer_span(response)
     letters = " ".join(span.casefold().split()) in " ".join(context.casefold().split())
     return letters and (not normalize(span) or pad_words(span) in pad_words(context))
+
+
+def limit_refusals(rows: Sequence["Row"], share: float, seed: int) -> list["Row"]:
+    """The rows in their order, with so many of the refusing ones that they are at most `share` of all."""
+    refusing = [row for row in rows if is_refusal(row.response)]
+    most = len(rows) if share == 1 else round(share / (1 - share) * (len(rows) - len(refusing)))
+    left_out = set(refusing) - set(sample_rows(refusing, most, seed))
+    return [row for row in rows if row not in left_out]
 
 
 def sample_rows(rows: Sequence["Row"], count: int | None, seed: int) -> list["Row"]:

@@ -160,6 +160,15 @@ def test_a_sample_depends_on_content_and_seed_and_keeps_the_order():
     assert len(dropped.examples["over --max-rows"]) == 3
 
 
+def test_a_share_of_the_rows_may_refuse():
+    refusing = [Row(f"What of {n}?", "I don't know.", f"Nothing of {n}.") for n in range(30)]
+    kept, dropped = keep_usable([*ROWS, *refusing], Selection(refusal_share=0.25))
+    assert [row for row in kept if row in ROWS] == ROWS and len(kept) == 40
+    assert dropped == {"over --refusal-share": 20}
+    assert keep_usable([*ROWS, *refusing], Selection(refusal_share=0.0))[0] == ROWS
+    assert len(keep_usable([*ROWS, *refusing], Selection(refusal_share=1.0))[0]) == 60
+
+
 def test_the_words_of_a_selection():
     problems = Problems()
     words = ["category=a, b", "category=c", "source!=x=y.md"]
@@ -234,7 +243,7 @@ def test_distractors_never_hold_the_answer_and_the_citation_is_right():
     assert shaped == add_distractors(ROWS, 2, 0.8, Prompt(), seed=3)
     refused = 0
     for row, made in zip(ROWS, shaped, strict=True):
-        assert len(set(made.passages)) == len(made.passages) == 3  # whether the right one is among them or not
+        assert 1 <= len(set(made.passages)) == len(made.passages) <= 3
         if made.response == Prompt().refusal:
             refused += 1
             assert row.context not in made.passages
@@ -243,14 +252,28 @@ def test_distractors_never_hold_the_answer_and_the_citation_is_right():
         assert made.response == f"{row.response} [{gold + 1}]"
         assert sum(row.response + "." in passage for passage in made.passages) == 1
     assert 1 <= refused <= 14
-    assert len({row.passages.index(o.context) for row, o in zip(shaped, ROWS, strict=True) if "[" in row.response}) == 3
 
 
-def others_of(row: Row, made: Row) -> set[str]:
-    return set(made.passages) - {row.context}
+def test_the_right_passage_mostly_comes_first_and_sometimes_elsewhere():
+    places = [0, 0, 0]
+    for seed in range(20):
+        for row, made in zip(ROWS, shape(ROWS, seed=seed), strict=True):
+            if len(made.passages) == 3:
+                places[made.passages.index(row.context)] += 1
+    assert 0.7 < places[0] / sum(places) < 0.95 and min(places) > 10
 
 
-def test_distractors_are_neighbours_and_questions_about_neighbours_share_their_passages():
+def others_of(rows: list[Row]) -> list[set[str]]:
+    """What stood beside the context of the first row, for twenty seeds."""
+    return [set(shape(rows, seed=seed)[0].passages) - {rows[0].context} for seed in range(20)]
+
+
+def is_mostly(values) -> bool:
+    values = list(values)
+    return sum(values) > 0.75 * len(values)
+
+
+def test_distractors_are_neighbours_and_questions_about_a_context_share_their_passages():
     """Three questions a context, nine contexts a document, three documents a folder."""
     names = [f"{folder}/{number}.md" for folder in ("ferry", "pay") for number in range(3)]
     rows = [
@@ -260,28 +283,27 @@ def test_distractors_are_neighbours_and_questions_about_neighbours_share_their_p
         for m in "abc"
     ]
     made = shape(rows)
-    assert len({row.passages for row in made}) == len(rows) / 9  # three contexts, whichever is asked about
-    for row in made:
-        assert {other.source for other in rows if other.context in row.passages} == {row.source}
-    for row in shape(rows, count=26):
-        sources = {other.source for other in rows if other.context in row.passages}
-        assert len(sources) == 3 and len({source.partition("/")[0] for source in sources}) == 1
+    by_context = {row.context: {other.passages for other in made if other.context == row.context} for row in made}
+    assert len(by_context) == 54 and all(len(shared) == 1 for shared in by_context.values())
+    source_of = {row.context: row.source for row in rows}
+    assert is_mostly(len({source_of[text] for text in row.passages}) == 1 for row in made)
+    folders = [{source_of[text].partition("/")[0] for text in row.passages} for row in shape(rows, count=8)]
+    assert is_mostly(len(found) == 1 for found in folders)
     assert {row.passages for row in made} != {row.passages for row in shape(rows, seed=1)}
 
 
-def test_a_question_without_its_context_is_asked_among_its_neighbours_passages():
+def test_a_question_without_its_context_is_asked_with_passages_of_other_questions():
     rows = [Row(f"{n} {m}?", f"x{n}{m}", f"Text x{n}a x{n}b.", "", "a.md") for n in range(30) for m in "ab"]
     made = shape(rows, gold_probability=0.7)
     full = {row.passages for row in made if row.response != Prompt().refusal}
     refused = [row.passages in full for row in made if row.response == Prompt().refusal]
-    assert 8 <= len(refused) <= 28 and sum(refused) > 0.8 * len(refused)
+    assert 8 <= len(refused) <= 28 and is_mostly(refused)
 
 
 def test_without_a_folder_the_subject_is_the_category():
     rows = [Row(f"{n}?", f"x{n}", f"Text x{n}.", "ab"[n % 2]) for n in range(42)]
-    for row, made in zip(rows, shape(rows), strict=True):
-        found = others_of(row, made)
-        assert len(found) == 2 and all(other.category == row.category for other in rows if other.context in found)
+    category_of = {row.context: row.category for row in rows}
+    assert is_mostly(len({category_of[text] for text in row.passages}) == 1 for row in shape(rows))
 
 
 def test_batches_keep_together_what_shares_passages():
@@ -311,24 +333,25 @@ def test_whole_words_decide_whether_a_distractor_holds_the_answer(answer, holdin
         Row("Other?", "zebra", holding, "", "a.md"),
         Row("More?", "zebra", harmless, "", "a.md"),
     ]
-    assert others_of(rows[0], shape(rows)[0]) == {harmless}
+    assert {harmless} in others_of(rows) and all(found <= {harmless} for found in others_of(rows))
 
 
 def test_a_bare_yes_has_distractors():
     rows = [Row("May they?", "Yes.", "They may.", "", "a.md"), Row("Who?", "Ann", "Ann says yes.", "", "a.md")]
-    assert others_of(rows[0], shape(rows)[0]) == {"Ann says yes."}
+    assert {"Ann says yes."} in others_of(rows)
 
 
 def test_a_refused_row_has_its_context_once_however_it_is_spaced():
     rows = [Row("Why?", "I don't know.", "Ann signs B7.", "", "a.md"), Row("How?", "so", "ann signs  B7", "", "a.md")]
-    assert shape(rows)[0].passages == ("Ann signs B7.",)
+    assert not any(others_of(rows))
 
 
 def test_what_answers_a_refused_question_elsewhere_is_no_distractor():
     refused = Row("Who signs?", "I don't know", "Nobody is named here.", "", "a.md")
     rows = [refused, Row("who signs", "Ann", "Ann signs.", "", "a.md"), Row("When?", "noon", "At noon.", "", "a.md")]
+    assert {"At noon."} in others_of(rows) and all(found <= {"At noon."} for found in others_of(rows))
     made = shape(rows, gold_probability=0.0)[0]
-    assert set(made.passages) == {refused.context, "At noon."} and made.response == Prompt().refusal
+    assert refused.context in made.passages and made.response == Prompt().refusal
 
 
 def test_the_order_of_rows_does_not_matter_and_the_seed_does():
@@ -347,7 +370,7 @@ def test_fifteen_thousand_rows_of_one_document_take_seconds():
 
     rows = [Row(f"Q{n}?", f"x{n}", f"Text of x{n}. " + "word " * 20, "", "one.md") for n in range(15_000)]
     started = time.process_time()
-    assert all(len(row.passages) == 3 for row in shape(rows))
+    assert {len(row.passages) for row in shape(rows)} == {1, 2, 3}
     assert time.process_time() - started < 15
 
 

@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""What each part of the recipe buys: the sample's preset, and the same without one part, on the sample's questions.
+
+    python benchmarks/ablation.py                   # two seeds; about two and a half hours on two cores, resumable
+    python benchmarks/ablation.py --curve           # F1 against the number of training rows, and a picture
+    python benchmarks/ablation.py --write README.md # put what was measured there
+
+Every trial is a line of benchmarks/runs.jsonl. A part without a flag is taken away by a function of this file, in a
+process of its own.
+"""
+
+import importlib
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import trials
+from qlora import console, presets
+from qlora.report import as_markdown_table
+
+PICTURE = trials.PROJECT / "learning_curve.png"
+COLUMNS = ["F1 (of each seed)", "oracle F1", "refusal F1", "citation P"]
+
+# name -> (flags, the function that takes the part away)
+PARTS = {
+    "the recipe": ({}, ""),
+    "without distractors": ({"distractors": "0"}, ""),
+    "without refusals": ({"refusal-share": "0", "gold-probability": "1"}, ""),
+    "without citations": ({}, "drop_citations"),
+    "passages cut from the end on, the right one too": ({"max-length": "256"}, "cut_any_passage"),
+    "the same length, the right one cut last": ({"max-length": "256"}, ""),
+    "dense search": ({"search": "dense"}, ""),
+    "without heading paths": ({}, "drop_headings"),
+    "rows that share no passages": ({}, "scatter_rows"),
+    "16-bit base": ({}, "keep_16_bit"),
+}
+CURVE = (50, 100, 200, 400, 800)
+
+
+# ------------------------------------------------------------------------------- parts taken away
+
+
+def drop_citations() -> None:
+    from qlora import dataset
+
+    shape = dataset.shape_row
+
+    def shape_without(*given):
+        row = shape(*given)
+        return replace(row, response=dataset.CITATIONS.sub("", row.response))
+
+    dataset.shape_row = shape_without
+
+
+def cut_any_passage() -> None:
+    from qlora import dataset
+
+    fit = dataset.fit_passages
+    dataset.fit_passages = lambda *given, last=None, keep="", **others: fit(*given, **others)
+
+
+def drop_headings() -> None:
+    from qlora import documents
+
+    split = documents.split_sections
+    documents.split_sections = lambda page: [("", *rest) for _, *rest in split(page)]
+
+
+def scatter_rows() -> None:
+    from qlora import trainer
+
+    batch = trainer.batch_groups
+    trainer.batch_groups = lambda groups, size, seed: batch(range(len(groups)), size, seed)
+
+
+def keep_16_bit() -> None:
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    AutoModelForCausalLM.from_pretrained = lambda *given, quantization_config=None, **others: load(*given, **others)
+
+
+# ------------------------------------------------------------------------------- run
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["--run"]:
+        return run_without(*argv[1:3], argv[3:])
+    args, problems = console.parse_arguments(build_parser(), argv)
+    problems.raise_if_any()
+    measure = measure_curve if args.curve else measure_parts
+    text = measure(args.seeds)
+    print(text)
+    if args.write:
+        put_between(args.write, "curve" if args.curve else "ablation", text)
+    return 0
+
+
+def run_without(part: str, script: str, words: list[str]) -> int:
+    """The script, after the part was taken away from the modules that it imports."""
+    globals()[part]()
+    return console.run(importlib.import_module(script).main, words)
+
+
+def measure_parts(seeds: list[int]) -> str:
+    """A Markdown table: the recipe, and the recipe without each part."""
+    rows = []
+    for name, (flags, without) in PARTS.items():
+        records = [run(flags, without, seed) for seed in seeds]
+        rows.append([name, *describe(records)])
+    return as_markdown_table([["", *COLUMNS, "minutes"], *rows])
+
+
+def measure_curve(seeds: list[int]) -> str:
+    """A Markdown table of F1 against the number of rows, after drawing it."""
+    rows, everything = [], sum(1 for _ in (trials.SAMPLE / "train.jsonl").open(encoding="utf-8"))
+    preset = presets.PRESETS["laptop"]
+    for count in (*CURVE, everything):
+        # As many steps as with all rows, as far as that is no more than eight epochs.
+        epochs = min(8, preset.epochs * everything / count)
+        flags = {} if count == everything else {"max-rows": str(count), "epochs": f"{epochs:g}"}
+        rows.append((count, [run(flags, "", seed) for seed in seeds]))
+    draw_curve(rows, PICTURE)
+    table = [[str(count), *describe(records)] for count, records in rows]
+    return as_markdown_table([["rows", *COLUMNS, "minutes"], *table])
+
+
+def run(flags: dict, without: str, seed: int) -> dict:
+    data = trials.Data("sample", trials.SAMPLE / "train.jsonl", trials.SAMPLE / "questions.jsonl", trials.DOCUMENTS)
+    record = trials.run_trial(trials.Trial(data, flags, seed, without))
+    f1 = record["cells"]["tuned retrieved"]["f1"]
+    console.note(f"{without or flags or 'the recipe'}, seed {seed}: F1 {f1:.3f}")
+    return record
+
+
+def describe(records: list[dict]) -> list[str]:
+    """The mean of every score over the seeds; F1 with each seed's."""
+    found = [record["cells"]["tuned retrieved"] for record in records]
+    f1 = [cell["f1"] for cell in found]
+    values = [[record["cells"]["tuned oracle"]["f1"] for record in records]]
+    values += [[cell[key] or 0 for cell in found] for key in ("refusal_f1", "citation_precision")]
+    each = ", ".join(f"{value:.2f}" for value in f1)
+    minutes = statistics.mean(record["train_seconds"] for record in records) / 60
+    return [f"{statistics.mean(f1):.2f} ({each})", *(f"{statistics.mean(v):.2f}" for v in values), f"{minutes:.1f}"]
+
+
+def draw_curve(rows: list[tuple[int, list[dict]]], picture: Path) -> None:
+    """F1 against rows: the mean over the seeds, and every seed as a dot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for context in ("oracle", "retrieved"):
+        points = [(count, [r["cells"][f"tuned {context}"]["f1"] for r in records]) for count, records in rows]
+        means = [statistics.mean(values) for _, values in points]
+        (line,) = axes.plot([count for count, _ in points], means, "o-", label=f"{context} context")
+        for count, values in points:
+            axes.plot([count] * len(values), values, ".", color=line.get_color(), alpha=0.5)
+    axes.set(xscale="log", xlabel="training rows", ylabel="F1", ylim=(0, 1))
+    axes.set_xticks([count for count, _ in rows], [str(count) for count, _ in rows])
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(picture)
+
+
+def put_between(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between `<!-- name -->` and `<!-- end of name -->` in the file."""
+    before, mark, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    path.write_text(f"{before}{mark}{text}\n{end}{after}", encoding="utf-8")
+
+
+def build_parser() -> console.Parser:
+    title, _, text = __doc__.partition("\n\n")
+    parser = console.Parser(usage="ablation.py [flags]", description=title, epilog=text)
+    flag = parser.add_argument
+    flag("--curve", action="store_true", help="F1 against the number of rows instead")
+    flag("--seeds", type=console.number(int, 0), nargs="+", default=[0, 1], help="each trial once a seed (0 1)")
+    flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file, such as README.md")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
