@@ -36,7 +36,7 @@ DOLLY = {
     "gold_probability": 0.85,  # Dolly has no rows that refuse
 }
 PRESETS = {
-    # By recipe_search.py. Two passages are as many as a 135M model can tell apart; a seventh of the sample's rows refuse.
+    # By recipe_search.py. Two passages are as many as a 135M model tells apart; a seventh of the sample's rows refuse.
     "laptop": Preset(
         EMBEDDED,
         dataset=str(SAMPLE_DATA / "train.jsonl"),

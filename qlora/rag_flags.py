@@ -147,8 +147,8 @@ def build_parser(description: str, steps: tuple[str, ...]):
     one.add_argument(
         "paths", nargs="+", metavar="PATH", help="files, folders: .txt .md .html .pdf .docx .csv .json .jsonl"
     )
-    one.add_argument("--passage-tokens", type=console.number(int, 16), default=200, help="tokens a passage (200)")
-    one.add_argument("--overlap", type=console.number(int, 0), default=40, help="tokens two passages share (40)")
+    one.add_argument("--passage-tokens", type=console.number(int, 16), default=120, help="tokens a passage (120)")
+    one.add_argument("--overlap", type=console.number(int, 0), default=24, help="tokens two passages share (24)")
     text = "also forget documents whose files are gone from the folders"
     one.add_argument("--prune", action="store_true", help=text)
     one.add_argument("--dry-run", action="store_true", help="show what would be done (+ new, ~ changed, - forgotten)")
@@ -241,7 +241,7 @@ def database_flags(storage: str) -> argparse.ArgumentParser:
     group.add_argument("--store", type=stores, help="pgvector (PostgreSQL) or pinecone (pgvector)")
     group.add_argument("--collection", help="name of the collection (documents)")
     group.add_argument("--embedding-model", help=f"sentence-transformers model ({base_model.EMBEDDED_EMBEDDER})")
-    flags.set_defaults(passage_tokens=200, overlap=40)  # for the sample documents in an empty collection
+    flags.set_defaults(passage_tokens=120, overlap=24)  # for the sample documents in an empty collection
     return flags
 
 
@@ -249,7 +249,7 @@ def search_flags(storage: str) -> argparse.ArgumentParser:
     """How passages are found."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group(f"{storage}: search")
-    text = f"dense (meaning), lexical (words) or hybrid (both, fused by rank) ({DEFAULT_MODE}; Pinecone: dense)"
+    text = f"dense (meaning), lexical (words) or hybrid (both, added up) ({DEFAULT_MODE}; Pinecone: dense)"
     group.add_argument("--search", type=console.choice(*MODES), dest="mode", help=text)
     text = f"passages that each leg ranks ({FETCH})"
     group.add_argument("--fetch-k", type=console.number(int, 1, 1000), default=FETCH, help=text)

@@ -141,7 +141,7 @@ def test_verdicts(low, high, words):
     spread = {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
     difference = {"what": "tuned - base", "of": "retrieved", "metric": "f1", **spread}
     assert words in c.give_verdict([difference]) and "n=9" in c.give_verdict([difference])
-    assert "base model alone" in c.give_verdict([])
+    assert "one model alone" in c.give_verdict([])
 
 
 def test_questions_of_all_formats(tmp_path):
@@ -261,9 +261,13 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
     ]
     assert rag(*words, "--limit", 4) == 0
     captured = capsys.readouterr()
-    assert (
-        "the base model alone is evaluated" in captured.err and "Base model alone: nothing to compare" in captured.out
-    )
+    assert "the base model alone is evaluated" in captured.err
+    assert "One model alone: nothing to compare" in captured.out
+    assert rag(*words, "--limit", 4, "--contexts", "oracle", "--json") == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [(cell["model"], cell["context"]) for cell in cells] == [("base", "oracle")]
+    assert rag(*words, "--models", "best", "--contexts", "none") == 2
+    assert "--models best is not valid" in (told := capsys.readouterr().err) and "--contexts none" in told
     (tmp_path / "bad.jsonl").write_text("{\n")
     assert rag(*words, "--questions", tmp_path / "bad.jsonl") == 2
     assert "bad.jsonl:1" in capsys.readouterr().err
