@@ -65,13 +65,15 @@ def split_rows(rows: list[dataset.Row]) -> tuple[list[dataset.Row], list[dataset
 def load_shaped_rows(setup: Setup, source: str, part: int):
     """The tokenizer, and (messages, response) of the training (0) or held-out (1) rows.
 
-    They are the very texts that instruct_train_qlora.py makes of the file: same functions, same seed.
+    They are the very texts that instruct_train_qlora.py makes of the file, in its order: same functions, same seed.
     """
     tokenizer = base_model.load_tokenizer(source)
     prompt = choose_prompt(tokenizer)
     rows, _ = dataset.keep_usable(dataset.load_rows(str(setup.path("rows.jsonl"))))
+    shaped = dataset.add_distractors(split_rows(rows)[part], DISTRACTORS, GOLD_PROBABILITY, prompt, SEED)
+    batches = dataset.batch_groups([row.passages for row in shaped], setup.batch_size, SEED)
     pairs = []
-    for row in dataset.add_distractors(split_rows(rows)[part], DISTRACTORS, GOLD_PROBABILITY, prompt, SEED):
+    for row in (shaped[n] for batch in batches for n in batch):
         passages = [defuse(tokenizer, text) for text in row.passages]
         pairs.append((prompt.messages(defuse(tokenizer, row.instruction), passages), defuse(tokenizer, row.response)))
     return tokenizer, pairs
@@ -111,15 +113,12 @@ def train_plain(setup: Setup, source: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from qlora import data_report
-    from qlora.trainer import SeededOrder
     from qlora.training_run import peak_memory
 
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
     # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
     model = base_model.load_base_model(source, training=True)
     weights = count_4bit_weights(model)
-    order = list(SeededOrder(len(pairs), SEED))  # as ours, or the losses after so few steps would differ by chance
-    pairs = [pairs[n] for n in order]
     config = SFTConfig(
         output_dir=setup.folder,
         train_sampling_strategy="sequential",

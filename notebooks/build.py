@@ -14,6 +14,7 @@ it calls the step functions in the order of main().
 import ast
 import re
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -113,11 +114,12 @@ def build(prose: Path, small: bool) -> None:
         for cell in notebook.cells:
             cell.source = cell.source.replace(*SMALL)
     codes = sum(cell.cell_type == "code" for cell in notebook.cells)
-    with console.progress() as bar:
+    with console.progress() as bar, tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
         task = bar.add_task(prose.stem, total=codes)
         client = NotebookClient(
             notebook,
-            km=AsyncKernelManager(kernel_name="python3", transport="ipc"),  # no port that others could reach
+            # No port that others could reach.
+            km=AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/ipc"),
             timeout=None,
             record_timing=False,
             resources={"metadata": {"path": str(PROJECT)}},
