@@ -16,6 +16,7 @@ sys.path.insert(0, str(PROJECT))
 
 from qlora import console, presets  # noqa: E402
 
+ADAPTERS = PROJECT / "adapters"
 LOG = PROJECT / "benchmarks" / "runs.jsonl"
 SAMPLE = presets.SAMPLE_DATA
 DOCUMENTS = SAMPLE / "documents"
@@ -66,7 +67,8 @@ def run_trial(trial: Trial, models: str = "tuned") -> dict:
     if key in (known := read_log()):
         return known[key]
     trained = [described["data"], trial.training, trial.seed, trial.without]
-    folder = PROJECT / "adapters" / f"trial-{name_of(trained if trial.without else trained[:3])}"
+    ADAPTERS.mkdir(exist_ok=True)
+    folder = ADAPTERS / f"trial-{name_of(trained if trial.without else trained[:3])}"
     if not (folder / "run.json").exists():
         run_script(trial, "instruct_train_qlora", folder, train_words(trial, folder))
     collection = f"trial-{trial.data.name}-{name_of([trial.select(*INGEST), trial.without])}"

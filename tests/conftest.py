@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def tiny_base(tmp_path_factory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([row["context"] for row in sample_rows()[:100]], trainer)
+    tokenizer.train_from_iterator([row["context"] for row in sample_rows()[::5]], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=1024
     )
@@ -74,9 +76,11 @@ def sample_rows() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
-    """Real rows of six documents."""
+    """Real rows: thirteen of each of six documents."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in sample_rows()[:78]), encoding="utf-8")
+    documents = [list(rows)[:13] for _, rows in groupby(sample_rows(), key=itemgetter("source"))]
+    lines = [json.dumps(row) + "\n" for rows in documents[:6] for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

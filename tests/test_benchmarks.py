@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import PROJECT, SAMPLE
 
-from benchmarks import plain_recipe, random_llama, train_speed
+from benchmarks import ablation, plain_recipe, random_llama, train_speed, trials
 from qlora import dataset
 from qlora.console import UserError
 from qlora.prompt import choose_prompt, encode_row
@@ -86,3 +86,75 @@ def test_shape_needs_a_gpu_and_the_benchmark_starts_without_torch():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA GPU"):
             train_speed.main(["--shape", "llama2-7b"])
+
+
+# ------------------------------------------------------------------------------- trials
+
+
+def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
+    from qlora import documents, trainer
+    from qlora.base_model import load_base_model, load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_base))
+    prompt = choose_prompt(tokenizer)
+    rows = [row for row in dataset.load_rows(str(SAMPLE / "train.jsonl"))[:24] if row.category != "unanswerable"]
+
+    def shape():
+        return dataset.add_distractors(rows, 2, 1.0, prompt, 0)
+
+    def count_answers(shaped) -> int:
+        """Rows that still hold the answer, cut to 240 tokens."""
+        examples, _ = dataset.tokenize_rows(tokenizer, prompt, shaped, 240)
+        texts = [tokenizer.decode(e.input_ids[: e.labels.count(-100)]).split("### Instruction")[0] for e in examples]
+        return sum(dataset.answer_span(row.response) in text for row, text in zip(shaped, texts, strict=True))
+
+    shaped = shape()
+    kept = count_answers(shaped)
+    monkeypatch.setattr(dataset, "fit_passages", dataset.fit_passages)
+    ablation.cut_any_passage()
+    assert count_answers(shaped) < kept
+
+    assert all("[" in row.response for row in shaped)
+    monkeypatch.setattr(dataset, "shape_row", dataset.shape_row)
+    ablation.drop_citations()
+    assert not any("[" in row.response for row in shape())
+
+    monkeypatch.setattr(trainer, "batch_groups", trainer.batch_groups)
+    examples = [dataset.Example([n], [n], group=n // 5) for n in range(20)]
+    ablation.scatter_rows()
+    assert {len(batch) for batch in trainer.make_batches(examples, 4, 0)} == {4}
+
+    monkeypatch.setattr(documents, "split_sections", documents.split_sections)
+    ablation.drop_headings()
+    path = SAMPLE / "documents" / "ferry" / "crew.md"
+    passages = documents.load_passages(path, "crew.md", tokenizer, 256, 120, 24)
+    assert passages and not any("heading" in passage.metadata for passage in passages)
+
+    import transformers
+
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", transformers.AutoModelForCausalLM.from_pretrained
+    )
+    ablation.keep_16_bit()
+    assert plain_recipe.count_4bit_weights(load_base_model(str(tiny_base))) == 0
+
+
+def test_a_trial_is_trained_evaluated_logged_and_not_run_again(collection, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "LOG", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(trials, "ADAPTERS", tmp_path / "adapters")
+    data = trials.split_data("few", SAMPLE / "train.jsonl", trials.DOCUMENTS / "ferry", tmp_path)
+    sources = [
+        {json.loads(line)["source"] for line in path.read_text().splitlines()} for path in (data.rows, data.questions)
+    ]
+    assert not sources[0] & sources[1] and len(sources[0] | sources[1]) == 36
+    for path in (data.rows, data.questions):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:: len(lines) // 5][:5]))
+    flags = {"base-model": str(tiny_base), "max-steps": "1", "learning-rate": "0.02", "warmup": "0", "top-k": "1"}
+    trial = trials.Trial(data, flags | {"eval-share": "0.5"}, seed=3)
+    record = trials.run_trial(trial)
+    assert set(record["cells"]) == {"tuned retrieved", "tuned oracle"} and record["questions"] == 5
+    assert record["flags"] == trial.flags and record["seed"] == 3 and record["train_seconds"] > 0
+    monkeypatch.setattr(trials, "run_script", None)
+    assert trials.run_trial(trial) == record
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
