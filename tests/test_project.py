@@ -14,6 +14,7 @@ from conftest import PROJECT, SAMPLE, sample_rows
 
 import instruct_train_qlora
 import rag_qlora
+from benchmarks import ablation, recipe_search
 from qlora import rag_flags, settings
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
@@ -152,10 +153,11 @@ def test_readme_shows_only_commands_and_flags_that_exist():
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
     training = instruct_train_qlora.build_parser().format_help()
+    benchmarks = "".join(script.build_parser().format_help() for script in (recipe_search, ablation))
     vllm = {"--enable-lora", "--lora-modules", "--chat-template"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", README)  # ours have no underscores, launchers' do
     for flag in set(flags) - vllm:
-        assert flag in training + "".join(helps.values()), flag
+        assert flag in training + benchmarks + "".join(helps.values()), flag
     for script, command, rest in re.findall(r"^\$ python (\w+)\.py ?(\w*)(.*)$", README, re.M):
         known = helps[command] if script == "rag_qlora" else training
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split("#")[0]):
