@@ -22,8 +22,8 @@ from qlora.row_filters import Dropped, is_refusal, shorten_text
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MARKS = "⟦", "⟧"  # around the trained tokens, where there is no colour
-# Share of the rate of large matmuls that training reaches; measured: 403 of 799 GFLOP/s, SmolLM2-135M, 8 rows a step.
-UTILISATION = 0.5
+# Share of the rate of large matmuls that training reaches; measured: 190 to 240 of 799 GFLOP/s with 500 tokens a batch.
+UTILISATION = 0.3
 # Bytes a token, layer and unit of the hidden size that forward keeps for backward; counted: 30 for SmolLM2-135M
 # with LoRA on all linear layers under bf16 autocast. With checkpointing a layer keeps its bf16 input only.
 ACTIVATION_BYTES, CHECKPOINT_BYTES = 30, 2
