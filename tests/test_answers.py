@@ -102,6 +102,7 @@ def test_stream_gives_the_same_text_in_pieces(generator):
 
 def test_a_batch_gives_the_answers_one_by_one(generator):
     asked = [[{"role": "user", "content": text}] for text in ("Hi", "Where is the flag of the harbour?", "When " * 30)]
+    generator = generator.model_copy(update={"max_new_tokens": 6})  # rounding tells a random model's near ties apart
     assert generator.complete(asked) == [generator.complete([messages])[0] for messages in asked]
     assert generator.complete([[{"role": "user", "content": "Hi"}]]) == [generator.invoke([HumanMessage("Hi")]).text]
 
