@@ -388,7 +388,7 @@ def add_dataset_flags(flag) -> None:
     flag("--require-extractive", action="store_true", help="keep rows whose response stands in the context")
     flag("--refusal-share", type=share, default=0.2, help='rows that say "I don\'t know.", at most (0.2)')
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
-    flag("--distractors", type=console.number(int, 0, 20), help="other passages a row (preset's)")
+    flag("--distractors", type=console.number(int, 0, 20), help="other passages a row, at most (preset's)")
     flag("--gold-probability", type=share, help="rows that keep the right passage (preset's)")
     flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
 

@@ -15,6 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from qlora import console, presets  # noqa: E402
+from qlora.report import as_text_table, show  # noqa: E402
 
 ADAPTERS = PROJECT / "adapters"
 LOG = PROJECT / "benchmarks" / "runs.jsonl"
@@ -59,16 +60,14 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def run_trial(trial: Trial, models: str = "tuned") -> dict:
+def run_trial(trial: Trial) -> dict:
     """The trial's line of the log: trained and evaluated now, unless it stands there."""
-    described = {"data": trial.data.describe(), "flags": trial.flags, "seed": trial.seed, "models": models}
-    described |= {"without": trial.without} if trial.without else {}
+    described = {"data": trial.data.describe(), "flags": trial.flags, "seed": trial.seed, "without": trial.without}
     key = name_of(described)
     if key in (known := read_log()):
         return known[key]
-    trained = [described["data"], trial.training, trial.seed, trial.without]
     ADAPTERS.mkdir(exist_ok=True)
-    folder = ADAPTERS / f"trial-{name_of(trained if trial.without else trained[:3])}"
+    folder = ADAPTERS / f"trial-{name_of([described | {'flags': trial.training}])}"
     if not (folder / "run.json").exists():
         run_script(trial, "instruct_train_qlora", folder, train_words(trial, folder))
     collection = f"trial-{trial.data.name}-{name_of([trial.select(*INGEST), trial.without])}"
@@ -76,8 +75,8 @@ def run_trial(trial: Trial, models: str = "tuned") -> dict:
     run_script(trial, "rag_qlora", folder, ["ingest", trial.data.documents, "--collection", collection, *flags])
     output = folder / f"evaluation-{key}"
     words = ["evaluate", "--questions", trial.data.questions, "--collection", collection, "--adapter", folder]
-    words += ["--models", *models.split(), "--output", output, *as_words(trial.select(*ANSWER))]
-    words += ["--contexts", "retrieved", "oracle"] if models == "tuned" else []
+    words += ["--models", "tuned", "--contexts", "retrieved", "oracle", "--output", output]
+    words += as_words(trial.select(*ANSWER))
     run_script(trial, "rag_qlora", folder, words)
     record = {"key": key, **described, **read_results(folder, output)}
     with LOG.open("a", encoding="utf-8") as file:
@@ -134,19 +133,13 @@ def read_log() -> dict[str, dict]:
 
 def show_table(title: str, rows: list[tuple[str, dict]]) -> None:
     """One line a trial on stdout: what it differs in, and its scores from retrieved and oracle passages."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    heads = ("", "F1", "oracle F1", "refusal P", "refusal R", "refusal F1", "citation P", "recall@3", "loss", "minutes")
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left")
+    heads = ["", "F1", "oracle", "refusal P", "R", "F1", "citation P", "recall@3", "loss", "minutes"]
+    lines = []
     for name, record in rows:
-        found, oracle = record["cells"]["tuned retrieved"], record["cells"].get("tuned oracle", {})
-        values = [found["f1"], oracle.get("f1"), *(found[key] for key in SCORES[2:6]), record["recall@3"]]
-        values += [record["eval_loss"], record["train_seconds"] / 60]
-        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in values))
-    Console(highlight=False, soft_wrap=True).print(table)
+        found, oracle = record["cells"]["tuned retrieved"], record["cells"]["tuned oracle"]
+        values = [found["f1"], oracle["f1"], *(found[key] for key in SCORES[2:6]), record["recall@3"]]
+        lines.append([name, *map(show, [*values, record["eval_loss"], record["train_seconds"] / 60])])
+    print(f"{title}\n{as_text_table([heads, *lines])}")
 
 
 def split_data(name: str, dataset: Path, documents: Path, folder: Path, share: float = 0.25) -> Data:

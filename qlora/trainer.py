@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora import checkpoints, console, packing, settings
 from qlora.base_model import LARGE, compute_dtype
+from qlora.data_report import count_tokens
 from qlora.dataset import Example, batch_groups
 from qlora.lean_layers import make_lean
 from qlora.prompt import IGNORED
@@ -411,10 +412,6 @@ def ran_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: CUDA's own exception, or what torch's CPU allocator raises."""
     words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
-def count_tokens(batch: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in batch)
 
 
 def as_dataset(batches: Sequence[Sequence[Example]]):
