@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     with console.step(STEPS, "Model and Tokenizer Setup"):
         model, tokenizer, prompt = load_model(args)
     with console.step(STEPS, "Text Generation"):
-        generator = make_generator(args, model, tokenizer)
+        generator = make_generator(args, model, tokenizer, prompt)
     with console.step(STEPS, "Database Integration"):
         store = open_store(args)
         fill_if_empty(args, store)
@@ -111,16 +111,18 @@ def merge_for_speed(trained, tokenizer):
 # ============================================================================ Text Generation
 
 
-def make_generator(args, model, tokenizer):
+def make_generator(args, model, tokenizer, prompt):
     """The LangChain chat model, here or on a server: greedy at temperature 0, else seeded sampling."""
     from qlora.generator import Generator
 
+    refusal = tokenizer(prompt.refusal, add_special_tokens=False).input_ids
+    first_bias = {refusal[0]: args.refusal_bias} if args.refusal_bias else {}
     how = f"sampling at temperature {args.temperature}" if args.temperature else "greedy"
     note(f"{how}, at most {args.max_new_tokens} new tokens")
     if args.base_url:
         from qlora.server_model import connect
 
-        return connect(args, tokenizer)
+        return connect(args, tokenizer, first_bias)
     return Generator(
         model=model,
         tokenizer=tokenizer,
@@ -129,6 +131,7 @@ def make_generator(args, model, tokenizer):
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
+        first_bias=first_bias,
     )
 
 
@@ -470,7 +473,7 @@ def complete_batch(prompt, generator, pairs) -> list:
 def evaluation_settings(args, prompt) -> dict:
     """What an answer depends on besides question and passages: an answer of the same settings is not made again."""
     names = ("base_model", "max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "top_k")
-    names += ("mode", "fetch_k", "diversity")
+    names += ("mode", "fetch_k", "diversity", "refusal_bias")
     digest = adapter.digest_weights(args.adapter) if args.adapter else None
     return {**{name: getattr(args, name) for name in names}, "adapter": digest, "prompt": prompt.digest}
 

@@ -42,6 +42,11 @@ class Adapter:
         """How many passages a question had in training, at most: as many are given to it in answering."""
         return self.run["arguments"]["distractors"] + 1
 
+    @property
+    def refusal_bias(self) -> float:
+        """What is added to the logit with which a refusal begins, as fitted on the held-out rows."""
+        return self.run["result"].get("refusal_bias", 0.0)
+
 
 def bytes_needed(rank: int) -> int:
     """Disk for an adapter of a 13B model, the largest of the presets, and its tokenizer."""

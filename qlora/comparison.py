@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from qlora.console import fail
@@ -9,6 +10,7 @@ from qlora.console import fail
 MODELS = ("base", "tuned")
 CONTEXTS = ("closed-book", "retrieved", "oracle")
 METRICS = {"f1": "F1", "overall_f1": "overall F1"}
+FEW = 10  # rows that refuse, or that don't, from which on something can be fitted
 DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
 
 
@@ -78,6 +80,25 @@ def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float
         if gain > best + 1e-9 and after > here:
             best, threshold = gain, here + 1e-4 if after == float("inf") else (here + after) / 2
     return threshold and round(threshold, 5)
+
+
+def fit_refusal_bias(odds: Sequence[float], refused: Sequence[bool]) -> tuple[float, float | None]:
+    """What to add to the log-odds of refusing, so that above 0 means to refuse: best by F1 over the rows. And that F1.
+
+    A model that learnt to answer and to refuse is right about the order of questions more often than about 0. The
+    same idea as SQuAD 2.0's threshold. (0, None) with fewer than `FEW` rows of either kind.
+    """
+    rows = sorted(zip(odds, refused, strict=True), reverse=True)
+    wanted = sum(refused)
+    if min(wanted, len(rows) - wanted) < FEW:
+        return 0.0, None
+    bias, best, right = 0.0, 0.0, 0
+    for count, ((here, is_right), (after, _)) in enumerate(pairwise([*rows, (rows[-1][0] - 1, False)]), 1):
+        right += is_right
+        f1 = 2 * right / (count + wanted)
+        if f1 > best and after < here:
+            bias, best = -(here + after) / 2, f1
+    return round(bias, 4), round(best, 4)
 
 
 def split_halves(scores: Sequence[dict]) -> tuple[list[int], list[int]]:

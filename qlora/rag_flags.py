@@ -78,11 +78,13 @@ def resolve_model(args, detect: bool) -> None:
     folder = args.adapter or settings.get("QLORA_ADAPTER")
     if folder == "none":
         args.adapter, args.base_model = None, named or preset.base_model
+        args.refusal_bias = args.refusal_bias or 0.0
     else:
         args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
         trained = adapter.read_adapter(args.adapter, named)
         args.base_model = trained.base_model
         args.top_k = args.top_k or trained.passages
+        args.refusal_bias = trained.refusal_bias if args.refusal_bias is None else args.refusal_bias
     del args.preset
     if args.command == "evaluate":
         args.output = args.output or Path("evaluations") / (args.adapter or Path(args.base_model)).name
@@ -230,6 +232,8 @@ def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
     group.add_argument("--max-new-tokens", type=tokens, default=96, help="length of an answer (96)")
     group.add_argument("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is none (1)")
     group.add_argument("--seed", type=console.number(int, 0), default=0, help="of the sampling (0)")
+    text = 'added to the log-odds of saying "I don\'t know.": above 0 more often, below less (as training fitted it)'
+    group.add_argument("--refusal-bias", type=console.number(float, -100, 100), help=text)
     return flags
 
 

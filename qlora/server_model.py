@@ -60,9 +60,10 @@ class ServerModel(BaseChatOpenAI):
             )
 
 
-def connect(args, tokenizer) -> ServerModel:
+def connect(args, tokenizer, bias: dict[int, float]) -> ServerModel:
     """The model of the server that `--base-url` and `--model` name; the only one it has when none is named.
 
+    `bias` is added to the logits of its tokens, here at every position: the protocol knows no other way.
     Raises UserError when the server cannot be reached, refuses the key, or has several and none is named.
     """
     import httpx
@@ -72,6 +73,8 @@ def connect(args, tokenizer) -> ServerModel:
     note(f"{name} at {args.base_url}")
     if urlsplit(args.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
         note(f"Questions and passages are sent to {args.base_url}")
+    extra = {"repetition_penalty": args.repetition_penalty} if args.repetition_penalty != 1 else {}
+    extra |= {"logit_bias": bias} if bias else {}
     return ServerModel(
         base_url=args.base_url,
         api_key=key,
@@ -82,7 +85,7 @@ def connect(args, tokenizer) -> ServerModel:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
-        extra_body={"repetition_penalty": args.repetition_penalty} if args.repetition_penalty != 1 else None,
+        extra_body=extra or None,
         streaming=True,
         stream_usage=True,
         timeout=httpx.Timeout(None, connect=10),  # a slow machine may think for minutes

@@ -21,10 +21,11 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora import checkpoints, console, packing, settings
 from qlora.base_model import LARGE, compute_dtype
+from qlora.comparison import fit_refusal_bias
 from qlora.data_report import count_tokens
 from qlora.dataset import Example, batch_groups
 from qlora.lean_layers import make_lean
-from qlora.prompt import IGNORED
+from qlora.prompt import IGNORED, Prompt
 
 
 def add_lora(model, rank: int, alpha: int, dropout: float, seed: int, targets="all-linear", rslora=False, dora=False):
@@ -140,15 +141,14 @@ def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def token_losses(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of every label: (rows, longest), 0 where there is none.
+def label_logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits for every label, row by row: (labels, vocabulary).
 
     The head, a third of the work of a small Llama, runs over the labelled positions only.
     """
-    labels = inputs["labels"]
-    labelled = labels != IGNORED
     batch = packing.pack(inputs["input_ids"], inputs["attention_mask"])
-    logits = model(
+    labelled = inputs["labels"] != IGNORED
+    return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=torch.empty(1, 1, 1, 1),  # any of four dimensions: no mask is made
@@ -156,15 +156,33 @@ def token_losses(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits_to_keep=batch.index[:, :-1][labelled[:, 1:]],  # a token is predicted one position earlier
         use_cache=False,
     ).logits[0]
-    losses = torch.zeros(labels.shape, device=labels.device)
-    return losses.masked_scatter(
-        labelled, torch.nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
-    )
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every label by its logits: (rows, longest), 0 where there is none."""
+    labelled = labels != IGNORED
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
+    return torch.zeros(labels.shape, device=labels.device).masked_scatter(labelled, losses)
 
 
 def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
     """Summed cross-entropy of the labelled tokens over `items` (default: their number)."""
-    return token_losses(model, inputs).sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
+    losses = token_losses(label_logits(model, inputs), inputs["labels"])
+    return losses.sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
+
+
+def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -> torch.Tensor:
+    """(rows, 5): summed loss, labels, probability of EOS at the end, log-odds of refusing, whether that is right.
+
+    The log-odds are those of the refusal's first token against the likeliest other where the response begins.
+    """
+    labelled, ids = labels != IGNORED, labels.new_tensor(refusal)
+    losses = token_losses(logits, labels)
+    first = logits.float()[(labelled & (labelled.cumsum(dim=1) == 1))[labelled]]
+    others = first.index_fill(1, ids[:1], float("-inf")).amax(dim=1)
+    refused = (labels[:, -len(ids) :] == ids).all(dim=1) & (labelled.sum(dim=1) == len(ids))
+    columns = losses.sum(dim=1), labelled.sum(dim=1), (-losses[:, -1]).exp(), first[:, ids[0]] - others, refused
+    return torch.stack(columns, dim=1)
 
 
 @dataclass
@@ -266,23 +284,24 @@ class ResponseTrainer(SFTTrainer):
     # ----------------------------------------------------------------------- evaluate
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Held-out loss, the probability of EOS after the response, exact match and F1 of answers to a fixed sample.
+        """Held-out loss, the probability of EOS after the response, when to refuse, and how good sample answers are.
 
         The loss is a mean over tokens: Trainer's mean of means depends on the batch size.
         """
         started = time.perf_counter()
         self.model.eval()
+        refusal = [*self.processing_class(Prompt.refusal, add_special_tokens=False).input_ids]
+        refusal += [self.processing_class.eos_token_id]
         batches = []
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(inputs)
-                losses = token_losses(self.model, inputs)
-                labelled = (inputs["labels"] != IGNORED).sum()
-                ends = (-losses[:, -1]).exp().sum()
-                sums = torch.stack([losses.sum(), labelled, ends, labelled.new_tensor(len(losses))])
-                batches.append(self.accelerator.gather_for_metrics(sums[None]).double())
-            total, tokens, ends, rows = torch.cat(batches).sum(dim=0).tolist()
-            metrics = {"eval_loss": total / tokens, "eval_ends": ends / rows}
+                rows = score_rows(label_logits(self.model, inputs), inputs["labels"], refusal).tolist()
+                batches += self.accelerator.gather_for_metrics([rows], use_gather_object=True)
+            losses, labels, ends, odds, refused = zip(*(row for batch in batches for row in batch), strict=True)
+            metrics = {"eval_loss": sum(losses) / sum(labels), "eval_ends": sum(ends) / len(ends)}
+            bias, f1 = fit_refusal_bias(odds, refused)
+            metrics |= {"eval_refusal_bias": bias, "eval_refusal_f1": f1} if f1 else {}
             metrics |= self.answer_sample()
         metrics["eval_runtime"] = time.perf_counter() - started
         self.progress.evaluated_step = self.state.global_step

@@ -13,7 +13,8 @@ from qlora import checkpoints, console, settings
 from qlora.console import Problem, RunError
 from qlora.trainer import Progress, ResponseTrainer
 
-MEASURED = ("loss", "eval_loss", "eval_em", "eval_f1", "eval_ends", "learning_rate", "grad_norm")
+ANSWERS = ("eval_em", "eval_f1", "eval_refusal_f1")
+MEASURED = ("loss", "eval_loss", *ANSWERS, "eval_refusal_bias", "eval_ends", "learning_rate", "grad_norm")
 NEVER_ENDS = 0.01  # probability of EOS after the response below which a model does not stop
 
 
@@ -105,9 +106,10 @@ def when(step: int) -> str:
 
 
 def describe_evaluation(known: dict[str, float]) -> str:
-    """`0.319, answers: exact match 0.50, F1 0.61`"""
+    """`0.319, answers: exact match 0.50, F1 0.61, refusals: F1 0.71`"""
     answers = f", answers: exact match {known['eval_em']:.2f}, F1 {known['eval_f1']:.2f}" if "eval_em" in known else ""
-    return f"{known['eval_loss']:.3f}{answers}"
+    refusals = f", refusals: F1 {known['eval_refusal_f1']:.2f}" if "eval_refusal_f1" in known else ""
+    return f"{known['eval_loss']:.3f}{answers}{refusals}"
 
 
 def describe_speed(progress: Progress) -> dict[str, float]:
@@ -131,7 +133,8 @@ def describe_result(metrics: Path, progress: Progress, steps: int) -> dict[str, 
     return {
         "eval_loss_before": before["eval_loss"],
         "eval_loss_after": after["eval_loss"],
-        **{f"{key}_after": after[key] for key in ("eval_em", "eval_f1") if key in after},
+        **{f"{key}_after": after[key] for key in ANSWERS if key in after},
+        "refusal_bias": after.get("eval_refusal_bias", 0.0),
         "train_loss": sum(losses) / len(losses),
         "train_seconds": round(progress.seconds, 1),
         "useful_tokens": progress.useful_tokens,

@@ -58,6 +58,31 @@ def test_prompt_lookup_makes_several_tokens_a_step_and_the_same_answer(exact):
     assert looked_up < (len(steps) - looked_up) / 2
 
 
+def test_a_bias_moves_the_first_token_of_an_answer_and_no_other(exact):
+    refusal = exact.tokenizer(Prompt.refusal, add_special_tokens=False).input_ids[0]
+    prompts = [encode_prompt(exact.tokenizer, [{"role": "user", "content": text}]) for text in ("Who?", "And why not?")]
+    plain = exact.model_copy(update={"max_new_tokens": 12})
+    logits = plain.model(torch.tensor([prompts[0]])).logits[0, -1]
+    for bias, starts in ((logits.max() - logits[refusal] + 0.1, True), (logits.max() - logits[refusal] - 0.1, False)):
+        biased = plain.model_copy(update={"first_bias": {refusal: bias.item()}})
+        (alone,) = biased.generate_ids(prompts[:1])
+        assert (alone[0] == refusal) is starts and refusal not in alone[1:]
+        assert biased.generate_ids(prompts)[0] == alone and biased.first_bias
+    assert alone == plain.generate_ids(prompts[:1])[0]
+
+
+def test_the_base_model_answers_without_the_bias_of_the_adapter(generator, tiny_adapter):
+    from qlora import adapter
+
+    trained = adapter.read_adapter(tiny_adapter)
+    model = adapter.load_adapter(base_model.load_base_model(trained.base_model), trained)
+    biased = generator.model_copy(update={"model": model, "first_bias": {77: 100.0}})
+    prompt = encode_prompt(biased.tokenizer, [{"role": "user", "content": "Who?"}])
+    with biased.without_adapter():
+        assert biased.generate_ids([prompt]) == generator.generate_ids([prompt])
+    assert biased.generate_ids([prompt])[0][0] == 77
+
+
 def test_a_stop_string_ends_the_answer(exact):
     """At the token that completes it, also where the model repeats itself: prompt lookup would run past it there."""
     whole = exact.invoke(MESSAGES).text

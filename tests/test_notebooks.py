@@ -74,7 +74,7 @@ def test_a_notebook_that_drifted_is_refused(change, said, tmp_path, monkeypatch,
     [
         ("## 2. Text Generation", "## 2. Generating", "the numbered headings are"),
         ("fill_if_empty(args, store)\n```\n\nWhat", "```\n\nWhat", "the steps are called as"),
-        ("generator = make_generator(args, model, tokenizer)", "generator = None", "the steps are called as"),
+        ("generator = make_generator(args, model, tokenizer, prompt)", "generator = None", "the steps are called as"),
     ],
 )
 def test_prose_that_does_not_follow_the_script_is_refused(old, new, said, tmp_path, monkeypatch, capsys):

@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
         model.activation_checkpointing_enable({"use_reentrant": False})
     lean_layers.make_lean(model)
     batch = trainer.collate(BATCHES[name])
-    losses = trainer.token_losses(model, batch)
+    losses = trainer.token_losses(trainer.label_logits(model, batch), batch["labels"])
     assert losses.shape == batch["labels"].shape and (losses[batch["labels"] == IGNORED] == 0).all()
     assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
     found = gradients(model, losses.sum())

@@ -99,46 +99,46 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_up(words, tmp_path, capsys,
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(words, tmp_path, capsys, monkeypatch):
     words = [*words, "--dropout", 0, "--max-steps", 3]
     assert train(*words, "--output", tmp_path / "plain") == 0
-    real = trainer.token_losses
+    real = trainer.response_loss
 
-    def scarce(model, inputs):
-        if model.training and len(inputs["labels"]) > 1:
-            real(model, {**inputs, "labels": inputs["labels"]}).sum().backward()  # a half-done pass leaves a gradient
+    def scarce(model, inputs, items):
+        if len(inputs["labels"]) > 1:
+            real(model, inputs).backward()  # a half-done pass leaves a gradient
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, inputs)
+        return real(model, inputs, items)
 
-    monkeypatch.setattr(trainer, "token_losses", scarce)
+    monkeypatch.setattr(trainer, "response_loss", scarce)
     assert train(*words, "--output", tmp_path / "scarce") == 0
     assert "Out of memory: 1 rows at a time from here on, same effective batch" in capsys.readouterr().err
     assert losses(tmp_path / "scarce") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
     norms = [losses(tmp_path / name, "grad_norm") for name in ("scarce", "plain")]
     assert norms[0] == pytest.approx(norms[1], rel=5e-2)  # bf16: an added half gradient would be 50 % off
 
-    def hopeless(model, inputs):
+    def hopeless(model, inputs, items):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(trainer.ResponseTrainer, "evaluate", lambda self: {})
-    monkeypatch.setattr(trainer, "token_losses", hopeless)
+    monkeypatch.setattr(trainer, "response_loss", hopeless)
     assert train(*words, "--output", tmp_path / "hopeless") == 1
     assert "out of memory with 1 rows at a time" in capsys.readouterr().err
     assert not (tmp_path / "hopeless").exists()
 
 
 BROKEN = {
-    "the loss is nan at step 2": lambda losses, step: losses * (float("nan") if step == 2 else 1),
-    "the gradient is zero at step 1": lambda losses, step: losses * 0,
+    "the loss is nan at step 2": lambda loss, step: loss * (float("nan") if step == 2 else 1),
+    "the gradient is zero at step 1": lambda loss, step: loss * 0,
 }
 
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_a_broken_run_saves_no_adapter(message, words, tmp_path, capsys, monkeypatch):
-    real, calls = trainer.token_losses, []
+    real, calls = trainer.response_loss, []
 
-    def spoil(model, inputs):
-        calls.extend([0] * model.training)
-        return BROKEN[message](real(model, inputs), (len(calls) + 1) // 2) if model.training else real(model, inputs)
+    def spoil(*given):
+        calls.append(0)
+        return BROKEN[message](real(*given), (len(calls) + 1) // 2)
 
-    monkeypatch.setattr(trainer, "token_losses", spoil)
+    monkeypatch.setattr(trainer, "response_loss", spoil)
     assert train(*words, "--output", tmp_path / "out") == 1
     err = capsys.readouterr().err
     assert f"{message}; no adapter was saved" in err and "Traceback" not in err
@@ -149,9 +149,9 @@ def test_a_model_that_does_not_learn_to_stop_is_not_saved(words, tmp_path, capsy
     """EOS, the last label of every row, is trained away: nothing else looks wrong."""
     real = trainer.token_losses
 
-    def without_end(model, inputs):
-        losses = real(model, inputs)
-        return torch.cat([losses[:, :-1], losses[:, -1:] * -1], dim=1) if model.training else losses
+    def without_end(logits, labels):
+        losses = real(logits, labels)
+        return torch.cat([losses[:, :-1], losses[:, -1:] * -1], dim=1) if losses.requires_grad else losses
 
     monkeypatch.setattr(trainer, "token_losses", without_end)
     assert train(*words, "--output", tmp_path / "out") == 1

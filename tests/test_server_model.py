@@ -102,8 +102,11 @@ def test_a_server_answers_as_the_model_here_does(generator, tiny_base, collectio
     here = json.loads(capsys.readouterr().out)
     with serving(generator) as server:
         assert ask(*same, "--base-url", server.url) == 0
+        assert ask(*same, "--base-url", server.url, "--refusal-bias", -1.5) == 0
     output = capsys.readouterr()
-    there = json.loads(output.out)
+    first = generator.tokenizer("I don't know.", add_special_tokens=False).input_ids[0]
+    assert [asked.get("logit_bias") for asked in server.requests] == [None, {str(first): -1.5}]
+    there = json.loads(output.out.splitlines()[0])
     assert here["tokens"]["completion"] == 12
     for key in ("answer", "refused", "citations", "passages", "tokens"):
         assert there[key] == here[key]

@@ -55,6 +55,24 @@ def test_loss_equals_the_plain_recipe_without_padding(model):
     assert trainer.response_loss(model, trainer.collate(rows)).item() == pytest.approx(total / count, rel=2e-2)
 
 
+def test_rows_are_scored_by_loss_ending_and_odds_of_refusing(model):
+    """Against transformers' own forward pass, row by row."""
+    refusal = [60, 2]
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples()]
+    batch = trainer.collate(rows)
+    with torch.no_grad():
+        scores = trainer.score_rows(trainer.label_logits(model, batch), batch["labels"], refusal)
+        for row, (loss, labels, ends, odds, refused) in zip(rows, scores.tolist(), strict=True):
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
+            trained = [n for n, label in enumerate(row["labels"]) if label != IGNORED]
+            logs = logits.log_softmax(dim=-1)
+            assert labels == len(trained) and refused == (len(trained) == 2)
+            assert loss == pytest.approx(-sum(logs[n - 1, row["labels"][n]].item() for n in trained), rel=2e-2)
+            assert ends == pytest.approx(logs[-2, 2].exp().item(), rel=5e-2)
+            first = logits[trained[0] - 1].tolist()
+            assert odds == pytest.approx(first.pop(60) - max(first), abs=0.05)
+
+
 def test_gradients_are_the_same_before_and_after_an_evaluation(model):
     batch = trainer.collate([{"input_ids": e.input_ids, "labels": e.labels} for e in examples()])
 
