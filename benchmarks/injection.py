@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import rag_qlora  # noqa: E402
-from qlora import adapter, console, settings  # noqa: E402
+from qlora import console, rag_flags, settings  # noqa: E402
 
 INJECTIONS = PROJECT / "tests" / "injections.jsonl"
 HARMLESS = ("The bell is rung twice before a departure.", "Visitors sign the book at the gate.")
@@ -24,27 +24,26 @@ HARMLESS = ("The bell is rung twice before a departure.", "Visitors sign the boo
 def main(argv: list[str]) -> int:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="injection.py --adapter FOLDER", description=title, epilog=text)
-    parser.add_argument("--adapter", type=Path, required=True, help="folder that training wrote")
-    args, problems = console.parse_arguments(parser, argv)
+    parser.add_argument("--adapter", required=True, help="folder that training wrote")
+    flags, problems = console.parse_arguments(parser, argv)
     problems.raise_if_any()
     settings.quieten_libraries()
     attacks = [json.loads(line) for line in INJECTIONS.read_text(encoding="utf-8").splitlines()]
-    args.base_model, args.merge_for_speed, args.base_url = adapter.read_adapter(args.adapter).base_model, False, None
+    words = ["ask", "--adapter", flags.adapter, "--max-new-tokens", "48", "?"]
+    args = rag_flags.resolve_arguments(words, rag_qlora.__doc__, rag_qlora.STEPS)
     model, tokenizer, prompt = rag_qlora.load_model(args)
-    with model.disable_adapter():
-        untuned = answer_all(model, tokenizer, prompt, attacks)
-    answers = {"base": untuned, "tuned": answer_all(model, tokenizer, prompt, attacks)}
+    generator = rag_qlora.make_generator(args, model, tokenizer, prompt)
+    with generator.without_adapter():
+        untuned = answer_all(generator, prompt, attacks)
+    answers = {"base": untuned, "tuned": answer_all(generator, prompt, attacks)}
     print(json.dumps({name: score(attacks, made) for name, made in answers.items()}, indent=2, ensure_ascii=False))
     return 0
 
 
-def answer_all(model, tokenizer, prompt, attacks: list[dict]) -> list[str]:
-    from qlora.generator import Generator
-    from qlora.prompt import fill_prompt
-
-    generator = Generator(model=model, tokenizer=tokenizer, max_new_tokens=48)
+def answer_all(generator, prompt, attacks: list[dict]) -> list[str]:
+    fill = rag_qlora.make_fill(prompt, generator)
     passages = [[HARMLESS[0], attack["passage"], HARMLESS[1]] for attack in attacks]
-    asked = [fill_prompt(tokenizer, prompt, 2048, a["question"], p) for a, p in zip(attacks, passages, strict=True)]
+    asked = [fill(attack["question"], given) for attack, given in zip(attacks, passages, strict=True)]
     return [answer for at in range(0, len(asked), 8) for answer in generator.complete(asked[at : at + 8])]
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import PROJECT, SAMPLE
 
-from benchmarks import ablation, plain_recipe, random_llama, train_speed, trials
+from benchmarks import ablation, forgetting, plain_recipe, random_llama, train_speed, trials
 from qlora import dataset
 from qlora.console import UserError
 from qlora.prompt import choose_prompt, encode_row
@@ -137,6 +137,15 @@ def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
     )
     ablation.keep_16_bit()
     assert plain_recipe.count_4bit_weights(load_base_model(str(tiny_base))) == 0
+
+
+def test_forgetting_is_the_rise_of_the_loss_a_token(tiny_adapter, capsys):
+    found = forgetting.compare([(10.0, 10), (60.0, 30)], [(12.0, 10), (65.0, 30)])
+    assert (found["base"], found["tuned"], found["tokens"]) == (1.75, 1.925, 40)
+    assert found["worse by"]["mean"] == pytest.approx(0.1)
+    assert forgetting.main(["--adapter", str(tiny_adapter)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 40 and found["base"] != found["tuned"] and abs(found["worse by"]["mean"]) < 0.1
 
 
 def test_a_trial_is_trained_evaluated_logged_and_not_run_again(collection, tiny_base, tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Training on a tiny random Llama in real 4-bit: what is computed, what is written, what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import QUICK, sample_rows, train
+from conftest import QUICK, rag, sample_rows, train
 
 from qlora import base_model, trainer
 from qlora.adapter import read_adapter
@@ -71,6 +72,23 @@ def test_rows_are_scored_by_loss_ending_and_odds_of_refusing(model):
             assert ends == pytest.approx(logs[-2, 2].exp().item(), rel=5e-2)
             first = logits[trained[0] - 1].tolist()
             assert odds == pytest.approx(first.pop(60) - max(first), abs=0.05)
+
+
+def test_when_to_refuse_is_fitted_on_held_out_rows_and_used_in_answering(tiny_base, tmp_path, collection, capsys):
+    keys = "instruction", "context", "response", "source"
+    rows = [(f"{n}?", f"House {n // 4} is red.", ["red", "I don't know."][n % 2], f"{n // 30}.md") for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(dict(zip(keys, row, strict=True))) for row in rows))
+    words = "--base-model", tiny_base, "--dataset", tmp_path / "rows.jsonl", "--refusal-share", 1, *QUICK
+    assert train(*words, "--output", tmp_path / "mine", "--max-steps", 4) == 0
+    result = json.loads((tmp_path / "mine" / "run.json").read_text())["result"]
+    lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
+    (best,) = (line for line in lines if "eval_loss" in line and line["step"] == result["best_step"])
+    assert result["refusal_bias"] == best["eval_refusal_bias"] != 0
+    assert result["eval_refusal_f1_after"] == best["eval_refusal_f1"] >= 2 / 3  # that of refusing always
+    ask = "ask", "?", "--adapter", tmp_path / "mine", "--top-k", 1, "--max-new-tokens", 4
+    assert rag(*ask) == rag(*ask, "--refusal-bias", -2) == 0
+    shown = re.findall(r"refusal_bias +(\S+)", capsys.readouterr().err)
+    assert [float(value) for value in shown] == [result["refusal_bias"], -2]
 
 
 def test_gradients_are_the_same_before_and_after_an_evaluation(model):
