@@ -10,6 +10,7 @@ from qlora.console import fail
 MODELS = ("base", "tuned")
 CONTEXTS = ("closed-book", "retrieved", "oracle")
 METRICS = {"f1": "F1", "overall_f1": "overall F1"}
+ASKED = 0.2  # share of questions that the documents don't answer
 FEW = 10  # rows that refuse, or that don't, from which on something can be fitted
 DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
 
@@ -85,17 +86,21 @@ def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float
 def fit_refusal_bias(odds: Sequence[float], refused: Sequence[bool]) -> tuple[float, float | None]:
     """What to add to the log-odds of refusing, so that above 0 means to refuse: best by F1 over the rows. And that F1.
 
-    A model that learnt to answer and to refuse is right about the order of questions more often than about 0. The
-    same idea as SQuAD 2.0's threshold. (0, None) with fewer than `FEW` rows of either kind.
+    A model knows better which question is the likelier to have no answer than how likely that is. The same idea as
+    SQuAD 2.0's threshold. Rows that refuse count as `ASKED` of all at most: there may be more of them in training
+    than among what people ask. (0, None) with fewer than `FEW` rows of either kind.
     """
     rows = sorted(zip(odds, refused, strict=True), reverse=True)
-    wanted = sum(refused)
-    if min(wanted, len(rows) - wanted) < FEW:
+    refusing = sum(refused)
+    answering = len(rows) - refusing
+    if min(refusing, answering) < FEW:
         return 0.0, None
-    bias, best, right = 0.0, 0.0, 0
-    for count, ((here, is_right), (after, _)) in enumerate(pairwise([*rows, (rows[-1][0] - 1, False)]), 1):
-        right += is_right
-        f1 = 2 * right / (count + wanted)
+    weight = min(1.0, ASKED / (1 - ASKED) * answering / refusing)
+    bias = best = right = wrong = 0.0
+    for (here, is_right), (after, _) in pairwise([*rows, (rows[-1][0] - 1, False)]):
+        right += weight * is_right
+        wrong += not is_right
+        f1 = 2 * right / (right + wrong + weight * refusing)
         if f1 > best and after < here:
             bias, best = -(here + after) / 2, f1
     return round(bias, 4), round(best, 4)
