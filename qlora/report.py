@@ -1,6 +1,7 @@
 """What an evaluation leaves: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl as it goes.
 
-python -m qlora.report README.md evaluations/demo      # puts table and picture into README.md
+python -m qlora.report README.md evaluations/demo      # puts table, picture and answers into README.md
+python -m qlora.report README.md evaluations/demo evaluations/second      # and how other questions were answered
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora.comparison import METRICS, describe_interval
+from qlora.comparison import METRICS, MODELS, describe_interval
 
 COLUMNS = {  # key in a cell -> heading of the table
     "em": "exact match",
@@ -178,12 +179,46 @@ def comparison_as_text(rows: list[dict], first: Path, second: Path) -> str:
     return f"first:  {first}\nsecond: {second}\n{as_text_table(table)}"
 
 
-def put_section(document: Path, folder: Path) -> None:
-    """Puts the table and the picture of an evaluation into a Markdown file, in place of those that were there."""
+def describe_answers(folder: Path) -> str:
+    """A Markdown table of three answers from retrieved passages, each the first of its kind in the file.
+
+    One that the tuned model has right, one that it has wrong, and one to a question that has no answer.
+    """
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    given = {(line["model"], line["question"]): line for line in lines if line["context"] == "retrieved"}
+    tuned = [line for (model, _), line in given.items() if model == "tuned"]
+    kinds = (lambda s: s["f1"] == 1, lambda s: s["f1"] == 0, lambda s: not s["answerable"])
+    chosen = [next((line for line in tuned if is_kind(line["scores"])), None) for is_kind in kinds]
+    rows = [["question", "right answer", "base", "tuned"]]
+    for line in filter(None, chosen):
+        right = line["answers"][0] if line["answers"] else "(not in the documents)"
+        row = line["question"], right, given["base", line["question"]]["answer"], line["answer"]
+        rows.append([" ".join(cell.replace("|", "\\|").split()) for cell in row])
+    return as_markdown_table(rows, left=4)
+
+
+def compare_files(folders: Iterable[Path]) -> str:
+    """A Markdown table with a line an evaluation: base and tuned model, by the questions they were asked."""
+    keys = "refusal_f1", "citation_precision"
+    rows = [["questions", "number", "answerable", "base F1", "tuned F1", "refusal F1", "citation P", "recall@3"]]
+    for folder in folders:
+        report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        base, tuned = (
+            next(cell for cell in report["cells"] if (cell["model"], cell["context"]) == (model, "retrieved"))
+            for model in MODELS
+        )
+        values = [report["questions"], report["answerable"], base["f1"], tuned["f1"], *(tuned[key] for key in keys)]
+        name = Path(report["settings"]["questions"]).name
+        rows.append([f"`{name}`", *map(show, [*values, report["retrieval"]["recall@3"]])])
+    return as_markdown_table(rows)
+
+
+def put_section(document: Path, folder: Path, details: str = "") -> None:
+    """Puts table and picture of an evaluation, and details, into a Markdown file, in place of those that were there."""
     picture = document.parent / PICTURE
     shutil.copyfile(folder / PICTURE, picture)
     table = (folder / "evaluation.md").read_text(encoding="utf-8")
-    section = f"{SECTION[0]}\n![F1 of every model and context]({PICTURE})\n\n{table}{SECTION[1]}\n"
+    section = f"{SECTION[0]}\n![F1 of every model and context]({PICTURE})\n\n{table}{details}{SECTION[1]}\n"
     text = document.read_text(encoding="utf-8")
     before, mark, rest = text.partition(SECTION[0])
     after = rest.partition(f"{SECTION[1]}\n")[2] if mark else ""
@@ -216,5 +251,6 @@ def plot_cells(report: dict, picture: Path) -> None:
     figure.savefig(picture)
 
 
-if __name__ == "__main__":  # python -m qlora.report README.md evaluations/demo
-    put_section(*map(Path, sys.argv[1:]))
+if __name__ == "__main__":
+    document, *folders = map(Path, sys.argv[1:])
+    put_section(document, folders[0], f"\n{compare_files(folders)}\n\n{describe_answers(folders[0])}\n")

@@ -12,6 +12,7 @@ from qlora import evaluation as e
 from qlora.base_model import EMBEDDED_EMBEDDER
 from qlora.citations import check_answer
 from qlora.console import UserError
+from qlora.report import compare_files, describe_answers
 
 QUESTION = e.Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
 HOLDS = Document("It costs nine crowns a day.", metadata={"source": "fees.md", "score": 0.9})
@@ -368,3 +369,28 @@ def test_mistakes_in_sweep_and_compare(collection, tmp_path, capsys):
         (tmp_path / name / "answers.jsonl").write_text(json.dumps(line) + "\n")
     assert rag("evaluate", "--compare", *(tmp_path / name / "evaluation.json" for name in "ab")) == 2
     assert "share no question" in capsys.readouterr().err
+
+
+def test_readme_shows_answers_of_every_kind_and_every_question_file(tmp_path):
+    """The first right, the first wrong, and the first without an answer, beside what the base said."""
+    facts = [("A?", ["9"], "9 [1]"), ("B?", ["8"], "8"), ("C?", ["7"], "a|b\n1"), ("D?", [], "I don't know.")]
+    lines = []
+    for question, answers, tuned in facts:
+        for model, text in (("base", "It is 4."), ("tuned", tuned)):
+            answer = check_answer(text, [], "I don't know.")
+            scores = e.score_answer(e.Question(question, tuple(answers)), answer)
+            row = {"model": model, "context": "retrieved", "question": question, "answers": answers, "answer": text}
+            lines.append(json.dumps({**row, "scores": scores}))
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    cells = [
+        {"model": model, "context": "retrieved", "f1": f1, "refusal_f1": 0.5, "citation_precision": None}
+        for model, f1 in (("base", 0.1), ("tuned", 0.6))
+    ]
+    report = {"questions": 4, "answerable": 3, "cells": cells, "retrieval": {"recall@3": 0.9}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({**report, "settings": {"questions": "some/mine.jsonl"}}))
+    assert describe_answers(tmp_path).splitlines()[2:] == [
+        "| A? | 9 | It is 4. | 9 [1] |",
+        "| C? | 7 | It is 4. | a\\|b 1 |",
+        "| D? | (not in the documents) | It is 4. | I don't know. |",
+    ]
+    assert compare_files([tmp_path]).splitlines()[2:] == ["| `mine.jsonl` | 4 | 3 | 0.10 | 0.60 | 0.50 |  | 0.90 |"]
