@@ -11,6 +11,7 @@ MODELS = ("base", "tuned")
 CONTEXTS = ("closed-book", "retrieved", "oracle")
 METRICS = {"f1": "F1", "overall_f1": "overall F1"}
 ASKED = 0.2  # share of questions that the documents don't answer
+NOISE = 0.03  # of an F1 over some hundred rows: resampled, the best bias wanders by half a nat
 FEW = 10  # rows that refuse, or that don't, from which on something can be fitted
 DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
 
@@ -84,11 +85,12 @@ def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float
 
 
 def fit_refusal_bias(odds: Sequence[float], refused: Sequence[bool]) -> tuple[float, float | None]:
-    """What to add to the log-odds of refusing, so that above 0 means to refuse: best by F1 over the rows. And that F1.
+    """What to add to the log-odds of refusing, so that above 0 means to refuse, and the F1 of refusals with it.
 
     A model knows better which question is the likelier to have no answer than how likely that is. The same idea as
-    SQuAD 2.0's threshold. Rows that refuse count as `ASKED` of all at most: there may be more of them in training
-    than among what people ask. (0, None) with fewer than `FEW` rows of either kind.
+    SQuAD 2.0's threshold: the best F1 over the rows, and of those within `NOISE` of it the bias nearest to 0. Rows that
+    refuse count as `ASKED` of all at most: there may be more of them in training than among what people ask.
+    (0, None) with fewer than `FEW` rows of either kind.
     """
     rows = sorted(zip(odds, refused, strict=True), reverse=True)
     refusing = sum(refused)
@@ -96,14 +98,17 @@ def fit_refusal_bias(odds: Sequence[float], refused: Sequence[bool]) -> tuple[fl
     if min(refusing, answering) < FEW:
         return 0.0, None
     weight = min(1.0, ASKED / (1 - ASKED) * answering / refusing)
-    bias = best = right = wrong = 0.0
+    right = wrong = 0.0
+    cuts = []
     for (here, is_right), (after, _) in pairwise([*rows, (rows[-1][0] - 1, False)]):
         right += weight * is_right
         wrong += not is_right
         f1 = 2 * right / (right + wrong + weight * refusing)
-        if f1 > best and after < here:
-            bias, best = -(here + after) / 2, f1
-    return round(bias, 4), round(best, 4)
+        if after < here:
+            cuts.append((f1, -(here + after) / 2))
+    least = max(cuts)[0] - NOISE
+    f1, bias = min((cut for cut in cuts if cut[0] >= least), key=lambda cut: abs(cut[1]))
+    return round(bias, 4), round(f1, 4)
 
 
 def split_halves(scores: Sequence[dict]) -> tuple[list[int], list[int]]:
