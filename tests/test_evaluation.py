@@ -113,9 +113,7 @@ def test_refusal_bias_is_the_best_cut_of_the_rows_by_f1():
     assert bias == pytest.approx(-3.65) and f1 == pytest.approx(24 / 26, abs=1e-3)  # two wrong are worth two right
     assert c.fit_refusal_bias(odds[::-1], refused[::-1]) == (bias, f1)
     shifted, _ = c.fit_refusal_bias([odd - 6 for odd in odds], refused)
-    assert shifted == pytest.approx(
-        1.95
-    )  # one that never refuses is made to; nearer to 0, as good within noise
+    assert shifted == pytest.approx(1.95)  # one that never refuses is made to; nearer to 0, as good within noise
     assert c.fit_refusal_bias(odds[25:], refused[25:]) == c.fit_refusal_bias(odds[:11], refused[:11]) == (0.0, None)
     assert c.fit_refusal_bias(odds[:34], refused[:34])[0] == pytest.approx(-4.05)  # as if they were one in five
     assert c.fit_refusal_bias([1.0] * 40, [True] * 20 + [False] * 20)[0] == pytest.approx(-0.5)  # no cut between equals
