@@ -1,5 +1,5 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
-# make evaluate  base and tuned model on the sample questions, into evaluations/demo and README.md (after make demo)
+# make evaluate  base and tuned model on both files of sample questions, into evaluations/ and README.md (after make demo)
 # make test    set up if needed, lint, run the tests
 # make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
 # make setup   the set-up alone: .venv and the embedded models
@@ -36,8 +36,9 @@ demo: setup
 	@echo "  python rag_qlora.py ingest YOUR_FOLDER --collection mine"
 
 evaluate: setup
+	$(PY) rag_qlora.py evaluate $(DEMO) --questions sample_data/second_questions.jsonl --output evaluations/second
 	$(PY) rag_qlora.py evaluate $(DEMO) --output evaluations/demo
-	$(PY) -m qlora.report README.md evaluations/demo
+	$(PY) -m qlora.report README.md evaluations/demo evaluations/second
 
 notebooks: setup
 	$(PY) notebooks/build.py

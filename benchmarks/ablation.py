@@ -29,6 +29,7 @@ PARTS = {
     "the recipe": ({}, ""),
     "without distractors": ({"distractors": "0"}, ""),
     "without refusals": ({"refusal-share": "0", "gold-probability": "1"}, ""),
+    "refusing where the model would": ({"refusal-bias": "0"}, ""),
     "without citations": ({}, "drop_citations"),
     "passages cut from the end on, the right one too": ({"max-length": "256"}, "cut_any_passage"),
     "the same length, the right one cut last": ({"max-length": "256"}, ""),

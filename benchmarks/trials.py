@@ -22,7 +22,7 @@ LOG = PROJECT / "benchmarks" / "runs.jsonl"
 SAMPLE = presets.SAMPLE_DATA
 DOCUMENTS = SAMPLE / "documents"
 INGEST = ("passage-tokens", "overlap")  # what a collection depends on
-ANSWER = ("top-k", "search", "fetch-k", "diversity")
+ANSWER = ("top-k", "search", "fetch-k", "diversity", "refusal-bias")
 SCORES = ("em", "f1", "refusal_precision", "refusal_recall", "refusal_f1", "citation_precision", "overall_f1")
 
 
@@ -121,6 +121,7 @@ def read_results(folder: Path, output: Path) -> dict:
         "training_rows": run["dataset"]["training_rows"],
         "train_seconds": run["result"]["train_seconds"],
         "eval_loss": run["result"]["eval_loss_after"],
+        "refusal_bias": run["result"]["refusal_bias"],
         "recall@3": report["retrieval"]["recall@3"],
         "cells": cells,
     }

@@ -183,8 +183,8 @@ def stands_in(answer: str, context: str) -> bool:
     return span in plain(context)
 
 
-def questions() -> list[dict]:
-    return [json.loads(line) for line in (SAMPLE / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+def questions(name: str = "questions.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (SAMPLE / name).read_text(encoding="utf-8").splitlines()]
 
 
 def test_sample_documents():
@@ -211,9 +211,12 @@ def test_sample_rows():
     assert sum(row["response"].startswith(("Yes,", "No,")) for row in rows) >= 20
 
 
-def test_sample_questions_touch_no_document_of_the_rows():
-    rows, asked = sample_rows(), questions()
-    assert len(asked) >= 90 and len({q["source"] for q in asked}) >= 10
+@pytest.mark.parametrize(
+    ("name", "least", "documents"), [("questions.jsonl", 90, 12), ("second_questions.jsonl", 40, 6)]
+)
+def test_sample_questions_touch_no_document_of_the_rows(name, least, documents):
+    rows, asked = sample_rows(), questions(name)
+    assert len(asked) >= least and len({q["source"] for q in asked}) == documents
     assert not {q["source"] for q in asked} & {row["source"] for row in rows}
     assert not {plain(q["question"]) for q in asked} & {plain(row["instruction"]) for row in rows}
     assert 0.13 < sum(not q["answers"] for q in asked) / len(asked) < 0.2
@@ -221,3 +224,8 @@ def test_sample_questions_touch_no_document_of_the_rows():
         assert q["context"] in (SAMPLE / "documents" / q["source"]).read_text(encoding="utf-8")
         assert all(stands_in(answer, q["context"]) for answer in q["answers"]), q
         assert not q["answers"] or any(plain(a) not in ("yes", "no") for a in q["answers"]), q
+
+
+def test_the_two_files_of_questions_share_no_document():
+    first, second = ({q["source"] for q in questions(name)} for name in ("questions.jsonl", "second_questions.jsonl"))
+    assert not first & second
