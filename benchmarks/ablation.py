@@ -27,7 +27,8 @@ COLUMNS = ["F1 (of each seed)", "oracle F1", "refusal F1", "citation P"]
 # name -> (flags, the function that takes the part away)
 PARTS = {
     "the recipe": ({}, ""),
-    "without distractors": ({"distractors": "0"}, ""),
+    "a distractor, two passages to read": ({"distractors": "1", "epochs": "1"}, ""),  # of about the same minutes
+    "two passages to read": ({"top-k": "2"}, ""),
     "without refusals": ({"refusal-share": "0", "gold-probability": "1"}, ""),
     "refusing where the model would": ({"refusal-bias": "0"}, ""),
     "without citations": ({}, "drop_citations"),
