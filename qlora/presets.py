@@ -36,8 +36,8 @@ DOLLY = {
     "gold_probability": 0.85,  # Dolly has no rows that refuse
 }
 PRESETS = {
-    # By recipe_search.py. A model of 135M reads one passage well: a second one, mostly wrong, costs it more answers than
-    # it adds. A seventh of the sample's rows refuse.
+    # By trials on training documents (benchmarks/runs.jsonl). A model of 135M reads one passage well: a second one,
+    # mostly a wrong one, costs it more answers than it adds. A seventh of the sample's rows refuse.
     "laptop": Preset(
         EMBEDDED,
         dataset=str(SAMPLE_DATA / "train.jsonl"),
