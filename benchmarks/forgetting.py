@@ -14,8 +14,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import rag_qlora  # noqa: E402
-from qlora import comparison, console, dataset, rag_flags, settings  # noqa: E402
+from qlora import adapter, base_model, comparison, console, dataset, settings  # noqa: E402
 
 ROWS = PROJECT / "benchmarks" / "closed_book.jsonl"
 
@@ -23,16 +22,23 @@ ROWS = PROJECT / "benchmarks" / "closed_book.jsonl"
 def main(argv: list[str]) -> int:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="forgetting.py --adapter FOLDER", description=title, epilog=text)
-    parser.add_argument("--adapter", required=True, help="folder that training wrote")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder that training wrote")
     flags, problems = console.parse_arguments(parser, argv)
     problems.raise_if_any()
     settings.quieten_libraries()
-    args = rag_flags.resolve_arguments(["ask", "--adapter", flags.adapter, "?"], rag_qlora.__doc__, rag_qlora.STEPS)
-    model, tokenizer, prompt = rag_qlora.load_model(args)
-    examples, _ = dataset.tokenize_rows(tokenizer, prompt, dataset.load_rows(str(ROWS)), max_length=1024)
+    from qlora.lean_layers import make_lean
+
+    trained = adapter.read_adapter(flags.adapter)
+    tokenizer = base_model.load_tokenizer(str(flags.adapter))
+    tokenizer.chat_template = trained.prompt.chat_template
+    # As for training: the CPU's answering kernel repacks the weights, which the packed rows then cannot use.
+    base = base_model.load_base_model(base_model.resolve_base_model(trained.base_model), training=True)
+    model = adapter.load_adapter(base, trained).eval()
+    make_lean(model)
+    examples, _ = dataset.tokenize_rows(tokenizer, trained.prompt, dataset.load_rows(str(ROWS)), max_length=1024)
     with model.disable_adapter():
-        base = measure_losses(model, examples)
-    print(json.dumps(compare(base, measure_losses(model, examples)), indent=2))
+        before = measure_losses(model, examples)
+    print(json.dumps(compare(before, measure_losses(model, examples)), indent=2))
     return 0
 
 
@@ -45,7 +51,8 @@ def measure_losses(model, examples) -> list[tuple[float, int]]:
     measured = []
     for example in examples:
         row = trainer.collate([{"input_ids": example.input_ids, "labels": example.labels}])
-        with torch.inference_mode():
+        row = {name: tensor.to(model.device) for name, tensor in row.items()}
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=base_model.compute_dtype()):
             losses = trainer.token_losses(trainer.label_logits(model, row), row["labels"])
         measured.append((losses.sum().item(), int((losses > 0).sum())))
     return measured

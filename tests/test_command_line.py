@@ -107,13 +107,13 @@ def documents(tmp_path):
 
 def test_ingest_search_ask_and_chat(collection, documents, tiny_adapter, capsys, monkeypatch):
     assert rag("ingest", documents) == 0
-    assert "4 added, 0 changed, 0 unchanged" in capsys.readouterr().err
+    assert "5 added, 0 changed, 0 unchanged" in capsys.readouterr().err
     assert rag("ingest", documents) == 0
-    assert "0 added, 0 changed, 4 unchanged" in capsys.readouterr().err
+    assert "0 added, 0 changed, 5 unchanged" in capsys.readouterr().err
     with (documents / "ferry" / "crew.md").open("a") as file:
         file.write("\n## Otters\n\nThe bosun feeds the otter of the ship at noon.\n")
     assert rag("ingest", documents) == 0
-    assert "0 added, 1 changed, 3 unchanged" in capsys.readouterr().err
+    assert "0 added, 1 changed, 4 unchanged" in capsys.readouterr().err
 
     assert rag("search", "--json", "--top-k", 2, "Who feeds the otter?") == 0
     found = json.loads(capsys.readouterr().out)["passages"]
@@ -150,7 +150,7 @@ def test_a_bad_file_is_reported_and_the_rest_goes_in(collection, documents, caps
     (documents / "empty.md").write_text("\n")
     assert rag("ingest", documents) == 2
     err = capsys.readouterr().err
-    assert "4 added" in err and "broken.pdf" in err and "empty.md" in err and "2 things to mend" in err
+    assert "5 added" in err and "broken.pdf" in err and "empty.md" in err and "2 things to mend" in err
     assert rag("search", "When does the ferry leave?") == 0
 
 

@@ -84,7 +84,9 @@ def test_when_to_refuse_is_fitted_on_held_out_rows_and_used_in_answering(tiny_ba
     lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
     (best,) = (line for line in lines if "eval_loss" in line and line["step"] == result["best_step"])
     assert result["refusal_bias"] == best["eval_refusal_bias"] != 0
-    assert result["eval_refusal_f1_after"] == best["eval_refusal_f1"] >= 2 / 3  # that of refusing always
+    assert (
+        result["eval_refusal_f1_after"] == best["eval_refusal_f1"] >= 1 / 3
+    )  # that of refusing always, when one in five is right
     ask = "ask", "?", "--adapter", tmp_path / "mine", "--top-k", 1, "--max-new-tokens", 4
     assert rag(*ask) == rag(*ask, "--refusal-bias", -2) == 0
     shown = re.findall(r"refusal_bias +(\S+)", capsys.readouterr().err)
