@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What each part of the recipe buys: the sample's preset, and the same without one part, on the sample's questions.
+"""What each part of the recipe buys: the sample's preset, and the same without one part, on all sample questions.
 
     python benchmarks/ablation.py                   # two seeds; about two and a half hours on two cores, resumable
     python benchmarks/ablation.py --curve           # F1 against the number of training rows, and a picture
@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import trials
-from qlora import console, presets
+from qlora import console, presets, settings
 from qlora.report import as_markdown_table
 
 PICTURE = trials.PROJECT / "learning_curve.png"
+QUESTIONS = ("questions.jsonl", "second_questions.jsonl")
 COLUMNS = ["F1 (of each seed)", "oracle F1", "refusal F1", "citation P"]
 
 # name -> (flags, the function that takes the part away)
@@ -109,10 +110,8 @@ def run_without(part: str, script: str, words: list[str]) -> int:
 
 def measure_parts(seeds: list[int]) -> str:
     """A Markdown table: the recipe, and the recipe without each part."""
-    rows = []
-    for name, (flags, without) in PARTS.items():
-        records = [run(flags, without, seed) for seed in seeds]
-        rows.append([name, *describe(records)])
+    records = [[run(*part, seed) for part in PARTS.values()] for seed in seeds]  # a seed complete before the next
+    rows = [[name, *describe(of_part)] for name, *of_part in zip(PARTS, *records, strict=True)]
     return as_markdown_table([["", *COLUMNS, "minutes"], *rows])
 
 
@@ -131,11 +130,19 @@ def measure_curve(seeds: list[int]) -> str:
 
 
 def run(flags: dict, without: str, seed: int) -> dict:
-    data = trials.Data("sample", trials.SAMPLE / "train.jsonl", trials.SAMPLE / "questions.jsonl", trials.DOCUMENTS)
+    data = trials.Data("sample", trials.SAMPLE / "train.jsonl", join_questions(), trials.DOCUMENTS)
     record = trials.run_trial(trials.Trial(data, flags, seed, without))
     f1 = record["cells"]["tuned retrieved"]["f1"]
     console.note(f"{without or flags or 'the recipe'}, seed {seed}: F1 {f1:.3f}")
     return record
+
+
+def join_questions() -> Path:
+    """Both files of sample questions in one: more of them, narrower intervals."""
+    path = settings.data_folder() / "trials" / "sample-questions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((trials.SAMPLE / name).read_text(encoding="utf-8") for name in QUESTIONS), encoding="utf-8")
+    return path
 
 
 def describe(records: list[dict]) -> list[str]:

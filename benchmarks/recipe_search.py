@@ -7,7 +7,7 @@
 
 A quarter of the documents (by the rows' `source`) is not trained on; their rows are the questions. Every value is
 tried alone, the rest as the preset has it. Flags are those of instruct_train_qlora.py, of `ingest` (passage-tokens,
-overlap) and of `evaluate` (top-k, search, fetch-k, diversity, refusal-bias). All trials stand in
+overlap) and of `evaluate` (top-k, search, fetch-k, diversity, refusal-bias, limit). All trials stand in
 benchmarks/runs.jsonl; one that stands there is not run again.
 """
 

@@ -22,7 +22,7 @@ LOG = PROJECT / "benchmarks" / "runs.jsonl"
 SAMPLE = presets.SAMPLE_DATA
 DOCUMENTS = SAMPLE / "documents"
 INGEST = ("passage-tokens", "overlap")  # what a collection depends on
-ANSWER = ("top-k", "search", "fetch-k", "diversity", "refusal-bias")
+ANSWER = ("top-k", "search", "fetch-k", "diversity", "refusal-bias", "limit")
 SCORES = ("em", "f1", "refusal_precision", "refusal_recall", "refusal_f1", "citation_precision", "overall_f1")
 
 

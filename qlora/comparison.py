@@ -11,7 +11,7 @@ MODELS = ("base", "tuned")
 CONTEXTS = ("closed-book", "retrieved", "oracle")
 METRICS = {"f1": "F1", "overall_f1": "overall F1"}
 ASKED = 0.2  # share of questions that the documents don't answer
-NOISE = 0.03  # of an F1 over some hundred rows: resampled, the best bias wanders by half a nat
+NOISE = 0.01  # of a share of some hundred rows: resampled, the best bias wanders by half a nat
 FEW = 10  # rows that refuse, or that don't, from which on something can be fitted
 DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
 
@@ -84,30 +84,34 @@ def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float
     return threshold and round(threshold, 5)
 
 
-def fit_refusal_bias(odds: Sequence[float], refused: Sequence[bool]) -> tuple[float, float | None]:
+def fit_refusal_bias(
+    odds: Sequence[float], refused: Sequence[bool], right: Sequence[bool]
+) -> tuple[float, float | None]:
     """What to add to the log-odds of refusing, so that above 0 means to refuse, and the F1 of refusals with it.
 
-    A model knows better which question is the likelier to have no answer than how likely that is. The same idea as
-    SQuAD 2.0's threshold: the best F1 over the rows, and of those within `NOISE` of it the bias nearest to 0. Rows that
-    refuse count as `ASKED` of all at most: there may be more of them in training than among what people ask.
-    (0, None) with fewer than `FEW` rows of either kind.
+    A model knows better which question is the likelier to have no answer than how likely that is. `right` says which
+    rows are answered rightly when they are not refused. As SQuAD 2.0's threshold (find_best_thresh in
+    evaluate-v2.0.py) the bias gives the largest share of right answers and right refusals, and of those within
+    `NOISE` of it is the nearest to 0. Rows that refuse count as `ASKED` of all at most: there may be more of them in
+    training than among what people ask. (0, None) with fewer than `FEW` rows of either kind.
     """
-    rows = sorted(zip(odds, refused, strict=True), reverse=True)
+    rows = sorted(zip(odds, refused, right, strict=True), reverse=True)
     refusing = sum(refused)
     answering = len(rows) - refusing
     if min(refusing, answering) < FEW:
         return 0.0, None
     weight = min(1.0, ASKED / (1 - ASKED) * answering / refusing)
-    right = wrong = 0.0
-    cuts = []
-    for (here, is_right), (after, _) in pairwise([*rows, (rows[-1][0] - 1, False)]):
-        right += weight * is_right
+    gained = found = wrong = 0.0
+    cuts = [(0.0, 0.0, -rows[0][0] - 0.5)]  # what refusing so many gains over refusing none, F1, bias
+    for (here, is_right, lost), (after, *_) in pairwise([*rows, (rows[-1][0] - 1, False, 0.0)]):
+        found += weight * is_right
         wrong += not is_right
-        f1 = 2 * right / (right + wrong + weight * refusing)
+        gained += weight if is_right else -lost
         if after < here:
-            cuts.append((f1, -(here + after) / 2))
+            f1 = 2 * found / (found + wrong + weight * refusing)
+            cuts.append((gained / (answering + weight * refusing), f1, -(here + after) / 2))
     least = max(cuts)[0] - NOISE
-    f1, bias = min((cut for cut in cuts if cut[0] >= least), key=lambda cut: abs(cut[1]))
+    _, f1, bias = min((cut for cut in cuts if cut[0] >= least), key=lambda cut: abs(cut[2]))
     return round(bias, 4), round(f1, 4)
 
 

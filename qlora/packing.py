@@ -6,6 +6,7 @@ backward, to the same loss. `register_attention` gives transformers the attentio
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "packed"  # also attends ordinary batches, as "sdpa" does: generation uses the same model
+SHORT = 512  # tokens, up to which attention is kept for the way back: below 10 MB a layer of 9 heads
 AHEAD = 32  # rows whose next tokens after the beginning of all are the same share more, such as passages
 
 
@@ -78,7 +80,8 @@ def attend(module, query, key, value, attention_mask, scaling, pieces=None, **kw
     if kwargs.get("dropout") or kwargs.get("sliding_window") or kwargs.get("softcap"):
         raise NotImplementedError("packed attention has no dropout, sliding window or soft cap")
     given = query, key, value, pieces, scaling, attend_fused if query.is_cuda else attend_plain
-    if query.is_cuda or not torch.is_grad_enabled():  # checkpoint keeps its arguments even without gradients
+    # checkpoint keeps its arguments even without gradients
+    if query.is_cuda or query.shape[2] <= SHORT or not torch.is_grad_enabled():
         return attend_pieces(*given).transpose(1, 2), None
     return checkpoint(attend_pieces, *given, use_reentrant=False).transpose(1, 2), None
 
@@ -110,10 +113,15 @@ def attend_plain(query, key, value, scaling: float) -> torch.Tensor:
     Query heads that share a key head are the rows of one product, so that keys are not repeated.
     """
     (_, heads, tokens, size), groups, length = query.shape, key.shape[1], key.shape[2]
-    hidden = query.new_full((tokens, length), float("-inf")).triu(1 + length - tokens)
-    hidden = hidden.repeat(heads // groups, 1)  # (queries of a group, keys)
+    hidden = hide_later(tokens, length, heads // groups, query.dtype)
     scores = torch.baddbmm(hidden, query.reshape(groups, -1, size), key[0].transpose(1, 2), alpha=scaling)
     return (scores.softmax(dim=-1) @ value[0]).view(1, heads, tokens, size)
+
+
+@lru_cache(maxsize=64)  # pieces of a batch, the same in every layer
+def hide_later(tokens: int, length: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """(heads * tokens, length): -inf where a key comes after the query, else 0."""
+    return torch.full((tokens, length), float("-inf"), dtype=dtype).triu(1 + length - tokens).repeat(heads, 1)
 
 
 def register_attention() -> None:

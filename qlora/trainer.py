@@ -172,17 +172,20 @@ def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = No
 
 
 def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -> torch.Tensor:
-    """(rows, 5): summed loss, labels, probability of EOS at the end, log-odds of refusing, whether that is right.
+    """(rows, 6): summed loss, labels, probability of EOS at the end, log-odds of refusing, whether that is right, and
+    whether greedy decoding that does not refuse writes the response.
 
     The log-odds are those of the refusal's first token against the likeliest other where the response begins.
     """
     labelled, ids = labels != IGNORED, labels.new_tensor(refusal)
-    losses = token_losses(logits, labels)
-    first = logits.float()[(labelled & (labelled.cumsum(dim=1) == 1))[labelled]]
-    others = first.index_fill(1, ids[:1], float("-inf")).amax(dim=1)
-    refused = (labels[:, -len(ids) :] == ids).all(dim=1) & (labelled.sum(dim=1) == len(ids))
-    columns = losses.sum(dim=1), labelled.sum(dim=1), (-losses[:, -1]).exp(), first[:, ids[0]] - others, refused
-    return torch.stack(columns, dim=1)
+    losses, counts = token_losses(logits, labels), labelled.sum(dim=1)
+    begins = (labelled & (labelled.cumsum(dim=1) == 1))[labelled]
+    others, chosen = logits[begins].index_fill(1, ids[:1], float("-inf")).max(dim=1)
+    odds = logits[begins, ids[0]].float() - others.float()
+    refused = (labels[:, -len(ids) :] == ids).all(dim=1) & (counts == len(ids))
+    greedy = logits.argmax(dim=1).index_put((begins,), chosen)
+    wrong = torch.zeros_like(losses).masked_scatter(labelled, (greedy != labels[labelled]).float()).sum(dim=1)
+    return torch.stack([losses.sum(dim=1), counts, (-losses[:, -1]).exp(), odds, refused, wrong == 0], dim=1)
 
 
 @dataclass
@@ -298,9 +301,9 @@ class ResponseTrainer(SFTTrainer):
                 inputs = self._prepare_inputs(inputs)
                 rows = score_rows(label_logits(self.model, inputs), inputs["labels"], refusal).tolist()
                 batches += self.accelerator.gather_for_metrics([rows], use_gather_object=True)
-            losses, labels, ends, odds, refused = zip(*(row for batch in batches for row in batch), strict=True)
+            losses, labels, ends, *refusing = zip(*(row for batch in batches for row in batch), strict=True)
             metrics = {"eval_loss": sum(losses) / sum(labels), "eval_ends": sum(ends) / len(ends)}
-            bias, f1 = fit_refusal_bias(odds, refused)
+            bias, f1 = fit_refusal_bias(*refusing)
             metrics |= {"eval_refusal_bias": bias, "eval_refusal_f1": f1} if f1 else {}
             metrics |= self.answer_sample()
         metrics["eval_runtime"] = time.perf_counter() - started

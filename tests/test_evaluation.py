@@ -106,17 +106,29 @@ def test_threshold_is_the_best_cut_of_the_fitting_half():
     assert [sum(n % 4 == 0 for n in half) for half in halves] == [3, 2]
 
 
-def test_refusal_bias_is_the_best_cut_of_the_rows_by_f1():
-    refused = [True] * 10 + [False] * 2 + [True] * 2 + [False] * 60
-    odds = [5.0 - n / 10 for n in range(74)]
-    bias, f1 = c.fit_refusal_bias(odds, refused)
-    assert bias == pytest.approx(-3.65) and f1 == pytest.approx(24 / 26, abs=1e-3)  # two wrong are worth two right
-    assert c.fit_refusal_bias(odds[::-1], refused[::-1]) == (bias, f1)
-    shifted, _ = c.fit_refusal_bias([odd - 6 for odd in odds], refused)
-    assert shifted == pytest.approx(1.95)  # one that never refuses is made to; nearer to 0, as good within noise
-    assert c.fit_refusal_bias(odds[25:], refused[25:]) == c.fit_refusal_bias(odds[:11], refused[:11]) == (0.0, None)
-    assert c.fit_refusal_bias(odds[:34], refused[:34])[0] == pytest.approx(-4.05)  # as if they were one in five
-    assert c.fit_refusal_bias([1.0] * 40, [True] * 20 + [False] * 20)[0] == pytest.approx(-0.5)  # no cut between equals
+def test_refusal_bias_is_the_best_cut_of_the_rows():
+    refused = [True] * 10 + [False] * 2 + [True] * 3 + [False] * 60
+    odds = [5.0 - n / 10 for n in range(75)]
+    bias, f1 = c.fit_refusal_bias(odds, refused, [True] * 75)
+    assert bias == pytest.approx(-3.55) and f1 == pytest.approx(26 / 28, abs=1e-3)  # two answers for three
+    flipped = (values[::-1] for values in (odds, refused, [True] * 75))
+    assert c.fit_refusal_bias(*flipped) == (bias, f1)
+    shifted, _ = c.fit_refusal_bias([odd - 6 for odd in odds], refused, [True] * 75)
+    assert shifted == pytest.approx(2.45)  # one that never refuses is made to
+    few, none = (odds[25:], refused[25:], refused[25:]), (odds[:11], refused[:11], refused[:11])
+    assert c.fit_refusal_bias(*few) == c.fit_refusal_bias(*none) == (0.0, None)
+
+
+def test_refusal_bias_spares_answers_that_are_right():
+    """An answer that would be wrong is no loss; rows that refuse count as one in five at most."""
+    odds, refused = [-n / 10 for n in range(60)], [True] * 5 + [False] * 10 + [True] * 5 + [False] * 40
+    right = [not flag for flag in refused]
+    assert c.fit_refusal_bias(odds, refused, right)[0] == pytest.approx(0.45)
+    wrong_first = [n >= 15 and flag for n, flag in enumerate(right)]
+    assert c.fit_refusal_bias(odds, refused, wrong_first)[0] == pytest.approx(1.95)
+    hopeless = [not flag for flag in refused]
+    assert c.fit_refusal_bias(odds, hopeless, refused) == (-0.5, 0.0)  # 5 answers, then refusals
+    assert c.fit_refusal_bias([1.0] * 40, [True] * 20 + [False] * 20, [False] * 40)[0] == pytest.approx(-0.5)
 
 
 def test_calibration_reports_on_questions_it_was_not_fitted_on():

@@ -57,11 +57,13 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+@pytest.mark.parametrize("short", [0, packing.SHORT])
 @pytest.mark.parametrize("kernel", ["attend_plain", "attend_fused"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
-def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, checkpointing, monkeypatch):
+def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, checkpointing, short, monkeypatch):
     monkeypatch.setattr(packing, "attend_plain", getattr(packing, kernel))
+    monkeypatch.setattr(packing, "SHORT", short)
     model = copy.deepcopy(llama).train()
     expected = 0.0
     for row in BATCHES[name]:

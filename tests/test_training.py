@@ -57,21 +57,27 @@ def test_loss_equals_the_plain_recipe_without_padding(model):
 
 
 def test_rows_are_scored_by_loss_ending_and_odds_of_refusing(model):
-    """Against transformers' own forward pass, row by row."""
+    """Against transformers' own forward pass, row by row; the last row is what the model writes, but for refusing."""
     refusal = [60, 2]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples()]
+    prompt = list(range(20, 30))
+    likeliest = model(input_ids=torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
+    refusal[0], written = likeliest[0], likeliest[1:]
+    written += model(input_ids=torch.tensor([prompt + written])).logits[0, -1:].argmax(dim=-1).tolist()
+    rows.append({"input_ids": prompt + written, "labels": [IGNORED] * len(prompt) + written})
     batch = trainer.collate(rows)
     with torch.no_grad():
         scores = trainer.score_rows(trainer.label_logits(model, batch), batch["labels"], refusal)
-        for row, (loss, labels, ends, odds, refused) in zip(rows, scores.tolist(), strict=True):
+        assert scores[:, -1].tolist() == [0, 0, 0, 1]
+        for row, (loss, labels, ends, odds, refused, _) in zip(rows, scores.tolist(), strict=True):
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
             trained = [n for n, label in enumerate(row["labels"]) if label != IGNORED]
             logs = logits.log_softmax(dim=-1)
-            assert labels == len(trained) and refused == (len(trained) == 2)
+            assert labels == len(trained) and refused == ([row["labels"][n] for n in trained] == refusal)
             assert loss == pytest.approx(-sum(logs[n - 1, row["labels"][n]].item() for n in trained), rel=2e-2)
-            assert ends == pytest.approx(logs[-2, 2].exp().item(), rel=5e-2)
+            assert ends == pytest.approx(logs[-2, row["labels"][-1]].exp().item(), rel=5e-2)
             first = logits[trained[0] - 1].tolist()
-            assert odds == pytest.approx(first.pop(60) - max(first), abs=0.05)
+            assert odds == pytest.approx(first.pop(refusal[0]) - max(first), abs=0.05)
 
 
 def test_when_to_refuse_is_fitted_on_held_out_rows_and_used_in_answering(tiny_base, tmp_path, collection, capsys):
@@ -84,9 +90,7 @@ def test_when_to_refuse_is_fitted_on_held_out_rows_and_used_in_answering(tiny_ba
     lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
     (best,) = (line for line in lines if "eval_loss" in line and line["step"] == result["best_step"])
     assert result["refusal_bias"] == best["eval_refusal_bias"] != 0
-    assert (
-        result["eval_refusal_f1_after"] == best["eval_refusal_f1"] >= 1 / 3
-    )  # that of refusing always, when one in five is right
+    assert result["eval_refusal_f1_after"] == best["eval_refusal_f1"]
     ask = "ask", "?", "--adapter", tmp_path / "mine", "--top-k", 1, "--max-new-tokens", 4
     assert rag(*ask) == rag(*ask, "--refusal-bias", -2) == 0
     shown = re.findall(r"refusal_bias +(\S+)", capsys.readouterr().err)
