@@ -173,7 +173,7 @@ def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = No
 
 def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -> torch.Tensor:
     """(rows, 6): summed loss, labels, probability of EOS at the end, log-odds of refusing, whether that is right, and
-    whether greedy decoding that does not refuse writes the response.
+    the share of labels that are the likeliest token when refusing is out of the question.
 
     The log-odds are those of the refusal's first token against the likeliest other where the response begins.
     """
@@ -185,7 +185,7 @@ def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -
     refused = (labels[:, -len(ids) :] == ids).all(dim=1) & (counts == len(ids))
     greedy = logits.argmax(dim=1).index_put((begins,), chosen)
     wrong = torch.zeros_like(losses).masked_scatter(labelled, (greedy != labels[labelled]).float()).sum(dim=1)
-    return torch.stack([losses.sum(dim=1), counts, (-losses[:, -1]).exp(), odds, refused, wrong == 0], dim=1)
+    return torch.stack([losses.sum(dim=1), counts, (-losses[:, -1]).exp(), odds, refused, 1 - wrong / counts], dim=1)
 
 
 @dataclass
