@@ -304,7 +304,7 @@ class ResponseTrainer(SFTTrainer):
             losses, labels, ends, *refusing = zip(*(row for batch in batches for row in batch), strict=True)
             metrics = {"eval_loss": sum(losses) / sum(labels), "eval_ends": sum(ends) / len(ends)}
             bias, f1 = fit_refusal_bias(*refusing)
-            metrics |= {"eval_refusal_bias": bias, "eval_refusal_f1": f1} if f1 else {}
+            metrics |= {} if f1 is None else {"eval_refusal_bias": bias, "eval_refusal_f1": f1}
             metrics |= self.answer_sample()
         metrics["eval_runtime"] = time.perf_counter() - started
         self.progress.evaluated_step = self.state.global_step
