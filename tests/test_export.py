@@ -24,7 +24,7 @@ TOKEN = "hf_secretsecret"
 def decided(tiny_base, tmp_path_factory):
     """An adapter that is sure of each of its tokens: the shared tiny one answers with EOS alone."""
     folder = tmp_path_factory.mktemp("decided")
-    rows = [{**row, "response": "the ferry leaves at noon"} for row in sample_rows()[:78]]
+    rows = [{**row, "response": "the ferry leaves at noon"} for row in sample_rows()[::24]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--base-model", tiny_base, "--dataset", folder / "rows.jsonl", "--output", folder / "adapter"]
     assert train(*words, "--distractors", 0, "--learning-rate", 0.02, "--max-steps", 30) == 0
@@ -33,9 +33,9 @@ def decided(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held_out(decided):
-    """Twelve real rows of other documents, as examples."""
+    """Twelve other real rows, as examples."""
     tokenizer = base_model.load_tokenizer(str(decided.folder))
-    rows = [dataset.Row(**row) for row in sample_rows()[78:90]]
+    rows = [dataset.Row(**row) for row in sample_rows()[12:300:24]]
     shaped = dataset.add_distractors(rows, 1, 1.0, decided.prompt, seed=0)
     return dataset.tokenize_rows(tokenizer, decided.prompt, shaped, 768)[0]
 
