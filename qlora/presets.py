@@ -37,7 +37,7 @@ DOLLY = {
 }
 PRESETS = {
     # By trials on training documents (benchmarks/runs.jsonl). A model of 135M reads one passage well: a second one,
-    # mostly a wrong one, costs it more answers than it adds. A seventh of the sample's rows refuse.
+    # mostly a wrong one, costs it more answers than it adds. A ninth of the sample's rows refuse.
     "laptop": Preset(
         EMBEDDED,
         dataset=str(SAMPLE_DATA / "train.jsonl"),
@@ -45,7 +45,7 @@ PRESETS = {
         batch_size=8,
         accumulation=1,
         learning_rate=1e-3,
-        epochs=0.9,  # six minutes on two cores; another tenth of an epoch is 30 seconds
+        epochs=0.9,  # six to seven minutes on two cores; another tenth of an epoch is 30 seconds
         distractors=0,
         gold_probability=0.95,
     ),

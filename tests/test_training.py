@@ -64,11 +64,12 @@ def test_rows_are_scored_by_loss_ending_and_odds_of_refusing(model):
     likeliest = model(input_ids=torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
     refusal[0], written = likeliest[0], likeliest[1:]
     written += model(input_ids=torch.tensor([prompt + written])).logits[0, -1:].argmax(dim=-1).tolist()
-    rows.append({"input_ids": prompt + written, "labels": [IGNORED] * len(prompt) + written})
+    for response in (refusal, written):
+        rows.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
     batch = trainer.collate(rows)
     with torch.no_grad():
         scores = trainer.score_rows(trainer.label_logits(model, batch), batch["labels"], refusal)
-        assert scores[:, -1].tolist() == [0, 0, 0, 1]  # none of the first three's tokens is the likeliest
+        assert scores[:, -2].tolist() == [0, 0, 0, 1, 0] and scores[:, -1].tolist()[::4] == [0, 1]
         for row, (loss, labels, ends, odds, refused, _) in zip(rows, scores.tolist(), strict=True):
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
             trained = [n for n, label in enumerate(row["labels"]) if label != IGNORED]
