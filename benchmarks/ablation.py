@@ -40,7 +40,7 @@ PARTS = {
     "rows of 160 tokens, the right passage cut last": ({"max-length": "160"}, ""),
     "rows of 160 tokens, cut at the end": ({"max-length": "160"}, "cut_any_passage"),
 }
-CURVE = (50, 100, 200, 400, 800)
+CURVE = (50, 100, 200, 400)
 
 
 # ------------------------------------------------------------------------------- parts taken away

@@ -268,7 +268,8 @@ def answer_cells(log, modes: dict, contexts: dict[str, list], complete, threshol
 
     `modes` maps a model's name to the context manager under which `complete(pairs)` answers with it, an
     Answer for each (question, documents). Retrieved passages that all score below `threshold` are refused
-    unread, as `ask` does. `advance(n)` moves the progress bar. The log is closed with all.
+    unread, as `ask` does. Passages that two contexts share (the right one is often the best found) are read
+    once. `advance(n)` moves the progress bar. The log is closed with all.
     """
     keys = {}
     for model, mode in modes.items():
@@ -276,7 +277,7 @@ def answer_cells(log, modes: dict, contexts: dict[str, list], complete, threshol
             for context, asked in contexts.items():
                 gate = threshold if context == "retrieved" else None
                 keys[model, context] = answer_cell(log, model, context, asked, complete, gate, batch, advance)
-    log.close([key for cell in keys.values() for key in cell])
+    log.close([(key, context) for (_, context), cell_keys in keys.items() for key in cell_keys])
     return {cell: [log.known[key]["scores"] for key in cell_keys] for cell, cell_keys in keys.items()}
 
 
@@ -285,8 +286,8 @@ def answer_cell(log, model: str, context: str, asked: list[tuple], complete, gat
     keys, missing = [], []
     for question, documents in asked:
         refused = gate is not None and best_score(documents) < gate
-        texts = [document.page_content for document in documents]
-        keys.append(log.key(model, context, question.question, question.answers, texts, refused))
+        passages = [(document.metadata["source"], document.page_content) for document in documents]
+        keys.append(log.key(model, question.question, question.answers, passages, refused))
         if keys[-1] in log.known:
             advance(1)
         elif refused:

@@ -51,9 +51,10 @@ class AnswerLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.known[key], ensure_ascii=False) + "\n")
 
-    def close(self, keys: Iterable[str]) -> None:
-        """Rewrites the file with these answers in this order."""
-        lines = [json.dumps(self.known[key], ensure_ascii=False) + "\n" for key in keys]
+    def close(self, asked: Iterable[tuple[str, str]]) -> None:
+        """Rewrites the file with the answers of these (key, context), in this order."""
+        answers = [self.known[key] | {"context": context} for key, context in asked]
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(lines), encoding="utf-8")
         partial.replace(self.path)

@@ -253,7 +253,7 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     made, complete = [], Generator.complete
     monkeypatch.setattr(Generator, "complete", lambda self, asked: made.extend(asked) or complete(self, asked))
     assert rag(*words) == 0
-    assert len(made) == 42
+    assert len(made) == len(read_pairs(lines[30:]) - read_pairs(lines[:30])) < 42  # passages of two contexts: read once
     again = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     for report_ in (report, again):
         for cell in report_["cells"]:
@@ -267,6 +267,12 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     rows = json.loads(capsys.readouterr().out)
     assert {(row["model"], row["context"]) for row in rows} == set(cells)
     assert all(row["mean"] == row["low"] == row["high"] == 0 and row["first"] == row["second"] for row in rows)
+
+
+def read_pairs(lines):
+    """What a model was asked in these lines of answers.jsonl, whatever the context was called."""
+    answers = map(json.loads, lines)
+    return {json.dumps([answer["model"], answer["question"], answer["passages"]]) for answer in answers}
 
 
 def sample_questions(limit):
