@@ -22,6 +22,7 @@ LOG = PROJECT / "benchmarks" / "runs.jsonl"
 SAMPLE = presets.SAMPLE_DATA
 DOCUMENTS = SAMPLE / "documents"
 INGEST = ("passage-tokens", "overlap")  # what a collection depends on
+UNTRAINED = ("drop_headings",)  # parts of the scripts that training does not use
 ANSWER = ("top-k", "search", "fetch-k", "diversity", "refusal-bias", "limit")
 SCORES = ("em", "f1", "refusal_precision", "refusal_recall", "refusal_f1", "citation_precision", "overall_f1")
 
@@ -52,8 +53,10 @@ class Trial:
         return {name: value for name, value in self.flags.items() if name in names}
 
     @property
-    def training(self) -> dict[str, str]:
-        return {name: value for name, value in self.flags.items() if name not in (*INGEST, *ANSWER)}
+    def training(self) -> dict:
+        """What its adapter differs in."""
+        flags = {name: value for name, value in self.flags.items() if name not in (*INGEST, *ANSWER)}
+        return {"flags": flags, "without": "" if self.without in UNTRAINED else self.without}
 
 
 def digest(path: Path) -> str:
@@ -67,7 +70,7 @@ def run_trial(trial: Trial) -> dict:
     if key in (known := read_log()):
         return known[key]
     ADAPTERS.mkdir(exist_ok=True)
-    folder = ADAPTERS / f"trial-{name_of([described | {'flags': trial.training}])}"
+    folder = ADAPTERS / f"trial-{name_of([described | trial.training])}"
     if not (folder / "run.json").exists():
         run_script(trial, "instruct_train_qlora", folder, train_words(trial, folder))
     collection = f"trial-{trial.data.name}-{name_of([trial.select(*INGEST), trial.without])}"
@@ -86,7 +89,7 @@ def run_trial(trial: Trial) -> dict:
 
 def train_words(trial: Trial, folder: Path) -> list:
     fixed = {"preset": "laptop", "dataset": trial.data.rows, "output": folder, "seed": trial.seed, "eval-answers": 0}
-    return ["--overwrite", *as_words(fixed | trial.training)]
+    return ["--overwrite", *as_words(fixed | trial.training["flags"])]
 
 
 def as_words(flags: dict) -> list[str]:
