@@ -148,10 +148,9 @@ def load_model(args):
     base = base_model.load_base_model(base_model.resolve_base_model(args.base_model), training=True)
     model = trainer.add_lora(base, *lora_options(args))
     suggest_all_gpus()
-    trainable, total = trainer.count_parameters(model)
-    console.note(
-        f"{total / 1e6:,.0f} M weights in 4-bit NF4, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})"
-    )
+    trainable, packed, total = trainer.count_parameters(model)
+    weights = f"{total / 1e6:,.0f} M weights, {packed / 1e6:,.0f} M of them in 4-bit NF4"
+    console.note(f"{weights}, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})")
     return model
 
 
@@ -234,7 +233,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
     return {
         "base_model": {"name": args.base_model, "rebuild": rebuild_hint(args.base_model)},
-        "quantisation": base_model.quantization_config().to_diff_dict(),
+        "quantisation": base_model.quantization_config(base_model.resolve_base_model(args.base_model)).to_diff_dict(),
         "dataset": {
             "source": args.dataset,
             "sha256_of_rows": digest_rows(rows),

@@ -35,6 +35,7 @@ PARTS = {
     "without refusals": ({"refusal-share": "0", "gold-probability": "1"}, ""),
     "a distractor, two passages to read": ({"distractors": "1", "epochs": "0.75"}, ""),  # of about the same minutes
     "without citations": ({}, "drop_citations"),
+    "every layer in 4-bit": ({}, "quantize_all"),
     "16-bit base": ({}, "keep_16_bit"),
     "rows that share no passages": ({"epochs": "0.4"}, "scatter_rows"),  # of about the same minutes
     "rows of 160 tokens, the right passage cut last": ({"max-length": "160"}, ""),
@@ -77,6 +78,12 @@ def scatter_rows() -> None:
 
     batch = trainer.batch_groups
     trainer.batch_groups = lambda groups, size, seed: batch(range(len(groups)), size, seed)
+
+
+def quantize_all() -> None:
+    from qlora import base_model
+
+    base_model.SENSITIVE.clear()
 
 
 def keep_16_bit() -> None:

@@ -118,7 +118,7 @@ def train_plain(setup: Setup, source: str) -> None:
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
     # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
     model = base_model.load_base_model(source, training=True)
-    weights = count_4bit_weights(model)
+    weights = count_layer_weights(model)
     config = SFTConfig(
         output_dir=setup.folder,
         train_sampling_strategy="sequential",
@@ -148,7 +148,7 @@ def train_plain(setup: Setup, source: str) -> None:
     run = {"train_seconds": clock.seconds, "peak_memory": peak_memory(), "steps": trainer.state.global_step}
     run |= count_tokens(trainer.train_dataset, [encode_row(tokenizer, *pair) for pair in pairs])
     run |= {"useful_tokens_per_second": run["useful_tokens"] / clock.seconds}
-    run |= {"weights_in_4bit": weights, "matmul_gflops": data_report.measure_rate() / 1e9}
+    run |= {"layer_weights": weights, "matmul_gflops": data_report.measure_rate() / 1e9}
     trainer.model.save_pretrained(setup.path("plain"))
     setup.path("plain", "run.json").write_text(json.dumps(run), encoding="utf-8")
 
@@ -172,11 +172,12 @@ def make_step_clock():
     return StepClock()
 
 
-def count_4bit_weights(model) -> int:
-    """The weights of the linear layers of the decoder: neither embeddings nor head nor norms are in 4-bit."""
-    from bitsandbytes.nn import Linear4bit
+def count_layer_weights(model) -> int:
+    """The weights of the base model's linear layers: no embeddings, head or norms."""
+    from torch.nn import Linear
 
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
+    layers = model.get_decoder().modules()
+    return sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, Linear))
 
 
 # ------------------------------------------------------------------------------- score

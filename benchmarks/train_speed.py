@@ -190,9 +190,9 @@ def summarise(setup: Setup, runs: dict[str, list[dict]], losses: dict[str, float
     plain = runs["plain"][0]
     rates = {name: [run["useful_tokens_per_second"] for run in measured] for name, measured in runs.items()}
     # A token costs 2 FLOPs a weight on the way forward and 2 on the way back to the inputs; frozen weights
-    # need no gradient. Embeddings and head, not in 4-bit, are left out: ours skips most of the head's work,
+    # need no gradient. Embeddings and head are left out: ours skips most of the head's work,
     # and recomputed activations are no achievement either.
-    gflops = statistics.median(rates["ours"]) * 4 * plain["weights_in_4bit"] / 1e9
+    gflops = statistics.median(rates["ours"]) * 4 * plain["layer_weights"] / 1e9
     return {
         "base_model": setup.base_model,
         "batch_size": setup.batch_size,
@@ -244,7 +244,7 @@ def print_comparison(result: dict) -> None:
         f"(median; {show_range(ratio, 2)}; rounds: {len(ratio['rounds'])})",
         f"rows with the same token ids in both: {result['rows_with_equal_tokens']} of {result['rows']}",
         f"held-out loss before: {result['held_out_loss_before']:.3f}",
-        f"ours: {result['ours_gflops']:,.1f} GFLOP/s (4 FLOPs a token and 4-bit weight), "
+        f"ours: {result['ours_gflops']:,.1f} GFLOP/s (4 FLOPs a token and weight of the layers), "
         f"{share:.0%} of the {result['matmul_gflops']:,.0f} of a bf16 matmul",
     )
     filled = [(name, *cells) for name, cells in lines if cells]

@@ -182,6 +182,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 def model_card(run: dict) -> str:
     """README.md of the adapter folder, with the front matter the hub reads."""
     base, data, result = run["base_model"]["name"], run["dataset"], run["result"]
+    kept = ", ".join(run["quantisation"].get("llm_int8_skip_modules") or ["lm_head"])
     line = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the hub knows no local folders
     return f"""---
 {line}library_name: peft
@@ -199,7 +200,7 @@ not hold the answer. The exact prompt is in `prompt.json` and `chat_template.jin
 | rows | {data["training_rows"]} for training, {data["held_out_rows"]} of other documents held out |
 | held-out loss | {result["eval_loss_before"]:.3f} before, {result["eval_loss_after"]:.3f} after |
 | steps | {result["steps"]} in {result["train_seconds"]:.0f} s, {result["useful_tokens_per_second"]:.0f} tokens/s |
-| quantisation | {run["quantisation"]["bnb_4bit_quant_type"]}, double quantisation |
+| quantisation | {run["quantisation"]["bnb_4bit_quant_type"]}, double quantisation; not {kept} |
 
 ![loss](loss.png)
 

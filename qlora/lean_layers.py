@@ -8,7 +8,7 @@ import functools
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora import Linear, Linear4bit
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -16,7 +16,7 @@ from qlora.base_model import compute_dtype
 
 
 class LoraLinear(torch.autograd.Function):
-    """x W^T + scale (x A^T) B^T, with W dequantised on the way there and again on the way back."""
+    """x W^T + scale (x A^T) B^T, with a W in 4-bit dequantised on the way there and again on the way back."""
 
     @staticmethod
     def forward(ctx, x, a, b, weight, scale):
@@ -24,7 +24,7 @@ class LoraLinear(torch.autograd.Function):
         x = x.flatten(0, -2)
         inner = x @ a.T
         ctx.save_for_backward(x, a, b, inner)
-        y = x @ dequantize_4bit(weight, weight.quant_state).to(x.dtype).T
+        y = x @ dequantize(weight, x.dtype).T
         return y.addmm_(inner, b.T, alpha=scale).view(*ctx.shape[:-1], -1)
 
     @staticmethod
@@ -32,10 +32,15 @@ class LoraLinear(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         grad = grad.flatten(0, -2)
         grad_inner = grad @ b
-        grad_x = grad @ dequantize_4bit(ctx.weight, ctx.weight.quant_state).to(x.dtype)
+        grad_x = grad @ dequantize(ctx.weight, x.dtype)
         grad_x.addmm_(grad_inner, a, alpha=ctx.scale)
         grad_a, grad_b = grad_inner.T @ x, (inner.T @ grad).T
         return grad_x.view(ctx.shape), grad_a * ctx.scale, grad_b * ctx.scale, None, None
+
+
+def dequantize(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix; one that was kept in 16 bit as it is."""
+    return (dequantize_4bit(weight, weight.quant_state) if hasattr(weight, "quant_state") else weight).to(dtype)
 
 
 class Norm(torch.autograd.Function):
@@ -77,7 +82,7 @@ def make_lean(model) -> None:
         if isinstance(module, Linear4bit):
             # PEFT casts the input to fp32 (it looks for autocast on CUDA only), and autocast casts it back.
             module.cast_input_dtype_enabled = compute_dtype() == torch.float32
-        if isinstance(module, Linear4bit) and is_plain(module):
+        if isinstance(module, (Linear, Linear4bit)) and is_plain(module):
             run = run_linear
         elif type(module) is LlamaRMSNorm:
             run = run_norm
@@ -88,7 +93,7 @@ def make_lean(model) -> None:
         module.forward = functools.partial(run, module, module.forward)
 
 
-def is_plain(layer: Linear4bit) -> bool:
+def is_plain(layer: Linear | Linear4bit) -> bool:
     """Whether the one adapter of the layer is low-rank matrices and nothing else."""
     (name,) = layer.active_adapters
     return name not in layer.lora_variant and isinstance(layer.lora_dropout[name], torch.nn.Identity)
@@ -103,7 +108,7 @@ def copy_input(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 
-def run_linear(layer: Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
+def run_linear(layer: Linear | Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
     """The layer's output, in one pass where gradients are wanted; in PEFT's way with the adapter off or merged."""
     if layer.disable_adapters or layer.merged:
         return ordinary(x)

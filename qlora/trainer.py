@@ -54,10 +54,11 @@ def add_lora(model, rank: int, alpha: int, dropout: float, seed: int, targets="a
         raise console.fail(f"no layer is called that ({targets})", "--target-modules", fix) from error
 
 
-def count_parameters(model) -> tuple[int, int]:
-    """(trainable, all) weights; a 4-bit weight counts as one although two share a byte."""
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return trainable, model.num_parameters()
+def count_parameters(model) -> tuple[int, int, int]:
+    """(trainable, in 4-bit, all) weights; a 4-bit weight counts as one although two share a byte."""
+    weights = list(model.parameters())
+    packed = sum(weight.quant_state.shape.numel() for weight in weights if hasattr(weight, "quant_state"))
+    return sum(weight.numel() for weight in weights if weight.requires_grad), packed, model.num_parameters()
 
 
 def needs_checkpointing(choice: str, parameters: int) -> bool:

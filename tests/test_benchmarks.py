@@ -16,7 +16,7 @@ from qlora.prompt import choose_prompt, encode_row
 def a_run(rate: float, **changes) -> dict:
     run = {"useful_tokens_per_second": rate, "useful_tokens": 800, "rows": 8, "steps": 2}
     run |= {"peak_memory": {"process_gb": rate / 100}, "rows_with_equal_tokens": 8}
-    return {**run, "weights_in_4bit": 1e8, "matmul_gflops": 400.0, **changes}
+    return {**run, "layer_weights": 1e8, "matmul_gflops": 400.0, **changes}
 
 
 def test_ratio_is_taken_within_rounds_whose_order_alternates(capsys):
@@ -72,10 +72,17 @@ def test_shape_trains_in_4bit_on_any_device():
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     )
     model = random_llama.build_random_llama(config, torch.device("cpu"))
-    assert plain_recipe.count_4bit_weights(model) == 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert sum(shape.numel() for shape in packed_shapes(model)) == 2 * (4 * 64 * 64 + 3 * 64 * 128)
     measured = random_llama.time_steps(model, rows=2, length=32, steps=1)
     assert measured["tokens_per_second"] > 0 and 5 < measured["loss"] < 6.5  # ln 300 = 5.7
     assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+def packed_shapes(model):
+    """The shapes of all matrices in 4-bit."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [module.weight.quant_state.shape for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def test_shape_needs_a_gpu_and_the_benchmark_starts_without_torch():
@@ -92,10 +99,9 @@ def test_shape_needs_a_gpu_and_the_benchmark_starts_without_torch():
 
 
 def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
-    from qlora import documents, trainer
-    from qlora.base_model import load_base_model, load_tokenizer
+    from qlora import base_model, documents, trainer
 
-    tokenizer = load_tokenizer(str(tiny_base))
+    tokenizer = base_model.load_tokenizer(str(tiny_base))
     prompt = choose_prompt(tokenizer)
     rows = [row for row in dataset.load_rows(str(SAMPLE / "train.jsonl"))[:24] if row.category != "unanswerable"]
 
@@ -130,13 +136,18 @@ def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
     passages = documents.load_passages(path, "crew.md", tokenizer, 256, 120, 24)
     assert passages and not any("heading" in passage.metadata for passage in passages)
 
+    monkeypatch.setattr(base_model, "SENSITIVE", [*base_model.SENSITIVE])
+    assert len(packed_shapes(base_model.load_base_model(str(tiny_base)))) == 10
+    ablation.quantize_all()
+    assert len(packed_shapes(base_model.load_base_model(str(tiny_base)))) == 14
+
     import transformers
 
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", transformers.AutoModelForCausalLM.from_pretrained
     )
     ablation.keep_16_bit()
-    assert plain_recipe.count_4bit_weights(load_base_model(str(tiny_base))) == 0
+    assert not packed_shapes(base_model.load_base_model(str(tiny_base)))
 
 
 def test_forgetting_is_the_rise_of_the_loss_a_token(tiny_adapter, capsys):

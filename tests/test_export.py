@@ -15,6 +15,7 @@ from qlora import base_model, dataset, export
 from qlora.adapter import load_adapter, read_adapter
 from qlora.console import UserError
 from qlora.generator import Generator
+from qlora.lean_layers import dequantize
 from qlora.prompt import IGNORED
 
 TOKEN = "hf_secretsecret"
@@ -80,18 +81,20 @@ def test_merged_folder_has_exactly_these_files_and_nothing_of_the_quantisation(d
 
 
 def test_merged_weights_are_dequantised_base_plus_delta(decided, merged):
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+    from torch.nn import Linear
 
     saved, lora = load_file(merged / "model.safetensors"), load_file(decided.folder / "adapter_model.safetensors")
     layers = {
         name: module
         for name, module in base_model.load_base_model(decided.base_model).named_modules()
-        if isinstance(module, Linear4bit)
+        if isinstance(module, Linear) and name != "lm_head"
     }
     assert len(layers) == 14
+    kept = {name for name, layer in layers.items() if not isinstance(layer, Linear4bit)}
+    assert kept == {f"model.layers.{n}.{name}" for n in (0, 1) for name in ("mlp.down_proj", "self_attn.v_proj")}
     for name, layer in layers.items():
-        before = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        before = dequantize(layer.weight, base_model.compute_dtype())
         a, b = (lora[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
         after = (before.float() + 2 * b @ a).to(before.dtype)  # alpha is twice the rank
         torch.testing.assert_close(saved[f"{name}.weight"], after, rtol=1e-2, atol=1e-4)

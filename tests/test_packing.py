@@ -125,12 +125,13 @@ def test_what_packed_attention_cannot_do_is_refused():
 
 
 def test_gradients_of_the_lean_layers_are_right(tiny_base):
-    """Against numerical ones, in double precision; the weight is a real one in 4-bit."""
-    layer = base_model.load_base_model(str(tiny_base), training=True).model.layers[0].self_attn.k_proj
-    outs, ins = layer.weight.quant_state.shape
+    """Against numerical ones, in double precision; the weights are real ones, in 4-bit and kept in 16."""
+    attention = base_model.load_base_model(str(tiny_base), training=True).model.layers[0].self_attn
     torch.manual_seed(0)
-    x, a, b = (torch.randn(*n, dtype=torch.double, requires_grad=True) for n in ((1, 3, ins), (2, ins), (outs, 2)))
-    assert torch.autograd.gradcheck(lambda *given: lean_layers.LoraLinear.apply(*given, layer.weight, 0.7), (x, a, b))
+    for layer in (attention.k_proj.requires_grad_(False), attention.v_proj.requires_grad_(False)):
+        shapes = (1, 3, layer.in_features), (2, layer.in_features), (layer.out_features, 2)
+        x, a, b = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in shapes)
+        assert torch.autograd.gradcheck(lean_layers.LoraLinear.apply, (x, a, b, layer.weight, 0.7))
     y, z = (torch.randn(4, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lean_layers.Gate.apply, (y, z))
     norm, scaled, plain = LlamaRMSNorm(5, eps=1e-3), *(y.detach().float().requires_grad_() for _ in range(2))
