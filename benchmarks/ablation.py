@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import trials
 from qlora import console, presets, settings
-from qlora.report import as_markdown_table
+from qlora.report import as_markdown_table, show
 
 PICTURE = trials.PROJECT / "learning_curve.png"
 QUESTIONS = ("questions.jsonl", "second_questions.jsonl")
@@ -154,13 +154,17 @@ def join_questions() -> Path:
 
 def describe(records: list[dict]) -> list[str]:
     """The mean of every score over the seeds; F1 with each seed's."""
-    found = [record["cells"]["tuned retrieved"] for record in records]
-    f1 = [cell["f1"] for cell in found]
-    values = [[record["cells"]["tuned oracle"]["f1"] for record in records]]
-    values += [[cell[key] or 0 for cell in found] for key in ("refusal_f1", "citation_precision")]
-    each = ", ".join(f"{value:.2f}" for value in f1)
+    found, oracle = ([record["cells"][f"tuned {context}"] for record in records] for context in ("retrieved", "oracle"))
+    each = ", ".join(show(cell["f1"]) for cell in found)
+    means = [mean_of(oracle, "f1"), mean_of(found, "refusal_f1"), mean_of(found, "citation_precision")]
     minutes = statistics.mean(record["train_seconds"] for record in records) / 60
-    return [f"{statistics.mean(f1):.2f} ({each})", *(f"{statistics.mean(v):.2f}" for v in values), f"{minutes:.1f}"]
+    return [f"{show(mean_of(found, 'f1'))} ({each})", *map(show, means), f"{minutes:.1f}"]
+
+
+def mean_of(cells: list[dict], score: str) -> float | None:
+    """None where a cell has none: nothing was refused, or cited."""
+    values = [cell[score] for cell in cells]
+    return None if None in values else statistics.mean(values)
 
 
 def draw_curve(rows: list[tuple[int, list[dict]]], picture: Path) -> None:
