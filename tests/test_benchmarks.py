@@ -178,3 +178,28 @@ def test_a_trial_is_trained_evaluated_logged_and_not_run_again(collection, tiny_
     monkeypatch.setattr(trials, "run_script", None)
     assert trials.run_trial(trial) == record
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_tables_are_written_from_the_log(tmp_path, monkeypatch, capsys):
+    def log(flags: dict, seed: int, f1: float, citations: float | None) -> str:
+        data = trials.Data("sample", trials.SAMPLE / "train.jsonl", ablation.join_questions(), trials.DOCUMENTS)
+        described = {"data": data.describe(), "flags": flags, "seed": seed, "without": ""}
+        found = {"f1": f1, "refusal_f1": 0.5, "citation_precision": citations}
+        cells = {"tuned retrieved": found, "tuned oracle": found | {"f1": f1 + 0.1}}
+        record = {"key": trials.name_of(described), **described, "train_seconds": 300 + 60 * seed, "cells": cells}
+        return json.dumps(record) + "\n"
+
+    cases = [({}, 0, 0.6, 0.9), ({}, 1, 0.7, 0.8), ({"rank": "1"}, 0, 0.2, None), ({"rank": "1"}, 1, 0.4, 0.5)]
+    monkeypatch.setattr(trials, "LOG", tmp_path / "runs.jsonl")
+    trials.LOG.write_text("".join(log(*case) for case in cases))
+    monkeypatch.setattr(trials, "run_script", None)
+    monkeypatch.setattr(ablation, "PARTS", {"all": ({}, ""), "rank 1": ({"rank": "1"}, "")})
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- ablation -->\nold\n<!-- end of ablation -->\nafter\n")
+    assert ablation.main(["--write", str(page)]) == 0
+    before, _, _, _, *rows, _, after = page.read_text().splitlines()
+    assert rows == [
+        "| all | 0.65 (0.60, 0.70) | 0.75 | 0.50 | 0.85 | 5.5 |",
+        "| rank 1 | 0.30 (0.20, 0.40) | 0.40 | 0.50 |  | 5.5 |",  # a seed cited nothing: there is no mean
+    ]
+    assert (before, after) == ("before", "after") and rows[0] in capsys.readouterr().out
