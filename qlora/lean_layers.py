@@ -12,8 +12,6 @@ from peft.tuners.lora import Linear, Linear4bit
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qlora.base_model import compute_dtype
-
 
 class LoraLinear(torch.autograd.Function):
     """x W^T + scale (x A^T) B^T, with a W in 4-bit dequantised on the way there and again on the way back."""
@@ -79,10 +77,7 @@ def make_lean(model) -> None:
     """Replaces the layers' passes; without gradients norm and gate stay transformers' own."""
     model.get_output_embeddings().register_forward_pre_hook(copy_input)
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # PEFT casts the input to fp32 (it looks for autocast on CUDA only), and autocast casts it back.
-            module.cast_input_dtype_enabled = compute_dtype() == torch.float32
-        if isinstance(module, (Linear, Linear4bit)) and is_plain(module):
+        if isinstance(module, Linear | Linear4bit):
             run = run_linear
         elif type(module) is LlamaRMSNorm:
             run = run_norm
@@ -94,9 +89,12 @@ def make_lean(model) -> None:
 
 
 def is_plain(layer: Linear | Linear4bit) -> bool:
-    """Whether the one adapter of the layer is low-rank matrices and nothing else."""
+    """Whether the layer now adds the product of two low-rank matrices and nothing else: no DoRA, no dropout."""
+    if layer.disable_adapters or layer.merged:
+        return False
     (name,) = layer.active_adapters
-    return name not in layer.lora_variant and isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    drops = layer.training and not isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    return name not in layer.lora_variant and not drops
 
 
 def copy_input(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -109,8 +107,8 @@ def copy_input(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
 
 
 def run_linear(layer: Linear | Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output, in one pass where gradients are wanted; in PEFT's way with the adapter off or merged."""
-    if layer.disable_adapters or layer.merged:
+    """The layer's output, in one pass where gradients are wanted; in PEFT's way what is not plain."""
+    if not is_plain(layer):
         return ordinary(x)
     (name,) = layer.active_adapters
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight

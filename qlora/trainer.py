@@ -19,8 +19,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora import checkpoints, console, packing, settings
-from qlora.base_model import LARGE, compute_dtype
+from qlora import base_model, checkpoints, console, packing, settings
 from qlora.comparison import fit_refusal_bias
 from qlora.data_report import count_tokens
 from qlora.dataset import Example, batch_groups
@@ -63,7 +62,7 @@ def count_parameters(model) -> tuple[int, int, int]:
 
 def needs_checkpointing(choice: str, parameters: int) -> bool:
     """Whether activations are recomputed: slower by a third, needed where they fill the memory."""
-    return choice == "on" or (choice == "auto" and parameters >= LARGE)
+    return choice == "on" or (choice == "auto" and parameters >= base_model.LARGE)
 
 
 @dataclass(frozen=True)
@@ -384,7 +383,7 @@ class ResponseTrainer(SFTTrainer):
 
 def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
     """The schedule in TRL's own words."""
-    on_gpu, dtype = torch.cuda.is_available(), compute_dtype()
+    on_gpu, dtype = torch.cuda.is_available(), base_model.compute_dtype()
     config = SFTConfig(
         output_dir=str(folder),
         learning_rate=plan.learning_rate,

@@ -182,3 +182,33 @@ def test_lean_layers_answer_as_peft_does(tiny_base):
     step = (tuned - base).abs().max()
     assert step > 0.05 and (lean - tuned).abs().max() < 0.05 * step
     assert torch.equal(last[:, 0], lean[:, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dora": True},
+        {"dropout": 0.05},
+        {"rslora": True, "targets": ["q_proj", "lm_head"]},
+        {"dora": True, "dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_every_option_of_lora_answers_in_every_dtype(tiny_base, monkeypatch, options, dtype):
+    """As PEFT's own layers do; in fp32 nearly, in 16 bit up to their rounding."""
+    monkeypatch.setattr(base_model, "compute_dtype", lambda: dtype)
+    model = trainer.add_lora(base_model.load_base_model(str(tiny_base)), 4, 8, seed=0, **{"dropout": 0.0, **options})
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # as an adapter is loaded
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    ids = torch.tensor([[1, *range(20, 60)]])
+    with torch.inference_mode():
+        wanted = model.eval()(ids).logits
+        with model.disable_adapter():
+            step = (wanted - model(ids).logits).norm()
+        lean_layers.make_lean(model)
+        logits = model(ids).logits
+    assert logits.dtype == dtype and (logits - wanted).norm() < (1e-4 if dtype == torch.float32 else 0.05) * step

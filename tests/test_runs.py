@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, QUICK, train
+from conftest import PROJECT, QUICK, rag, train
 
-from qlora import settings, trainer
+from qlora import base_model, settings, trainer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -192,11 +192,15 @@ def test_two_processes_give_the_losses_of_one(words, tmp_path):
     assert text.count("[3/4] Training Process") == 1 and "3 steps of up to 4 rows" in text
 
 
-def test_lora_options_and_unknown_layers(words, tmp_path, capsys):
+def test_lora_options_train_and_answer_in_bf16_and_unknown_layers_are_told(
+    words, tmp_path, collection, capsys, monkeypatch
+):
+    monkeypatch.setattr(base_model, "compute_dtype", lambda: torch.bfloat16)
     short = [*words, "--max-steps", 1, "--output", tmp_path / "out"]
     assert train(*short, "--target-modules", "q_proj", "v_proj", "--rslora", "--dora", "--neftune", 5) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"] and config["use_rslora"] and config["use_dora"]
+    assert rag("ask", "?", "--adapter", tmp_path / "out", "--max-new-tokens", 4) == 0
     assert train(*short, "--overwrite", "--target-modules", "query") == 2
     assert "no layer is called that" in capsys.readouterr().err
 
