@@ -19,7 +19,7 @@ import math
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from qlora import adapter, base_model, checkpoints, console, dataset, export, presets, row_filters, settings
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
         tokenizer, prompt = load_prompt(args)
         rows, counts = load_and_filter(args)
         training, held_out = format_rows(args, tokenizer, prompt, rows, counts)
-        report = report_data(args, tokenizer, training, held_out, counts)
+        schedule, plan = plan_run(args, training[0])
+        report = report_data(args, tokenizer, training, held_out, counts, plan)
     if args.dry_run:
         return 0
     if args.resume and adapter.is_finished(args.output):
@@ -46,12 +47,13 @@ def main(argv: list[str]) -> int:
     with console.step(STEPS, "Model Setup"):
         model = load_model(args)
     with console.step(STEPS, "Training Process"):
-        result = train_model(args, model, tokenizer, training, held_out)
+        result = train_model(args, model, tokenizer, training, held_out, schedule)
     if settings.process_rank() > 0:
         return 0  # the first process saves
     with console.step(STEPS, "Model Saving"):
         run = describe_run(args, rows, report, result)
         save_adapter(args, model, tokenizer, prompt, run, report)
+        del model  # a merge needs the memory
         publish(args, held_out)
     console.note(f'Next: python rag_qlora.py ask --adapter {args.output} "Your question?"')
     return 0
@@ -117,24 +119,36 @@ def count_epochs(args, rows: int) -> int:
     return math.ceil(args.max_steps * rows_a_step / rows if args.max_steps else args.epochs)
 
 
-def report_data(args, tokenizer, training, held_out, counts) -> dict:
-    """What would be trained on, and what it would take. Raises UserError for rows that would train nothing."""
+def plan_run(args, training):
+    """The schedule of a run whose first epoch takes these rows, and the plan that its costs are estimated from.
+
+    Activations are recomputed (--gradient-checkpointing auto) where, by the estimate, they would not fit.
+    """
     from qlora import data_report, trainer
 
     outline = base_model.outline_model(base_model.resolve_base_model(args.base_model))
     model = trainer.add_lora(outline, *lora_options(args))
-    plan = trainer.plan_schedule(args, training[0], model.num_parameters())
-    sizes = {**asdict(plan), **data_report.describe_model(model), "processes": settings.process_count()}
-    report = data_report.build_report(tokenizer, training[0], held_out, counts, sizes)
-    if args.dry_run:
+    schedule = trainer.plan_schedule(args, training)
+    plan = data_report.plan_costs(schedule, training, model)
+    if args.gradient_checkpointing == "auto" and not data_report.fits(plan):
+        schedule, plan = replace(schedule, checkpointing=True), {**plan, "checkpointing": True}
+    return schedule, plan
+
+
+def report_data(args, tokenizer, training, held_out, counts, plan) -> dict:
+    """What would be trained on, and what it would take. Raises UserError for rows that would train nothing."""
+    from qlora import data_report
+
+    report = data_report.build_report(tokenizer, training[0], held_out, counts, plan)
+    estimate = report["estimate"]
+    if not args.dry_run:
+        console.note(f"about {data_report.show_seconds(estimate['seconds'])}, {estimate['memory_gb']['all']} GB")
+    elif settings.process_rank() == 0:
         data_report.print_report(report)
         path = args.output.with_name(f"{args.output.name}.data_report.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         data_report.write_report(path, report)
         console.note(f"The report as JSON: {path}")
-    else:
-        estimate = report["estimate"]
-        console.note(f"about {data_report.show_seconds(estimate['seconds'])}, {estimate['memory_gb']['all']} GB")
     return report
 
 
@@ -171,7 +185,7 @@ def suggest_all_gpus() -> None:
 # ============================================================================ Training Process
 
 
-def train_model(args, model, tokenizer, training, held_out) -> dict:
+def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     """Trains, or goes on where a run stopped; returns held-out loss before and after, speed and peak memory."""
     from qlora import trainer, training_run
 
@@ -179,13 +193,13 @@ def train_model(args, model, tokenizer, training, held_out) -> dict:
     if settings.process_rank() == 0:
         checkpoints.start_folder(partial, args.resume)
         checkpoints.match_manifest(partial, describe_start(args, training, held_out))
-    plan = trainer.plan_schedule(args, training[0], model.num_parameters())
-    recompute = "on" if plan.checkpointing else "off"
-    console.note(f"{plan.steps} steps of up to {plan.effective_batch} rows, gradient checkpointing {recompute}")
-    run = trainer.ResponseTrainer(model, tokenizer, training, held_out, plan, partial)
+    recompute = "on" if schedule.checkpointing else "off"
+    console.note(f"{schedule.steps} steps of up to {schedule.effective_batch} rows, gradient checkpointing {recompute}")
+    run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)
     run.accelerator.wait_for_everyone()
     result = training_run.train(run, checkpoints.last_checkpoint(partial))
-    return {**result, "peak_memory": training_run.peak_memory()}
+    memory = {"peak_memory": training_run.peak_memory(), "gradient_checkpointing": schedule.checkpointing}
+    return {**result, **memory}
 
 
 def describe_start(args, training, held_out) -> dict:
@@ -221,7 +235,12 @@ def save_adapter(args, model, tokenizer, prompt, run: dict, report: dict) -> Non
 
 
 def publish(args, held_out) -> None:
-    """Merges base and adapter into a model of its own, and pushes the adapter to the hub, where asked to."""
+    """Merges base and adapter into a model of its own, and pushes the adapter to the hub, where asked to.
+
+    Of several processes the first does it.
+    """
+    if settings.process_rank() > 0:
+        return
     if args.merge:
         checked = export.merge_adapter(adapter.read_adapter(args.output), Path(args.merge), held_out)
         console.note(f"Merged model: {args.merge} (greedy answers to {checked} held-out rows are those of the adapter)")
@@ -401,7 +420,7 @@ def add_model_flags(flag) -> None:
     flag("--target-modules", nargs="+", default="all-linear", help="names of the layers to adapt (all linear ones)")
     flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
     flag("--dora", action="store_true", help="train magnitudes, too: slower, sometimes better at low ranks")
-    text = "recompute activations, less memory but slower: auto, on, off (auto: from a billion weights on)"
+    text = "recompute activations, less memory but slower: auto, on, off (auto: where it would not fit otherwise)"
     flag("--gradient-checkpointing", type=choice, default="auto", help=text)
 
 

@@ -22,8 +22,10 @@ from qlora.console import fail, note
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_BYTES = 600_000_000  # 270 MB of weights, twice while they are written
-LARGE = 1_000_000_000  # parameters from which activations, not weights, fill the memory
 NARROW = 1024  # hidden size below which an error in a weight has few others to be averaged with
+# cuDNN's attention builds a plan for each new length, and decoding has a new one every token. On as in torch, until
+# benchmarks/gpu_check.py --only decode has told on a card which is faster.
+CUDNN_ATTENTION = True
 SENSITIVE = ["down_proj", "v_proj"]  # which llama.cpp's Q4_K_M gives more bits, too
 
 
@@ -187,6 +189,7 @@ def load_base_model(source: str, training: bool = False):
     from qlora import packing
 
     packing.register_attention()
+    torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)
     with explaining(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,

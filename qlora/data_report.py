@@ -5,16 +5,18 @@
     write_report(Path("data_report.json"), report)
 
 `counts` holds rows `read` and `kept`, what was `dropped` and `leaked` (row_filters.Dropped), and for
-`training` and `held out` the number of documents and of rows `shortened` and `too long`. `plan` holds steps,
-micro_batch, accumulation, checkpointing and, from `describe_model`, the sizes of the model.
+`training` and `held out` the number of documents and of rows `shortened` and `too long`. `plan` is what
+`plan_costs` says.
 """
 
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
+from qlora import machine, settings
 from qlora.console import fail, stderr
 from qlora.dataset import Example
 from qlora.prompt import IGNORED
@@ -29,6 +31,7 @@ UTILISATION = 0.3
 ACTIVATION_BYTES, CHECKPOINT_BYTES = 30, 2
 # Libraries, and on the CPU what the allocator keeps of batches of other lengths (runs of 2.0, 2.8, 3.1 and 3.4 GB).
 LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 1.9e9
+FULL = 0.9  # share of the free memory that an estimate may take; most estimates are too high
 
 
 def build_report(
@@ -46,8 +49,8 @@ def build_report(
     check_examples(tokenizer, training, "training")
     check_examples(tokenizer, held_out, "held-out")
     tokens = count_tokens(training)
-    batches = measure_batches(training, plan)
-    batches_a_step = plan["accumulation"] * plan.get("processes", 1)
+    batches = plan["batches"]
+    batches_a_step = plan["accumulation"] * plan["processes"]
     trained = sum(map(count_labels, training))
     return {
         "rows": {"read": counts["read"], "kept": counts["kept"], "dropped": describe_dropped(counts["dropped"])},
@@ -62,9 +65,10 @@ def build_report(
         "tokens_computed_an_epoch": sum(batches),
         "rows_a_step": round(len(training) * batches_a_step / len(batches), 1),
         "epochs": round(plan["steps"] * batches_a_step / len(batches), 2),
+        "gradient_checkpointing": plan["checkpointing"],
         "estimate": {
-            "seconds": round(estimate_seconds(batches, plan, rate or measure_rate())),
-            "memory_gb": estimate_memory(batches, plan),
+            "seconds": round(estimate_seconds(plan, rate or measure_rate())),
+            "memory_gb": estimate_memory(plan),
         },
         "example": mark_trained(tokenizer, choose_example(tokenizer, training)),
     }
@@ -148,8 +152,17 @@ def is_refused(tokenizer, example: Example) -> bool:
 # ------------------------------------------------------------------------------- estimate
 
 
+def plan_costs(schedule, training: Sequence[Example], model) -> dict:
+    """The schedule's fields, and what else decides how long it takes and how much memory: all that is estimated from.
+
+    `model` has its LoRA; it may be on the meta device, without weights. `training` are the rows of the first epoch.
+    """
+    batches = measure_batches(training, schedule)
+    return {**asdict(schedule), **describe_model(model), "batches": batches, "processes": settings.process_count()}
+
+
 def describe_model(model) -> dict[str, int]:
-    """The sizes of a model with LoRA that a plan needs; the model may be on the meta device, without weights."""
+    """The sizes of a model with LoRA."""
     config = model.config.get_text_config()
     return {
         "parameters": model.num_parameters(),
@@ -172,28 +185,33 @@ def measure_rate(seconds: float = 0.5) -> float:
     return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
 
 
-def measure_batches(training: Sequence[Example], plan: dict) -> list[int]:
+def measure_batches(training: Sequence[Example], schedule) -> list[int]:
     """The tokens that are computed for every batch of an epoch: without padding, common beginnings once."""
     from qlora import packing, trainer
 
     sizes = []
-    for batch in trainer.make_batches(training, plan["micro_batch"], plan["seed"]):
+    for batch in trainer.make_batches(training, schedule.micro_batch, schedule.seed):
         padded = trainer.collate([vars(example) for example in batch])
         sizes.append(packing.pack(padded["input_ids"], padded["attention_mask"]).input_ids.numel())
     return sizes
 
 
-def estimate_seconds(batches: Sequence[int], plan: dict, rate: float) -> float:
+def estimate_seconds(plan: dict, rate: float) -> float:
     """An estimate of how long all steps take, without evaluations: within a factor of two on an idle machine.
 
     A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
-    LoRA), and 2 more where activations are recomputed. `batches` are their tokens (`measure_batches`).
+    LoRA), and 2 more where activations are recomputed.
     """
-    tokens = plan["steps"] * plan["accumulation"] * sum(batches) / len(batches)
+    tokens = plan["steps"] * plan["accumulation"] * sum(plan["batches"]) / len(plan["batches"])
     return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * UTILISATION)
 
 
-def estimate_memory(batches: Sequence[int], plan: dict) -> dict[str, float]:
+def fits(plan: dict) -> bool:
+    """Whether the plan's memory, by the estimate, is free on this machine: on its GPU where it has one."""
+    return estimate_memory(plan)["all"] * 1e9 <= FULL * machine.free_memory()
+
+
+def estimate_memory(plan: dict) -> dict[str, float]:
     """An estimate of the GB a process needs, by what needs them, and in all: within a fifth on the CPU.
 
     4-bit linear layers and 16-bit embeddings are about 0.6 bytes a weight; a LoRA weight is 16 (fp32 weight,
@@ -208,7 +226,7 @@ def estimate_memory(batches: Sequence[int], plan: dict) -> dict[str, float]:
     parts = {
         "base_model": 0.6 * plan["parameters"],
         "lora": 16 * plan["lora_parameters"],
-        "activations": max(batches) * plan["hidden_size"] * kept,
+        "activations": max(plan["batches"]) * plan["hidden_size"] * kept,
         "libraries": LIBRARIES_CUDA if torch.cuda.is_available() else LIBRARIES_CPU,
     }
     return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}
@@ -264,6 +282,7 @@ def print_report(report: dict) -> None:
     needed = memory.pop("all")
     parts = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in memory.items())
     say(console, f"estimate: {show_seconds(report['estimate']['seconds'])}, {needed} GB of memory ({parts})")
+    say(console, f"gradient checkpointing {'on' if report['gradient_checkpointing'] else 'off'}")
     say(console, "one row; what is trained is green:")
     console.print(color_trained(report["example"]))
 

@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora import settings
+from qlora import machine, settings
 from qlora.adapter import Adapter, existing_parent, load_adapter
 from qlora.base_model import check_disk, load_base_model, load_tokenizer, resolve_base_model
-from qlora.console import UserError, fail
+from qlora.console import UserError, fail, note
 from qlora.dataset import Example
 from qlora.prompt import IGNORED
 
@@ -16,6 +16,7 @@ CHECKED_ROWS, CHECKED_TOKENS = 8, 32
 # most 0.07 (two steps of bf16) in 48 answers; without the LoRA delta, or quantised again, each answer by 0.5 to 4.
 # Plain equality is too much: bitsandbytes' two CPU kernels, on the same weights, differ in one answer of 16.
 TIE = 0.15
+FULL = 0.9  # share of the free memory that the weights may take: a layer more exists while it is changed
 
 
 def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> int:
@@ -34,29 +35,53 @@ def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> in
     tokenizer.chat_template = adapter.prompt.chat_template
     spread = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
     prompts = [row.input_ids[: row.labels.count(IGNORED)] for row in spread]
-    write_model(folder, merge_in_memory(adapter, tokenizer, prompts), tokenizer, adapter)
+    write_model(folder, merge_in_memory(adapter, tokenizer, prompts, may_move=True), tokenizer, adapter)
     return len(prompts)
 
 
-def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]]):
+def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]], may_move: bool = False):
     """Base + adapter as one model in 16 bit, which answers the prompts as the adapter on 4-bit does.
 
-    Raises UserError when it does not.
+    With `may_move` it is on the CPU when the GPU has no room for it. Raises UserError when it answers differently, and
+    without the memory.
     """
+    from accelerate.utils.memory import clear_device_cache
+
     from qlora.generator import Generator
 
+    clear_device_cache(garbage_collection=True)  # a trainer that is no longer used is a circle of references
     # As for training: the CPU's answering kernel repacks the weights, and dequantising those gives noise.
     tuned = load_adapter(load_base_model(resolve_base_model(adapter.base_model), training=True), adapter)
     generator = Generator(model=tuned, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
     answers = [generator.generate_ids([prompt])[0] for prompt in prompts]
     # In the dtype that the 4-bit model computes in: in fp32, at twice the size, no more answers are equal (14 of
     # 16, bf16 15), since the reference itself rounds to bf16.
-    merged = load_adapter(tuned.unload().dequantize(), adapter).merge_and_unload().eval()
+    merged = load_adapter(dequantize_model(tuned.unload(), may_move), adapter).merge_and_unload().eval()
     differing = sum(not keeps_answer(merged, *pair) for pair in zip(prompts, answers, strict=True))
     if differing:
         what = f"the merged model answers {differing} of {len(prompts)} prompts differently"
         raise fail(what, str(adapter.folder), "answer with base model and adapter instead")
     return merged
+
+
+def dequantize_model(model, may_move: bool):
+    """The 4-bit model in 16 bit where it is, or on the CPU when its GPU has no room and it `may_move`.
+
+    Raises UserError where there is no room.
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+
+    needed, on_cpu = 2 * model.num_parameters() / FULL, model.device.type == "cpu"
+    free = machine.available_memory() if on_cpu else machine.free_memory()
+    if may_move and not on_cpu and needed > free:
+        note(f"Merging on the CPU: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB of the GPU's are free")
+        remove_hook_from_submodules(model)  # accelerate's, which would move every input back to the GPU
+        model, free = model.to("cpu"), machine.available_memory()
+    if needed > free:
+        what = f"too little memory to merge: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed"
+        fix = "free some (after training, add --resume: the adapter is saved), or answer with base model and adapter"
+        raise fail(what, f"merging on {model.device}", fix)
+    return model.dequantize()
 
 
 def check_target(folder: Path) -> None:

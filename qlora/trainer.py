@@ -60,11 +60,6 @@ def count_parameters(model) -> tuple[int, int, int]:
     return sum(weight.numel() for weight in weights if weight.requires_grad), packed, model.num_parameters()
 
 
-def needs_checkpointing(choice: str, parameters: int) -> bool:
-    """Whether activations are recomputed: slower by a third, needed where they fill the memory."""
-    return choice == "on" or (choice == "auto" and parameters >= base_model.LARGE)
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How a run trains; `steps` are optimizer steps of `accumulation` batches of up to `micro_batch` rows each."""
@@ -91,8 +86,11 @@ class Schedule:
         return self.micro_batch * self.accumulation * settings.process_count()
 
 
-def plan_schedule(args, training: Sequence[Example], parameters: int) -> Schedule:
-    """The schedule of a run whose first epoch takes these rows; --max-steps goes before --epochs."""
+def plan_schedule(args, training: Sequence[Example]) -> Schedule:
+    """The schedule of a run whose first epoch takes these rows; --max-steps goes before --epochs.
+
+    With --gradient-checkpointing auto it recomputes nothing: `data_report.fits` says whether it must.
+    """
     batches = len(make_batches(training, args.batch_size, args.seed))
     batches_a_step = args.accumulation * settings.process_count()
     steps = args.max_steps or max(1, math.ceil(args.epochs * batches / batches_a_step))
@@ -105,7 +103,7 @@ def plan_schedule(args, training: Sequence[Example], parameters: int) -> Schedul
         save_steps=args.save_steps or math.ceil(steps / 10),
         warmup_steps=math.ceil(args.warmup * steps),
         scheduler=args.scheduler,
-        checkpointing=needs_checkpointing(args.gradient_checkpointing, parameters),
+        checkpointing=args.gradient_checkpointing == "on",
         patience=args.patience,
         keep_checkpoints=args.keep_checkpoints,
         eval_answers=args.eval_answers,

@@ -1,11 +1,12 @@
 """The data report: what it counts and estimates, what it shows, and the examples it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE
 
-from qlora import data_report, dataset
+from qlora import data_report, dataset, machine
 from qlora.base_model import load_tokenizer
 from qlora.console import UserError
 from qlora.data_report import build_report, check_examples, describe_model, print_report, write_report
@@ -15,6 +16,7 @@ from qlora.row_filters import Dropped
 
 PLAN = {
     "seed": 0,
+    "processes": 1,
     "steps": 10,
     "micro_batch": 2,
     "accumulation": 3,
@@ -53,6 +55,7 @@ def example(tokenizer, prompt: int = 10, response: int = 3) -> Example:
 
 def report_on(tokenizer, examples, held_out=None, rate=1e9, plan=PLAN, **changes) -> dict:
     held_out = [example(tokenizer)] if held_out is None else held_out
+    plan = {**plan, "batches": data_report.measure_batches(examples, SimpleNamespace(**plan))}
     return build_report(tokenizer, examples, held_out, counts(**changes), plan, rate)
 
 
@@ -122,6 +125,14 @@ def test_memory_is_that_of_the_largest_batch(tokenizer):
     assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], abs=0.03)
     fewer = report_on(tokenizer, examples, plan={**plan, "checkpointing": True})["estimate"]["memory_gb"]
     assert 0 < fewer["activations"] < parts["activations"] / 5 and fewer["lora"] == parts["lora"]
+
+
+def test_a_plan_fits_where_its_estimate_is_free(monkeypatch):
+    plan = {**PLAN, "batches": [4000], "parameters": 10**9}
+    needed = data_report.estimate_memory(plan)["all"] * 1e9
+    for free, fits in ((1.2 * needed, True), (0.8 * needed, False)):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        assert data_report.fits(plan) is fits
 
 
 def test_rate_of_this_machine():

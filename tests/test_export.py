@@ -8,10 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import sample_rows, train
 from safetensors.torch import load_file
 
-from qlora import base_model, dataset, export
+from qlora import base_model, dataset, export, machine
 from qlora.adapter import load_adapter, read_adapter
 from qlora.console import UserError
 from qlora.generator import Generator
@@ -110,6 +111,46 @@ def test_a_wrong_merge_is_refused_and_writes_nothing(decided, held_out, tmp_path
     with pytest.raises(UserError, match=r"answers 8 of 8 prompts differently - .* - answer with base model"):
         export.merge_adapter(decided, tmp_path / "mine", held_out)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def on_gpu(decided, monkeypatch):
+    """A 4-bit model that believes to be on a GPU, with accelerate's hooks, and the bytes that 16 bit need."""
+    model = base_model.load_base_model(decided.base_model, training=True)
+    for module in list(model.modules()):
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    return model, 2 * model.num_parameters() / export.FULL
+
+
+def give_memory(monkeypatch, on_gpu: float, in_main: float) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: on_gpu)
+    monkeypatch.setattr(machine, "available_memory", lambda: in_main)
+
+
+def test_a_merge_too_large_for_the_gpu_is_made_on_the_cpu(on_gpu, monkeypatch, capsys):
+    model, needed = on_gpu
+    give_memory(monkeypatch, 0.9 * needed, 1.1 * needed)
+    plain = export.dequantize_model(model, may_move=True)
+    assert "Merging on the CPU" in capsys.readouterr().err
+    assert not any(hasattr(module, "_hf_hook") for module in plain.modules())  # they move inputs back to the GPU
+    assert torch.isfinite(plain(input_ids=torch.tensor([[5, 6]])).logits).all()
+
+
+def test_a_merge_stays_on_a_gpu_with_room(on_gpu, monkeypatch, capsys):
+    model, needed = on_gpu
+    give_memory(monkeypatch, 1.1 * needed, 0)
+    plain = export.dequantize_model(model, may_move=True)
+    assert hasattr(plain, "_hf_hook") and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("may_move", "where"), [(True, "cpu"), (False, "cuda")])
+def test_a_merge_without_memory_is_told(on_gpu, monkeypatch, may_move, where):
+    model, needed = on_gpu
+    give_memory(monkeypatch, 0.9 * needed, 0.9 * needed)
+    monkeypatch.setattr(type(model), "to", lambda self, device: setattr(type(self), "device", device) or self)
+    with pytest.raises(UserError, match=f"too little memory to merge: .* needed - merging on {where} - free some"):
+        export.dequantize_model(model, may_move)
 
 
 def test_a_tie_is_no_difference_and_a_near_miss_is_one():

@@ -1,5 +1,6 @@
 """Whole runs: killed and resumed, out of memory, broken, stopped early, in two processes."""
 
+import gc
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import PROJECT, QUICK, rag, train
 
-from qlora import base_model, settings, trainer
+from qlora import base_model, export, machine, settings, trainer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -217,6 +218,47 @@ def test_dry_run_tells_and_writes_the_report_and_nothing_else(words, tmp_path, c
     trained = report["example"].split("⟦")[1].split("⟧")[0]
     assert trained.endswith("</s>") and trained.removesuffix("</s>") in err
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out.data_report.json"}
+
+
+@pytest.mark.parametrize(("free", "recomputed"), [(64e9, False), (1e9, True)])
+def test_activations_are_recomputed_where_memory_is_short_to_the_same_bytes(
+    words, tmp_path, capsys, monkeypatch, free, recomputed
+):
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
+    short = [*words, "--max-steps", 2, "--output"]
+    assert train(*short, tmp_path / "auto") == 0
+    assert f"gradient checkpointing {'on' if recomputed else 'off'}" in capsys.readouterr().err
+    run = json.loads((tmp_path / "auto" / "run.json").read_text())
+    assert run["result"]["gradient_checkpointing"] is recomputed
+    assert train(*short, tmp_path / "other", "--gradient-checkpointing", "off" if recomputed else "on") == 0
+    assert (tmp_path / "auto" / WEIGHTS).read_bytes() == (tmp_path / "other" / WEIGHTS).read_bytes()
+
+
+def test_of_several_processes_the_first_alone_writes_a_report_and_publishes(words, tmp_path, monkeypatch):
+    words = [*words, "--max-steps", 1, "--output", tmp_path / "mine"]
+    assert train(*words) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, written in (("1", set()), ("0", {"merged", "mine.data_report.json"})):
+        monkeypatch.setenv("RANK", rank)
+        assert train(*words, "--resume", "--merge", tmp_path / "merged", "--push-to-hub", "") == 0
+        assert train(*words, "--overwrite", "--dry-run") == 0
+        assert {path.name for path in tmp_path.iterdir()} - {"rows.jsonl", "mine"} == written
+
+
+def test_a_merge_after_training_starts_without_the_trained_model(words, tmp_path, monkeypatch):
+    from peft import PeftModel
+
+    def load(source, training=False):
+        gc.disable()  # nothing is collected here that was not collected before
+        alive.extend(value for value in gc.get_objects() if isinstance(value, PeftModel | trainer.ResponseTrainer))
+        gc.enable()
+        return base_model.load_base_model(source, training)
+
+    alive = []
+    gc.collect()
+    monkeypatch.setattr(export, "load_base_model", load)
+    assert train(*words, "--max-steps", 1, "--output", tmp_path / "mine", "--merge", tmp_path / "merged") == 0
+    assert (tmp_path / "merged").is_dir() and not alive
 
 
 def test_a_finished_run_is_merged_without_training_again(words, tmp_path, capsys):
