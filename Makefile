@@ -3,6 +3,7 @@
 # make test    set up if needed, lint, run the tests
 # make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
 # make setup   the set-up alone: .venv and the embedded models
+# make gpu-wheels DIR=folder  what benchmarks/gpu_check.py needs on a GPU machine without a network (Python 3.12)
 # make clean   remove caches and the demo's adapter
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 DEMO := --adapter adapters/demo --collection demo
 REQUIREMENTS := requirements.txt requirements-models.txt requirements-dev.txt
 
-.PHONY: setup demo evaluate notebooks test clean
+.PHONY: setup demo evaluate notebooks test gpu-wheels clean
 
 setup: .venv/ready
 
@@ -47,6 +48,15 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m pytest
+
+# pip takes a wheel only for a platform that is named here.
+GLIBC := 2_28 2_27 2_24 2_17
+gpu-wheels: setup
+	@test -n "$(DIR)" || { echo "Name the folder: make gpu-wheels DIR=wheels"; exit 2; }
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$(DIR)" \
+	  --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 \
+	  $(foreach version,$(GLIBC),--platform manylinux_$(version)_x86_64) -r benchmarks/requirements-gpu.txt
+	@du -sh "$(DIR)"
 
 clean:
 	rm -rf adapters/demo .pytest_cache .ruff_cache

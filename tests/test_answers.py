@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from langchain.messages import HumanMessage, SystemMessage
 from langchain_core.documents import Document
+from langchain_core.messages import HumanMessage, SystemMessage
 
 from qlora import base_model
 from qlora.citations import check_answer, is_refusal
