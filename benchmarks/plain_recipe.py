@@ -110,6 +110,7 @@ def train_plain(setup: Setup, source: str) -> None:
     import datasets
     import torch
     from peft import LoraConfig
+    from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
     from trl import SFTConfig, SFTTrainer
 
     from qlora import data_report
@@ -119,6 +120,8 @@ def train_plain(setup: Setup, source: str) -> None:
     # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
     model = base_model.load_base_model(source, training=True)
     weights = count_layer_weights(model)
+    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    model.set_attn_implementation(attention)
     config = SFTConfig(
         output_dir=setup.folder,
         train_sampling_strategy="sequential",
@@ -130,6 +133,7 @@ def train_plain(setup: Setup, source: str) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(WARMUP * setup.steps),
         activation_checkpointing=True,  # TRL's default under its new name
+        use_liger_kernel=is_liger_kernel_available(),
         use_cpu=not torch.cuda.is_available(),  # or TRL's default, bf16 autocast, is refused
         save_strategy="no",
         report_to="none",
@@ -143,11 +147,12 @@ def train_plain(setup: Setup, source: str) -> None:
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[clock := make_step_clock()],
     )
-    trainer.train()
+    trained = trainer.train()
     # The peak is taken here, before anything of the benchmark's own; that of ours includes its evaluation.
     run = {"train_seconds": clock.seconds, "peak_memory": peak_memory(), "steps": trainer.state.global_step}
     run |= count_tokens(trainer.train_dataset, [encode_row(tokenizer, *pair) for pair in pairs])
     run |= {"useful_tokens_per_second": run["useful_tokens"] / clock.seconds}
+    run |= {"train_loss": trained.training_loss, "attention": attention, "liger": config.use_liger_kernel}
     run |= {"layer_weights": weights, "matmul_gflops": data_report.measure_rate() / 1e9}
     trainer.model.save_pretrained(setup.path("plain"))
     setup.path("plain", "run.json").write_text(json.dumps(run), encoding="utf-8")

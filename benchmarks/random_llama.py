@@ -1,142 +1,113 @@
-"""Speed and memory of our training step on the shapes of Llama-2, whose weights nobody needs for that.
+"""Llamas of random weights in 4-bit, as folders that `load_base_model` loads; speed and memory are those of real ones.
 
-python benchmarks/train_speed.py --shape llama2-7b    # on a CUDA GPU
+Each matrix is made on the device and quantised at once, so that the 13 GB of Llama-2-7B in 16 bit never exist: neither
+in memory nor on disk, where 4 GB are.
 """
 
+import json
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import console, settings  # noqa: E402
-from qlora.prompt import IGNORED  # noqa: E402
+from qlora import base_model  # noqa: E402
 
-RANK, ALPHA, SEED = 16, 32, 0
-BATCHES = ((4, 512), (1, 2048))  # rows, tokens a row
+SEED, STD = 0, 0.02  # the standard deviation that Llamas are initialised with
+SHAPES = {  # what LlamaConfig takes
+    "llama2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    },
+}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Llama, and what was published for QLoRA on it with one A100."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    published_tokens_per_second: int
-    published_gb: float
-
-
-SHAPES = {"llama2-7b": Shape(4096, 11008, 32, 32, 1579, 7.52), "llama2-13b": Shape(5120, 13824, 40, 40, 974, 12.61)}
-
-
-def measure_shape(name: str) -> dict:
-    """Tokens/s and peak memory of ten steps of 4 x 512 and of 1 x 2,048 tokens.
-
-    Raises UserError where there is no CUDA GPU.
-    """
+def write_llama(folder: Path, shape: str, texts: Iterable[str], device: str) -> None:
+    """Writes config, tokenizer (of these texts) and weights of one of SHAPES, a safetensors file a layer."""
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    if not torch.cuda.is_available():
-        raise console.fail("no CUDA GPU here", f"--shape {name}", "run it where there is one, or leave --shape out")
-    settings.quieten_libraries()
-    shape = SHAPES[name]
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
+    sizes = SHAPES[shape]
+    tokenizer = make_tokenizer(texts, min(sizes["vocab_size"], 8000), sizes["max_position_embeddings"])
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    outline = base_model.outline_model(str(folder))
+    quantisation = base_model.quantization_config(str(folder))
+    kept = quantisation.llm_int8_skip_modules or ["lm_head"]
+    generator = torch.Generator(device).manual_seed(SEED)
+    files, size = {}, 0
+    for layer, weights in groupby(outline.named_parameters(), key=lambda weight: weight[0].split(".")[:3]):
+        tensors = {}
+        for name, weight in weights:
+            packs = name.endswith("_proj.weight") and not any(part in name for part in kept)
+            made = random_weight(weight.shape, generator)
+            tensors |= pack_weight(name, made) if packs else {name: made}
+        file = f"{'.'.join(layer)}.safetensors"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
+        files |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config.quantization_config = quantisation.to_dict()
+    config.save_pretrained(folder)
+
+
+def random_weight(shape, generator):
+    """Normally distributed in the type that the device computes in; norms are ones."""
+    import torch
+
+    weight = torch.empty(shape, dtype=base_model.compute_dtype(), device=generator.device)
+    return weight.normal_(std=STD, generator=generator) if len(shape) > 1 else weight.fill_(1)
+
+
+def pack_weight(name: str, weight) -> dict:
+    """The tensors that stand for a weight in NF4 with double quantisation, as bitsandbytes saves it."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+def make_tokenizer(texts: Iterable[str], size: int, longest: int):
+    """A BPE tokenizer with Llama-2's special tokens and, like Llama-2's, no chat template and no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special, alphabet = ["<unk>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    console.note(f"building {name} from random weights")
-    model = build_random_llama(config, torch.device("cuda"))
-    runs = []
-    for rows, length in BATCHES:
-        console.note(f"{rows} x {length} tokens")
-        runs.append(time_steps(model, rows, length, steps=10))
-    published = {"tokens_per_second": shape.published_tokens_per_second, "peak_gb": shape.published_gb}
-    return {"shape": name, "gpu": torch.cuda.get_device_name(), "runs": runs, "published_one_a100": published}
-
-
-def build_random_llama(config, device):
-    """A Llama in 4-bit with LoRA and gradient checkpointing; one matrix at a time exists in 16-bit."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from qlora import packing, trainer
-    from qlora.lean_layers import make_lean
-
-    packing.register_attention()
-    with torch.device("meta"):  # shapes without memory
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            model.set_submodule(name, random_linear(module, device))
-        elif list(module.parameters(recurse=False)):  # embeddings, norms and head stay in 16-bit
-            module.to_empty(device=device, recurse=False)
-            for weight in module.parameters(recurse=False):
-                weight.data.normal_(std=0.02) if weight.dim() > 1 else weight.data.fill_(1)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # computed, never random
-    model.is_loaded_in_4bit = True  # PEFT looks here for what kind of LoRA layers to make
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model = trainer.add_lora(model, RANK, ALPHA, 0.0, SEED)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()  # as ResponseTrainer does
-    make_lean(model)
-    return model.train()
-
-
-def random_linear(linear, device):
-    """A Linear4bit (NF4, double quantisation, bf16) of the same shape with random weights."""
-    import bitsandbytes
-    import torch
-
-    # Moving a Params4bit is what quantises it; quant_state is then on the weight.
-    weight = torch.empty(linear.out_features, linear.in_features, dtype=torch.bfloat16, device=device).normal_(std=0.02)
-    packed = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=longest
     )
-    packed.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed).to(device)
-    packed.support_avx512bf16_for_cpu = False  # as load_base_model does for training
-    return packed
-
-
-def time_steps(model, rows: int, length: int, steps: int) -> dict:
-    """Tokens/s over `steps` optimizer steps after two unmeasured ones, and the peak of GPU memory in GB.
-
-    Every token is labelled, the most that a head can have to do; a paged optimizer's state, a few
-    hundred MB, lies in memory that CUDA manages and doesn't count.
-    """
-    import bitsandbytes
-    import torch
-
-    from qlora.trainer import response_loss
-
-    device = model.device
-    on_gpu = device.type == "cuda"
-    ids = torch.randint(model.config.vocab_size, (rows, length), device=device)
-    labels = ids.clone()
-    labels[:, 0] = IGNORED  # nothing predicts the first token
-    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = bitsandbytes.optim.PagedAdamW8bit(trainable) if on_gpu else torch.optim.AdamW(trainable)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(steps + 2):
-        if step == 2:
-            started = time.perf_counter()
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = response_loss(model, inputs)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.item()  # waits for the GPU
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
-    tokens_per_second = rows * length * steps / seconds
-    return {"rows": rows, "length": length, "tokens_per_second": tokens_per_second, "peak_gb": peak, "loss": loss}

@@ -4,7 +4,6 @@
     python benchmarks/train_speed.py                          # sample rows; about 20 minutes on two idle cores
     python benchmarks/train_speed.py --rows 16 --rounds 1     # a quick look
     python benchmarks/train_speed.py --dataset rows.jsonl --base-model ./my-llama --json
-    python benchmarks/train_speed.py --shape llama2-7b        # random weights of that shape on a CUDA GPU
 
 Every run is a fresh process, so that its peak memory is its own, and every second round runs in reverse
 order, so that a machine that slows down harms all alike. All train one epoch on the same rows, with the
@@ -29,7 +28,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks import plain_recipe as recipe  # noqa: E402
-from benchmarks import random_llama  # noqa: E402
 from benchmarks.plain_recipe import VARIANTS, Setup  # noqa: E402
 from qlora import base_model, console, dataset  # noqa: E402
 
@@ -54,14 +52,11 @@ OURS = {
 def main(argv: list[str]) -> int:
     args, problems = console.parse_arguments(build_parser(), argv)
     problems.raise_if_any()
-    if args.shape:
-        result, print_table = random_llama.measure_shape(args.shape), print_shape
-    else:
-        result, print_table = compare_recipes(args), print_comparison
+    result = compare_recipes(args)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        print_table(result)
+        print_comparison(result)
     return 0
 
 
@@ -75,8 +70,6 @@ def build_parser():
     flag("--rounds", type=count, default=3, help="runs of each recipe (3)")
     flag("--batch-size", type=count, default=8, help="rows an optimizer step, at most (8)")
     flag("--json", action="store_true", help="print one JSON object instead of the table")
-    shapes = console.choice(*random_llama.SHAPES)
-    flag("--shape", type=shapes, help=f"time random weights on a GPU instead: {', '.join(random_llama.SHAPES)}")
     return parser
 
 
@@ -141,19 +134,23 @@ def run_variant(variant: str, setup: Setup) -> dict:
     if variant == "plain":
         run_recipe("train", setup)
         return json.loads(setup.path("plain", "run.json").read_text(encoding="utf-8"))
+    words = ["--output", setup.path(variant), "--overwrite", *our_words(setup, variant)]
+    run_process([PROJECT / "instruct_train_qlora.py", *words], setup)
+    run = json.loads(setup.path(variant, "run.json").read_text(encoding="utf-8"))
+    return {**run["result"], "rows": run["dataset"]["training_rows"]}
+
+
+def our_words(setup: Setup, variant: str) -> list[str]:
+    """The command line of instruct_train_qlora.py, but for its output; `ours` keeps activations."""
     flags = OURS | {
         "base-model": setup.base_model,
         "dataset": setup.path("rows.jsonl"),
-        "output": setup.path(variant),
         "batch-size": setup.batch_size,
         "eval-steps": 10**6,  # at the end alone
         "eval-answers": 0,
         "gradient-checkpointing": "off" if variant == "ours" else "on",
     }
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    run_process([PROJECT / "instruct_train_qlora.py", *words, "--overwrite"], setup)
-    run = json.loads(setup.path(variant, "run.json").read_text(encoding="utf-8"))
-    return {**run["result"], "rows": run["dataset"]["training_rows"]}
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def run_recipe(command: str, setup: Setup) -> None:
@@ -249,18 +246,6 @@ def print_comparison(result: dict) -> None:
     )
     filled = [(name, *cells) for name, cells in lines if cells]
     print_lines(title, ("", *result["variants"]), filled, notes)
-
-
-def print_shape(result: dict) -> None:
-    """The speeds of a shape as a table on stdout, with the published one below."""
-    lines = [
-        (f"{run['rows']} x {run['length']}", f"{run['tokens_per_second']:,.0f}", f"{run['peak_gb']:.2f}")
-        for run in result["runs"]
-    ]
-    published = result["published_one_a100"]
-    lines.append(("published, one A100", f"{published['tokens_per_second']:,}", f"{published['peak_gb']:.2f}"))
-    notes = ("rank 16 on all linear layers, every token labelled; gradients checkpointed",)
-    print_lines(f"{result['shape']}, {result['gpu']}", ("rows x tokens", "tokens/s", "peak GB"), lines, notes)
 
 
 def print_lines(title: str, head: tuple[str, ...], lines: list[tuple], notes: tuple[str, ...]) -> None:

@@ -1,6 +1,12 @@
-"""The machine: how much memory a process may still fill."""
+"""The machine: how much memory a process may still fill, and whether its GPU can be used."""
 
-import os
+import subprocess
+
+from qlora import settings
+from qlora.console import Problems, fail
+
+OLDEST = (7, 0)  # compute capability of Volta, the first with tensor cores; older GPUs have no fast 16 bit
+IDLE = 0.9  # share of the GPU's memory that is free when nobody else uses it
 
 
 def free_memory() -> int:
@@ -10,7 +16,7 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by torch for this process
-    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return available_memory() // settings.process_count(local=True)
 
 
 def available_memory() -> int:
@@ -18,3 +24,45 @@ def available_memory() -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def check_gpu() -> None:
+    """Raises UserError with why there is no GPU that all of the scripts can use."""
+    import torch
+
+    if torch.version.cuda is None and list_gpus():
+        what = f"torch {torch.__version__} was built without CUDA, and this machine has a GPU"
+        raise fail(what, "torch", "install its CUDA build: pytorch.org/get-started")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise explain_cuda(str(error).strip().splitlines()[0]) from error
+    problems, (major, minor), name = Problems(), torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    if (major, minor) < OLDEST:
+        what = f"{name} has compute capability {major}.{minor}, and {OLDEST[0]}.{OLDEST[1]} is needed"
+        problems.add(what, "GPU", "use a newer GPU: Volta, Turing, Ampere or later")
+    free, total = torch.cuda.mem_get_info()
+    if free < IDLE * total:
+        what = f"another process holds {(total - free) / 1e9:.1f} of the {total / 1e9:.1f} GB of {name}"
+        problems.add(what, "GPU", "end it (nvidia-smi lists it), or choose another GPU with CUDA_VISIBLE_DEVICES")
+    problems.raise_if_any()
+
+
+def explain_cuda(said: str):
+    """The UserError for what torch says when CUDA does not start."""
+    if "driver" in said and "too old" in said:
+        return fail(said, "NVIDIA driver", "update the driver, or install a torch for an older CUDA")
+    if not list_gpus():
+        return fail("no CUDA GPU here", "this machine", "run it where there is one, or everything small with --tiny")
+    return fail(
+        f"CUDA does not start ({said})", "NVIDIA driver", "compare torch.version.cuda with what nvidia-smi shows"
+    )
+
+
+def list_gpus() -> list[str]:
+    """The GPUs with their drivers, as nvidia-smi lists them; it needs no torch, and none without it."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []

@@ -62,9 +62,9 @@ def process_rank(local: bool = False) -> int:
     return int(os.environ.get("LOCAL_RANK" if local else "RANK", 0))
 
 
-def process_count() -> int:
-    """How many processes `accelerate launch` started; 1 when alone."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def process_count(local: bool = False) -> int:
+    """How many processes `accelerate launch` started (on this machine); 1 when alone."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE" if local else "WORLD_SIZE", 1))
 
 
 def launcher_failed() -> bool:

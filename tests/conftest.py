@@ -32,36 +32,16 @@ def no_settings_from_outside(monkeypatch):
 def tiny_base(tmp_path_factory) -> Path:
     """A random two-layer Llama with Llama-2's special tokens and, like Llama-2, no chat template and no pad token."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.random_llama import SHAPES, make_tokenizer
 
     torch.set_num_threads(1)  # threads only get in each other's way on matrices this small
     folder = tmp_path_factory.mktemp("base") / "tiny-llama"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([row["context"] for row in sample_rows()[::5]], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=1024
-    )
-    fast.save_pretrained(folder)
+    tokenizer = make_tokenizer([row["context"] for row in sample_rows()[::5]], 1000, 1024)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = LlamaConfig(**SHAPES["tiny"] | {"vocab_size": len(tokenizer)}, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
