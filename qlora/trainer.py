@@ -381,7 +381,7 @@ class ResponseTrainer(SFTTrainer):
 
 def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
     """The schedule in TRL's own words."""
-    on_gpu, dtype = torch.cuda.is_available(), base_model.compute_dtype()
+    on_gpu, dtype, checkpointing = torch.cuda.is_available(), base_model.compute_dtype(), checkpointing_field()
     config = SFTConfig(
         output_dir=str(folder),
         learning_rate=plan.learning_rate,
@@ -395,8 +395,6 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
-        activation_checkpointing=plan.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
         # transformers divides by the root of the tokens in the sequence, which are those of all packed rows.
         neftune_noise_alpha=plan.neftune * math.sqrt(plan.micro_batch) or None,
         eval_strategy="steps",
@@ -411,10 +409,18 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         ddp_find_unused_parameters=False,
         seed=plan.seed,
+        **{checkpointing: plan.checkpointing},
+        **{f"{checkpointing}_kwargs": {"use_reentrant": False} if plan.checkpointing else None},
     )
     # TRL refuses the DataParallel that Trainer would choose with several GPUs and one process.
     config._n_gpu = min(config.n_gpu, 1)
     return config
+
+
+def checkpointing_field() -> str:
+    """What TrainingArguments call it: transformers 5.17, which GPU machines may have, still by the older name."""
+    name = "activation_checkpointing"
+    return name if name in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
 
 
 def split_rows(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
