@@ -1,9 +1,11 @@
-"""The benchmark's own arithmetic, and its shapes on a tiny Llama; the speeds are measured by hand."""
+"""The benchmark's own arithmetic, and models of random weights; the speeds are measured by hand."""
 
 import json
+import math
 import subprocess
 import sys
 
+import bitsandbytes
 import pytest
 from conftest import PROJECT, SAMPLE
 
@@ -64,35 +66,39 @@ def test_plain_text_has_the_prompt_of_ours(tiny_base):
     assert counted == {"rows": 2, "rows_with_equal_tokens": 1, "useful_tokens": 2 * len(ids)}
 
 
-def test_shape_trains_in_4bit_on_any_device():
+@pytest.mark.parametrize("shape", ["tiny", "tied"])
+def test_random_llama_is_made_in_4bit_as_the_loader_would_quantise_it(shape, tmp_path, monkeypatch):
     import torch
-    from transformers import LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = random_llama.build_random_llama(config, torch.device("cpu"))
-    assert sum(shape.numel() for shape in packed_shapes(model)) == 2 * (4 * 64 * 64 + 3 * 64 * 128)
-    measured = random_llama.time_steps(model, rows=2, length=32, steps=1)
-    assert measured["tokens_per_second"] > 0 and 5 < measured["loss"] < 6.5  # ln 300 = 5.7
-    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+    from qlora import base_model
+
+    monkeypatch.setitem(random_llama.SHAPES, "tied", random_llama.SHAPES["tiny"] | {"tie_word_embeddings": True})
+    folder = tmp_path / shape
+    folder.mkdir()
+    random_llama.write_llama(folder, shape, ["the crew of the ferry", "the pilot boat"], "cpu")
+    model = base_model.load_base_model(str(folder))
+    attention, mlp = 2 * 64 * 64 + 64 * 32, 2 * 64 * 128  # q, o and k; gate and up: narrow models keep v and down
+    assert sum(shape.numel() for shape in packed_shapes(model)) == 2 * (attention + mlp)
+    packed = model.model.layers[0].self_attn.q_proj
+    back = bitsandbytes.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state).float()
+    assert back.std().item() == pytest.approx(random_llama.STD, rel=0.1)
+    ids = torch.tensor([base_model.load_tokenizer(str(folder))("the ferry of the pilot").input_ids])
+    loss = model(input_ids=ids, labels=ids).loss.item()
+    assert loss == pytest.approx(math.log(1000), rel=0.05)  # of 1000 tokens all are as likely
+    tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert tied == (shape == "tied")
 
 
 def packed_shapes(model):
     """The shapes of all matrices in 4-bit."""
-    from bitsandbytes.nn import Linear4bit
+    packed = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    return [module.weight.quant_state.shape for module in packed]
 
-    return [module.weight.quant_state.shape for module in model.modules() if isinstance(module, Linear4bit)]
 
-
-def test_shape_needs_a_gpu_and_the_benchmark_starts_without_torch():
-    code = "import sys, benchmarks.train_speed; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("script", ["train_speed", "gpu_check"])
+def test_benchmarks_start_without_torch(script):
+    code = f"import sys, benchmarks.{script}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
-    import torch
-
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA GPU"):
-            train_speed.main(["--shape", "llama2-7b"])
 
 
 # ------------------------------------------------------------------------------- trials

@@ -14,7 +14,7 @@ from conftest import PROJECT, SAMPLE, sample_rows
 
 import instruct_train_qlora
 import rag_qlora
-from benchmarks import ablation, recipe_search
+from benchmarks import ablation, gpu_check, recipe_search
 from qlora import rag_flags, settings
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
@@ -153,7 +153,7 @@ def test_readme_shows_only_commands_and_flags_that_exist():
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
     training = instruct_train_qlora.build_parser().format_help()
-    benchmarks = "".join(script.build_parser().format_help() for script in (recipe_search, ablation))
+    benchmarks = "".join(script.build_parser().format_help() for script in (recipe_search, ablation, gpu_check))
     vllm = {"--enable-lora", "--lora-modules", "--chat-template"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", README)  # ours have no underscores, launchers' do
     for flag in set(flags) - vllm:
@@ -162,8 +162,8 @@ def test_readme_shows_only_commands_and_flags_that_exist():
         known = helps[command] if script == "rag_qlora" else training
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split("#")[0]):
             assert flag in known, f"{command} {flag}"
-    targets = set(re.findall(r"^(\w+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M))
-    assert set(re.findall(r"(?:`|\$ )make (\w+)", README)) <= targets
+    targets = set(re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"(?:`|\$ )make ([\w-]+)", README)) <= targets
     for path in MODULES[1:]:
         assert path.name in README, f"{path.name} has no gloss"
     for key in settings.KEYS:
