@@ -187,6 +187,8 @@ def suggest_all_gpus() -> None:
 
 def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     """Trains, or goes on where a run stopped; returns held-out loss before and after, speed and peak memory."""
+    import torch
+
     from qlora import trainer, training_run
 
     partial = adapter.partial_folder(args.output)
@@ -197,6 +199,7 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     console.note(f"{schedule.steps} steps of up to {schedule.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)
     run.accelerator.wait_for_everyone()
+    torch.set_num_threads(checkpoints.threads(partial))
     result = training_run.train(run, checkpoints.last_checkpoint(partial))
     memory = {"peak_memory": training_run.peak_memory(), "gradient_checkpointing": schedule.checkpointing}
     return {**result, **memory}
@@ -204,6 +207,8 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
 
 def describe_start(args, training, held_out) -> dict:
     """The manifest: what a resumed run must have in common with the one that stopped."""
+    import torch
+
     free = {"resume", "overwrite", "keep_checkpoints", "dry_run", "merge", "push_to_hub", "report_to"}
     rows = {"training": [digest_rows(epoch) for epoch in training], "held out": digest_rows(held_out)}
     return {
@@ -211,6 +216,8 @@ def describe_start(args, training, held_out) -> dict:
         "sha256 of rows": rows,
         "base model": base_model.fingerprint(base_model.resolve_base_model(args.base_model)),
         "processes": settings.process_count(),
+        "precision": str(base_model.compute_dtype()),
+        "threads": torch.get_num_threads(),
         "versions": library_versions(),
     }
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora import settings
+from qlora import machine, settings
 from qlora.console import fail, note
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -114,11 +114,10 @@ def check_disk(folder: Path, needed: int) -> None:
 def compute_dtype():
     """bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on the CPU."""
     import torch
-    from bitsandbytes.functional import has_avx512bf16
 
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if has_avx512bf16() else torch.float32
+    return torch.bfloat16 if machine.cpu_multiplies_bf16() else torch.float32
 
 
 def quantization_config(source: str):
@@ -180,7 +179,8 @@ def load_base_model(source: str, training: bool = False):
     """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
 
     With `training` it takes packed batches, and the CPU kernel of bitsandbytes that repacks weights is off: after
-    any evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16).
+    any evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16). It is a bf16
+    kernel, and off where torch is told to do without AVX512, too.
     """
     import bitsandbytes
     import torch
@@ -200,7 +200,7 @@ def load_base_model(source: str, training: bool = False):
             use_safetensors=True,
             trust_remote_code=False,  # left out, transformers would ask at the terminal
         )
-    if training:
+    if training or not machine.cpu_multiplies_bf16():
         for module in model.modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False

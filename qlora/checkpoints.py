@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora.console import Problems, fail, note
 
+MANIFEST = "manifest.json"
 STAGING = "staging"  # where a checkpoint is written before it is renamed
 
 
@@ -44,9 +45,9 @@ def match_manifest(partial: Path, manifest: dict) -> None:
     """Writes the manifest of a new run, or checks that a resumed one goes on with the same.
 
     Raises UserError with everything that differs in arguments, rows and base model. Other library versions
-    are told, not refused: the run goes on, maybe not to the same bits.
+    are told, not refused: the run goes on, maybe not to the same bits. Threads are not compared: `threads` tells them.
     """
-    path = partial / "manifest.json"
+    path = partial / MANIFEST
     if not last_checkpoint(partial):
         path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         return
@@ -54,6 +55,8 @@ def match_manifest(partial: Path, manifest: dict) -> None:
     problems = Problems()
     for name, value in flatten(manifest).items():
         old = flatten(before).get(name)
+        if name == "threads":
+            continue
         if old != value and name.startswith("versions."):
             note(f"{name.removeprefix('versions.')} was {old}, is {value}: results may differ in the last digits")
         elif old != value:
@@ -61,6 +64,14 @@ def match_manifest(partial: Path, manifest: dict) -> None:
             flag = re.sub(r"^arguments\.(\w+)$", lambda match: "--" + match[1].replace("_", "-"), name)
             problems.add(f"{flag} was {old}, is {value}", str(path), fix)
     problems.raise_if_any()
+
+
+def threads(partial: Path) -> int:
+    """How many threads the run computes with: those it began with.
+
+    A matrix product is divided among them, and in fp32 its last digits depend on how (MKL, AVX2).
+    """
+    return json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["threads"]
 
 
 def flatten(manifest: dict) -> dict[str, object]:

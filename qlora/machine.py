@@ -19,6 +19,14 @@ def free_memory() -> int:
     return available_memory() // settings.process_count(local=True)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has AVX512-BF16 and torch uses it: ATEN_CPU_CAPABILITY=avx2 makes a smaller CPU of a larger one."""
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and has_avx512bf16()
+
+
 def available_memory() -> int:
     """Bytes of main memory that can be had without swapping."""
     import psutil

@@ -56,17 +56,28 @@ def kill_after(process: subprocess.Popen, folder, step: int, delay: float) -> No
     process.wait()
 
 
-def test_a_run_killed_twice_gives_the_same_bytes(words, tmp_path):
+@pytest.fixture
+def one_thread():
+    """Here, and after a run that set as many threads as it began with."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.cpu
+def test_a_run_killed_twice_gives_the_same_bytes(words, tmp_path, one_thread):
+    """All in processes with two threads but for the end of it: here is one."""
     chance = random.Random()
     first, second = chance.randint(2, 3), chance.randint(5, 7)  # after step 1 its checkpoint may not be there yet
     delays = chance.uniform(0, 0.2), chance.uniform(0, 0.2)
     print(f"killed {delays} s after steps {first} and {second}")
-    assert train(*words, "--output", tmp_path / "whole", "--save-steps", 1) == 0
+    threads = {"OMP_NUM_THREADS": "2"}
+    assert start([*words, "--output", tmp_path / "whole", "--save-steps", 1], tmp_path, **threads).wait() == 0
     cut = [*words, "--output", tmp_path / "cut", "--save-steps", 1]
     partial = tmp_path / ".cut.partial"
-    kill_after(start(cut, tmp_path), partial, first, delays[0])
+    kill_after(start(cut, tmp_path, **threads), partial, first, delays[0])
     assert list(partial.glob("checkpoint-*")) and not (tmp_path / "cut").exists()
-    kill_after(start([*cut, "--resume"], tmp_path), partial, second, delays[1])
+    kill_after(start([*cut, "--resume"], tmp_path, **threads), partial, second, delays[1])
     assert train(*cut, "--resume") == 0
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
