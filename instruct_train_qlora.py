@@ -187,8 +187,6 @@ def suggest_all_gpus() -> None:
 
 def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     """Trains, or goes on where a run stopped; returns held-out loss before and after, speed and peak memory."""
-    import torch
-
     from qlora import trainer, training_run
 
     partial = adapter.partial_folder(args.output)
@@ -199,7 +197,6 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     console.note(f"{schedule.steps} steps of up to {schedule.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)
     run.accelerator.wait_for_everyone()
-    torch.set_num_threads(checkpoints.threads(partial))
     result = training_run.train(run, checkpoints.last_checkpoint(partial))
     memory = {"peak_memory": training_run.peak_memory(), "gradient_checkpointing": schedule.checkpointing}
     return {**result, **memory}

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
 
-from qlora import adapter, base_model, console, settings
+from qlora import adapter, base_model, console, machine, settings
 from qlora.console import note
 from qlora.rag_flags import SAMPLE_DOCUMENTS, SAMPLE_QUESTIONS, WITHOUT_MODEL, resolve_arguments
 
@@ -73,6 +73,7 @@ def load_model(args):
         return None, tokenizer, prompt
     from qlora.lean_layers import make_lean
 
+    machine.threads()
     if args.merge_for_speed:
         model = merge_for_speed(trained, tokenizer)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")

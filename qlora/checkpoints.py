@@ -67,9 +67,9 @@ def match_manifest(partial: Path, manifest: dict) -> None:
 
 
 def threads(partial: Path) -> int:
-    """How many threads the run computes with: those it began with.
+    """How many threads the run computes with at most: those it began with.
 
-    A matrix product is divided among them, and in fp32 its last digits depend on how (MKL, AVX2).
+    Sums and matrix products are divided among them, and in fp32 their last digits depend on how.
     """
     return json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["threads"]
 

@@ -15,6 +15,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, AnyMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from qlora import machine
 from qlora.prompt import encode_prompt
 
 LOOKUP = 10  # tokens; 5 to 10 are equally fast on 2 cores
@@ -71,6 +72,7 @@ class Generator(BaseChatModel):
         import torch
         from transformers import LogitsProcessorList
 
+        machine.threads().adjust()
         if len(prompts) == 1 and self.temperature == 0 and "stop_strings" not in options:
             options["prompt_lookup_num_tokens"] = LOOKUP  # with stop strings it would run past them
         if self.temperature > 0:

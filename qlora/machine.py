@@ -1,11 +1,15 @@
 """The machine: how much memory a process may still fill, and whether its GPU can be used."""
 
+import os
 import subprocess
+import time
+from functools import cache
 
 from qlora import settings
 from qlora.console import Problems, fail
 
 OLDEST = (7, 0)  # compute capability of Volta, the first with tensor cores; older GPUs have no fast 16 bit
+WINDOW = 2.0  # seconds over which the load of other processes is told from noise
 IDLE = 0.9  # share of the GPU's memory that is free when nobody else uses it
 
 
@@ -20,7 +24,7 @@ def free_memory() -> int:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has AVX512-BF16 and torch uses it: ATEN_CPU_CAPABILITY=avx2 makes a smaller CPU of a larger one."""
+    """Whether the CPU has AVX512-BF16 and torch uses it; with ATEN_CPU_CAPABILITY=avx2 it does not."""
     import torch
     from bitsandbytes.functional import has_avx512bf16
 
@@ -74,3 +78,54 @@ def list_gpus() -> list[str]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
+
+
+# ------------------------------------------------------------------------------- threads
+
+
+class Threads:
+    """As many of torch's threads as there are cores that other processes leave free, looked at now and then.
+
+    OpenMP's threads wait for each other by spinning. Beside one busy process on two cores, two threads took up to
+    fifteen times as long for a step as on an idle machine, one thread twice as long (benchmarks/neighbour.py).
+    To wait without spinning (OMP_WAIT_POLICY=passive) would cost half as much again on the idle one.
+    """
+
+    def __init__(self, most: int | None = None):
+        import torch
+
+        self.most = most or torch.get_num_threads()
+        self.cores = list_cores()
+        self.seen = self.look()
+
+    def look(self) -> tuple[float, float]:
+        """Seconds so far: by the clock, and of work that other processes did on our cores."""
+        import psutil
+
+        times = psutil.cpu_times(percpu=True)
+        busy = sum(sum(times[n]) - times[n].idle - getattr(times[n], "iowait", 0) for n in self.cores)
+        return time.perf_counter(), busy - time.process_time()
+
+    def adjust(self) -> int:
+        """Sets the number of threads by the load since the last time, if that is long enough ago; returns it."""
+        import torch
+
+        (then, before), (now, after) = self.seen, self.look()
+        if now - then >= WINDOW and self.most > 1:
+            self.seen = now, after
+            others = (after - before) / (now - then)
+            torch.set_num_threads(max(1, min(self.most, round(len(self.cores) - others))))
+        return torch.get_num_threads()
+
+
+@cache
+def threads() -> Threads:
+    """The process's own; the load is looked at from the first call on."""
+    return Threads()
+
+
+def list_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -198,6 +198,7 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     evaluated_step: int = 0
+    threads: int = 0  # that the last step was computed with
 
 
 class ResponseTrainer(SFTTrainer):
@@ -372,6 +373,7 @@ class ResponseTrainer(SFTTrainer):
         self.best = load_file(checkpoint / "best.safetensors")
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        torch.set_num_threads(self.progress.threads)
 
     def restore_best(self) -> None:
         """Puts the weights of the lowest held-out loss back into the model."""

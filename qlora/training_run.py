@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from qlora import checkpoints, console, settings
+from qlora import checkpoints, console, machine, settings
 from qlora.console import Problem, RunError
 from qlora.trainer import Progress, ResponseTrainer
 
@@ -58,12 +58,14 @@ class Recorder(TrainerCallback):
         self.bar = console.progress()
         self.task = None
         self.started = time.perf_counter()
+        self.threads = machine.Threads(checkpoints.threads(trainer.folder))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.progress.threads = self.threads.adjust()
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -120,6 +122,7 @@ def describe_speed(progress: Progress) -> dict[str, float]:
         "labelled_tokens_per_second": round(progress.labelled_tokens / seconds, 1),
         "shared_share": round(1 - progress.computed_tokens / progress.useful_tokens, 4),
         "memory_gb": max(peak_memory().values()),
+        "threads": progress.threads,
     }
 
 

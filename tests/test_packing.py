@@ -181,7 +181,7 @@ def test_lean_layers_answer_as_peft_does(tiny_base):
             assert torch.equal(model(ids).logits, base)
     step = (tuned - base).abs().max()
     assert step > 0.05 and (lean - tuned).abs().max() < 0.05 * step
-    assert torch.allclose(last[:, 0], lean[:, -1], rtol=1e-5, atol=1e-6)  # of the head alone the products have other sizes
+    assert torch.allclose(last[:, 0], lean[:, -1], rtol=1e-5, atol=1e-6)  # products of other sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
