@@ -25,7 +25,7 @@ endif
 .PHONY: setup demo evaluate notebooks test lock audit gpu-wheels clean
 
 setup:
-	@$(PYTHON) tools/set_up.py
+	@"$(PYTHON)" tools/set_up.py $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
 
 demo: setup
 	$(PY) instruct_train_qlora.py --preset laptop --output adapters/demo --overwrite

@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from qlora import adapter, base_model, checkpoints, console, dataset, export, presets, row_filters, settings
+from qlora import adapter, base_model, checkpoints, console, dataset, export, machine, presets, row_filters, settings
 
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     args = resolve_arguments(argv)
     settings.quieten_libraries()
     console.print_settings("QLoRA fine-tuning", vars(args))
+    console.note(f"Computes on {machine.describe()}")
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
         rows, counts = load_and_filter(args)
@@ -213,7 +214,7 @@ def describe_start(args, training, held_out) -> dict:
         "sha256 of rows": rows,
         "base model": base_model.fingerprint(base_model.resolve_base_model(args.base_model)),
         "processes": settings.process_count(),
-        "precision": str(base_model.compute_dtype()),
+        "precision": str(machine.compute_dtype()),
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
     }

@@ -74,6 +74,7 @@ def load_model(args):
     from qlora.lean_layers import make_lean
 
     machine.threads()
+    note(f"Computes on {machine.describe()}")
     if args.merge_for_speed:
         model = merge_for_speed(trained, tokenizer)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
@@ -151,7 +152,7 @@ def load_embeddings(args):
         return HuggingFaceEmbeddings(
             model_name=source,
             encode_kwargs={"normalize_embeddings": True, "batch_size": 16},
-            model_kwargs={"trust_remote_code": False, "model_kwargs": {"dtype": base_model.compute_dtype()}},
+            model_kwargs={"trust_remote_code": False, "model_kwargs": {"dtype": machine.compute_dtype()}},
         )
 
 

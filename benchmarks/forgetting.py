@@ -14,7 +14,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import adapter, base_model, comparison, console, dataset, settings  # noqa: E402
+from qlora import adapter, base_model, comparison, console, dataset, machine, settings  # noqa: E402
 
 ROWS = PROJECT / "benchmarks" / "closed_book.jsonl"
 
@@ -52,7 +52,7 @@ def measure_losses(model, examples) -> list[tuple[float, int]]:
     for example in examples:
         row = trainer.collate([{"input_ids": example.input_ids, "labels": example.labels}])
         row = {name: tensor.to(model.device) for name, tensor in row.items()}
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=base_model.compute_dtype()):
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=machine.compute_dtype()):
             losses = trainer.token_losses(trainer.label_logits(model, row), row["labels"])
         measured.append((losses.sum().item(), int((losses > 0).sum())))
     return measured

@@ -23,7 +23,7 @@ from benchmarks.gpu_bench import (  # noqa: E402
     sample_rows,
     tuned_model,
 )
-from qlora import adapter, base_model, console, dataset  # noqa: E402
+from qlora import adapter, base_model, console, dataset, machine  # noqa: E402
 from qlora.prompt import choose_prompt, encode_prompt, fill_prompt  # noqa: E402
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
@@ -51,7 +51,7 @@ def time_answers(bench: Bench) -> list[Measure]:
     rates[f"batch of {len(many)}"] = generate(generator, many)
     for name, weight in generator.model.named_parameters():
         if "lora_" in name:
-            weight.data = weight.data.to(base_model.compute_dtype())
+            weight.data = weight.data.to(machine.compute_dtype())
     rates["prompt lookup, LoRA in 16 bit"] = generate(generator, one)
     peak = torch.cuda.max_memory_allocated() / 1e9 if bench.device == "cuda" else 0.0
     found = [Measure(name, rate, "tokens/s") for name, rate in rates.items()]

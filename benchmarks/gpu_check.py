@@ -211,11 +211,11 @@ def describe_machine(bench: Bench) -> dict:
     """Card, driver, processor and the versions of the libraries, as JSON keeps them."""
     import torch
 
-    from qlora.machine import list_gpus
+    from qlora import machine
 
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": f"{read_processor()}, {os.cpu_count()} cores",
+        "processor": f"{machine.processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version for name in LIBRARIES if (version := find_version(name))},
         "optional": {name: find_version(name) for name in ("flash-attn", "liger-kernel")},
@@ -227,17 +227,9 @@ def describe_machine(bench: Bench) -> dict:
     return {
         **card,
         "capability": f"{sizes.major}.{sizes.minor}",
-        "driver": list_gpus()[0].split(",")[-1].strip(),
+        "driver": machine.list_gpus()[0].split(",")[-1].strip(),
         **found,
     }
-
-
-def read_processor() -> str:
-    """The CPU's name, where Linux tells it."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
-            return found[1]
-    return platform.machine()
 
 
 def find_version(name: str) -> str | None:

@@ -27,7 +27,7 @@ from benchmarks.gpu_bench import (  # noqa: E402
     tuned_model,
 )
 from benchmarks.plain_recipe import Setup  # noqa: E402
-from qlora import adapter, base_model, dataset  # noqa: E402
+from qlora import adapter, base_model, dataset, machine  # noqa: E402
 from qlora.prompt import choose_prompt  # noqa: E402
 
 SCALE = 1024  # of an fp16 loss, whose gradients would be too small for the type
@@ -83,7 +83,7 @@ def take_step(step: Namespace, dtype, ours: bool, packed: bool):
     from qlora import trainer
     from qlora.lean_layers import make_lean
 
-    with patch.object(base_model, "compute_dtype", lambda: dtype):
+    with patch.object(machine, "compute_dtype", lambda: dtype):
         model = tuned_model(step.source)
     if ours:
         make_lean(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import base_model  # noqa: E402
+from qlora import base_model, machine  # noqa: E402
 
 SEED, STD = 0, 0.02  # the standard deviation that Llamas are initialised with
 SHAPES = {  # what LlamaConfig takes
@@ -83,7 +83,7 @@ def random_weight(shape, generator):
     """Normally distributed in the type that the device computes in; norms are ones."""
     import torch
 
-    weight = torch.empty(shape, dtype=base_model.compute_dtype(), device=generator.device)
+    weight = torch.empty(shape, dtype=machine.compute_dtype(), device=generator.device)
     return weight.normal_(std=STD, generator=generator) if len(shape) > 1 else weight.fill_(1)
 
 

@@ -121,7 +121,7 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
     where = str(folder)
     if not folder.is_dir():
         fix = "train one: python instruct_train_qlora.py, or answer with the base model: --adapter none"
-        raise fail("adapter folder not found", where, fix)
+        raise fail("adapter folder not found", where, suggest_adapters(folder.parent) or fix)
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         raise fail(f"incomplete adapter: {', '.join(missing)} missing", where, "train again, or copy the whole folder")
@@ -144,6 +144,14 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
         problems.add(f"the adapter was made for {made_for}, not for {base_model}", where, fix)
     problems.raise_if_any()
     return Adapter(folder, prompt, run)
+
+
+def suggest_adapters(parent: Path) -> str:
+    """Which finished adapters are there, the newest as a flag; empty when there is none."""
+    found = [each for each in parent.glob("*") if is_finished(each)] if parent.is_dir() else []
+    found.sort(key=lambda each: (each / "run.json").stat().st_mtime, reverse=True)
+    others = f"; or {', '.join(map(str, found[1:4]))}" if found[1:] else ""
+    return f"use the newest one: --adapter {found[0]}{others}" if found else ""
 
 
 def digest_weights(folder: Path) -> str:

@@ -111,15 +111,6 @@ def check_disk(folder: Path, needed: int) -> None:
 # ------------------------------------------------------------------------------- load
 
 
-def compute_dtype():
-    """bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if machine.cpu_multiplies_bf16() else torch.float32
-
-
 def quantization_config(source: str):
     """QLoRA's quantisation (arXiv 2305.14314): NF4, double quantisation. bitsandbytes' defaults are neither.
 
@@ -133,7 +124,7 @@ def quantization_config(source: str):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype(),
+        bnb_4bit_compute_dtype=machine.compute_dtype(),
         llm_int8_skip_modules=["lm_head", *SENSITIVE] if is_narrow else None,  # of 4-bit, too, despite the name
     )
 
@@ -194,7 +185,7 @@ def load_base_model(source: str, training: bool = False):
         model = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=quantization_config(source),
-            dtype=compute_dtype(),
+            dtype=machine.compute_dtype(),
             device_map={"": settings.process_rank(local=True) if torch.cuda.is_available() else "cpu"},
             attn_implementation=packing.ATTENTION if training else "sdpa",
             use_safetensors=True,

@@ -177,7 +177,7 @@ def measure_rate(seconds: float = 0.5) -> float:
     import torch
     from torch.utils.benchmark import Timer
 
-    from qlora.base_model import compute_dtype
+    from qlora.machine import compute_dtype
 
     device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 1536)
     matrix = torch.randn(size, size, dtype=compute_dtype(), device=device)

@@ -1,9 +1,13 @@
-"""The machine: how much memory a process may still fill, and whether its GPU can be used."""
+"""The machine: what it computes with, how much memory a process may still fill, and whether its GPU can be used."""
 
+import contextlib
 import os
+import platform
+import re
 import subprocess
 import time
 from functools import cache
+from pathlib import Path
 
 from qlora import settings
 from qlora.console import Problems, fail
@@ -21,6 +25,34 @@ def free_memory() -> int:
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by torch for this process
     return available_memory() // settings.process_count(local=True)
+
+
+def compute_dtype():
+    """bf16 where the hardware multiplies it, else fp16 on CUDA and fp32 on the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+def describe() -> str:
+    """`cpu in bfloat16, 2 threads`: what a run computes with, and what it costs where that is the slower way."""
+    import torch
+
+    name = str(compute_dtype()).removeprefix("torch.")
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} in {name}"
+    slow = "" if name == "bfloat16" else ": this CPU has no AVX512-BF16, with which it takes half as long"
+    return f"cpu in {name}, {torch.get_num_threads()} threads{slow}"
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it, else its kind."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def cpu_multiplies_bf16() -> bool:

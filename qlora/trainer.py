@@ -19,7 +19,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora import base_model, checkpoints, console, packing, settings
+from qlora import checkpoints, console, machine, packing, settings
 from qlora.comparison import fit_refusal_bias
 from qlora.data_report import count_tokens
 from qlora.dataset import Example, batch_groups
@@ -383,7 +383,7 @@ class ResponseTrainer(SFTTrainer):
 
 def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
     """The schedule in TRL's own words."""
-    on_gpu, dtype, checkpointing = torch.cuda.is_available(), base_model.compute_dtype(), checkpointing_field()
+    on_gpu, dtype, checkpointing = torch.cuda.is_available(), machine.compute_dtype(), checkpointing_field()
     config = SFTConfig(
         output_dir=str(folder),
         learning_rate=plan.learning_rate,

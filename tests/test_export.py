@@ -77,7 +77,7 @@ def test_merged_folder_has_exactly_these_files_and_nothing_of_the_quantisation(d
     assert [path.name for path in merged.parent.iterdir()] == ["mine"]
     config = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in config
-    assert config["dtype"] == str(base_model.compute_dtype()).removeprefix("torch.")
+    assert config["dtype"] == str(machine.compute_dtype()).removeprefix("torch.")
     assert (merged / "prompt.json").read_bytes() == (decided.folder / "prompt.json").read_bytes()
 
 
@@ -95,7 +95,7 @@ def test_merged_weights_are_dequantised_base_plus_delta(decided, merged):
     kept = {name for name, layer in layers.items() if not isinstance(layer, Linear4bit)}
     assert kept == {f"model.layers.{n}.{name}" for n in (0, 1) for name in ("mlp.down_proj", "self_attn.v_proj")}
     for name, layer in layers.items():
-        before = dequantize(layer.weight, base_model.compute_dtype())
+        before = dequantize(layer.weight, machine.compute_dtype())
         a, b = (lora[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
         after = (before.float() + 2 * b @ a).to(before.dtype)  # alpha is twice the rank
         torch.testing.assert_close(saved[f"{name}.weight"], after, rtol=1e-2, atol=1e-4)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora import base_model, lean_layers, packing, trainer
+from qlora import base_model, lean_layers, machine, packing, trainer
 from qlora.prompt import IGNORED
 
 BEGINNING = [5, 6, 7, 8, 9]
@@ -154,7 +154,7 @@ def test_lean_layers_give_peft_s_losses_and_gradients(tiny_base, options):
                 torch.nn.init.normal_(weight, std=0.05)
         if lean:
             lean_layers.make_lean(model)
-        with torch.autocast("cpu", dtype=base_model.compute_dtype()):
+        with torch.autocast("cpu", dtype=machine.compute_dtype()):
             loss = trainer.response_loss(model.train(), batch)
         found.append((loss.item(), gradients(model, loss)))
     (ordinary, wanted), (lean, ours) = found
@@ -197,7 +197,7 @@ def test_lean_layers_answer_as_peft_does(tiny_base):
 )
 def test_every_option_of_lora_answers_in_every_dtype(tiny_base, monkeypatch, options, dtype):
     """As PEFT's own layers do; in fp32 nearly, in 16 bit up to their rounding."""
-    monkeypatch.setattr(base_model, "compute_dtype", lambda: dtype)
+    monkeypatch.setattr(machine, "compute_dtype", lambda: dtype)
     model = trainer.add_lora(base_model.load_base_model(str(tiny_base)), 4, 8, seed=0, **{"dropout": 0.0, **options})
     for name, weight in model.named_parameters():
         if weight.requires_grad:

@@ -207,7 +207,7 @@ def test_two_processes_give_the_losses_of_one(words, tmp_path):
 def test_lora_options_train_and_answer_in_bf16_and_unknown_layers_are_told(
     words, tmp_path, collection, capsys, monkeypatch
 ):
-    monkeypatch.setattr(base_model, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(machine, "compute_dtype", lambda: torch.bfloat16)
     short = [*words, "--max-steps", 1, "--output", tmp_path / "out"]
     assert train(*short, "--target-modules", "q_proj", "v_proj", "--rslora", "--dora", "--neftune", 5) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

