@@ -7,7 +7,7 @@
     python rag_qlora.py ask "Who signs form B7?"          # an answer with citations
     python rag_qlora.py ask --json --adapter none "..."   # the base model, as JSON
     python rag_qlora.py chat                              # several turns
-    python rag_qlora.py doctor                            # is the database all right?
+    python rag_qlora.py doctor                            # are machine and database all right?
 
 Without a command: chat at a terminal, otherwise a short demonstration over the sample documents.
 Precedence: flag > environment > .env > default. Answers go to stdout, everything else to stderr.
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
 
 def run_without_model(args) -> int:
     """A command that needs the collection alone."""
+    if args.command == "doctor":
+        return doctor(args)
     with console.step(STEPS, "Database Integration"):
         return globals()[args.command](args, open_store(args))
 
@@ -268,11 +270,15 @@ def make_search(args, store):
     return partial(store.find, mode=args.mode, where=args.where, fetch_k=args.fetch_k, diversity=args.diversity)
 
 
-def doctor(args, store) -> int:
-    """Prints what is found out about server, collection and index; 1 when something is bad."""
-    from qlora.doctor import as_json, examine, print_findings
+def doctor(args) -> int:
+    """Prints what is found out about machine, server, collection and index; 1 when something is bad."""
+    from qlora.doctor import Finding, as_json, examine, examine_machine, print_findings
 
-    findings = examine(store, args.embedding_model)
+    findings = examine_machine()
+    try:
+        findings += examine(open_store(args), args.embedding_model)
+    except console.UserError as error:
+        findings += [Finding("database", "bad", str(problem)) for problem in error.problems]
     print(json.dumps(as_json(findings))) if args.json else print_findings(findings)
     return int(any(finding.state == "bad" for finding in findings))
 

@@ -1,15 +1,21 @@
-"""Whether the database and a collection are as they should be, and how much of the truth the index finds."""
+"""Whether machine, database and a collection are as they should be, and how much of the truth the index finds."""
 
+import importlib.metadata
+import platform
+import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from psycopg2 import sql
 
-from qlora import searching
+from qlora import base_model, machine, searching, settings
 from qlora.database import describe_url, find_pgvector, is_unprotected
 from qlora.pgvector_store import INDEXED_FROM, PgVectorStore
 
 GOOD_PGVECTOR = (0, 8, 3)
 ENOUGH_RECALL = 0.95
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "sentence-transformers", "langchain-core")
+LITTLE_MEMORY = 3e9  # what training the embedded model takes
 SAMPLE = 100  # passages whose neighbours are looked for
 MARKS = {"good": "[green]ok[/]", "warning": "[yellow]warning[/]", "bad": "[red]bad[/]"}
 
@@ -31,6 +37,32 @@ def examine(store: PgVectorStore, embedding_model: str) -> list[Finding]:
         fix = "exact search" if state == "good" else "missing: run ingest once more"
         findings.append(Finding("index", state, f"none, made above {INDEXED_FROM:,} passages: {fix}"))
     return findings
+
+
+def examine_machine() -> list[Finding]:
+    """Processor, GPU, memory, disk and versions: what a run would have."""
+    cores, features = len(machine.list_cores()), ", ".join(machine.cpu_features()) or "no AVX2"
+    memory, folder = machine.available_memory(), settings.data_folder()
+    free, models = shutil.disk_usage(folder).free, folder_size(folder / "models")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    gpus = machine.list_gpus()
+    return [
+        Finding("processor", "good", f"{machine.processor()}, {cores} cores, {features}"),
+        Finding("GPU", "good", "; ".join(gpus) or "none"),
+        Finding("computes on", "good" if machine.is_fast() else "warning", machine.describe()),
+        Finding("memory", "good" if memory > LITTLE_MEMORY else "warning", f"{memory / 1e9:.1f} GB available"),
+        Finding(
+            "disk",
+            "good" if free > base_model.EMBEDDED_BYTES else "warning",
+            f"{free / 1e9:.1f} GB free; models take {models / 1e9:.1f} GB of {folder}",
+        ),
+        Finding("versions", "good", f"Python {platform.python_version()}, {versions}"),
+    ]
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in it; 0 where it is missing."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def examine_server(store: PgVectorStore) -> list[Finding]:

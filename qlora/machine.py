@@ -47,6 +47,22 @@ def describe() -> str:
     return f"cpu in {name}, {torch.get_num_threads()} threads{slow}"
 
 
+def is_fast() -> bool:
+    """Whether 16 bit is multiplied here: on a GPU, or by the CPU's bf16."""
+    import torch
+
+    return compute_dtype() != torch.float32
+
+
+def cpu_features() -> list[str]:
+    """Which of the CPU's instructions matter here, of those that torch may use."""
+    import torch
+
+    level = torch.backends.cpu.get_cpu_capability()
+    found = ["AVX2"] * level.startswith("AVX") + ["AVX512"] * level.startswith("AVX512")
+    return found + ["AVX512-BF16"] * cpu_multiplies_bf16()
+
+
 def processor() -> str:
     """The CPU's name, where Linux tells it, else its kind."""
     with contextlib.suppress(OSError):

@@ -64,7 +64,8 @@ def check_store(args, problems: console.Problems) -> None:
     elif url := settings.get("DATABASE_URL"):
         from qlora.database import connect, is_unprotected
 
-        connect(url).close()
+        if args.command != "doctor":  # which tells it itself, beside what it finds out about the machine
+            connect(url).close()
         if is_unprotected(url):
             console.note("The server's certificate is not checked: add sslmode=verify-full to DATABASE_URL")
 
@@ -172,7 +173,7 @@ def build_parser(description: str, steps: tuple[str, ...]):
     add("chat", [model, database, searching, answers], "several turns")
     for name in ("ask", "chat", "demo"):
         add_serving_flags(commands.choices[name])
-    add("doctor", [database], "check server, indexes and embeddings, and measure what the index finds")
+    add("doctor", [database], "check machine, server, indexes and embeddings, and measure what the index finds")
     for name in ("documents", "search", "ask", "demo", "evaluate", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
     return parser, commands.choices

@@ -13,6 +13,9 @@ from qlora.prompt import IGNORED
 BEGINNING = [5, 6, 7, 8, 9]
 
 
+pytestmark = pytest.mark.cpu
+
+
 @pytest.fixture(scope="module")
 def llama():
     """A tiny Llama in fp32 with grouped key heads, as SmolLM2 has."""

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import rag
 from hypothesis import HealthCheck, given, settings, strategies
 from langchain_core.documents import Document
@@ -10,7 +11,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from psycopg2 import sql
 
-from qlora import metadata_filter, pgvector_store, searching
+from qlora import machine, metadata_filter, pgvector_store, searching
 from qlora.console import UserError
 from qlora.database import MIGRATIONS, Database, is_unprotected
 from qlora.metadata_filter import Condition, read_condition
@@ -269,6 +270,18 @@ def test_doctor_on_the_command_line(collection, capsys):
     assert rag("doctor", "--json") == 0
     findings = json.loads(capsys.readouterr().out)
     assert {finding["what"] for finding in findings} >= {"server", "pgvector", "collection", "embeddings", "index"}
+    details = {finding["what"]: finding["detail"] for finding in findings}
+    assert f"torch {torch.__version__}" in details["versions"] and "GB available" in details["memory"]
+    assert "cpu in" in details["computes on"] or "GPU" in details["computes on"]
+
+
+def test_doctor_tells_the_machine_without_a_database_and_where_16_bit_is_slow(monkeypatch, capsys):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
+    monkeypatch.setattr(machine, "compute_dtype", lambda: torch.float32)
+    assert rag("doctor", "--json") == 1
+    findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["database"]["state"] == "bad" and "refused" in findings["database"]["detail"]
+    assert findings["computes on"]["state"] == "warning" and "no AVX512-BF16" in findings["computes on"]["detail"]
 
 
 # ------------------------------------------------------------------------------- server
