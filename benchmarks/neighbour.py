@@ -20,7 +20,7 @@ sys.path.insert(0, str(PROJECT))
 
 from qlora import console  # noqa: E402
 
-BUSY = "while True: pass"
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this process, however it ends
 QUESTIONS = ["Why do rowing gigs have right of way over nearly everything?", "Which form records a lost key?"] * 2
 STEPS = 25
 

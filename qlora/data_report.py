@@ -215,18 +215,22 @@ def estimate_memory(plan: dict) -> dict[str, float]:
     """An estimate of the GB a process needs, by what needs them, and in all: within a fifth on the CPU.
 
     4-bit linear layers and 16-bit embeddings are about 0.6 bytes a weight; a LoRA weight is 16 (fp32 weight,
-    gradient and two moments of AdamW). Activations are those of the largest batch; with checkpointing, the inputs of
-    all layers and everything of one.
+    gradient and two moments of AdamW). Activations are those of the largest batch, or of the part of it that the CPU
+    computes at once; with checkpointing, the inputs of all layers and everything of one.
     """
     import torch
 
+    from qlora.trainer import AT_ONCE
+
+    tokens = max(plan["batches"]) if torch.cuda.is_available() else min(AT_ONCE, max(plan["batches"]))
+    size = machine.compute_dtype().itemsize / 2  # of an activation, in those that are counted
     kept = ACTIVATION_BYTES * plan["layers"]
     if plan["checkpointing"]:
         kept = CHECKPOINT_BYTES * plan["layers"] + ACTIVATION_BYTES
     parts = {
         "base_model": 0.6 * plan["parameters"],
         "lora": 16 * plan["lora_parameters"],
-        "activations": max(plan["batches"]) * plan["hidden_size"] * kept,
+        "activations": tokens * plan["hidden_size"] * kept * size,
         "libraries": LIBRARIES_CUDA if torch.cuda.is_available() else LIBRARIES_CPU,
     }
     return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}

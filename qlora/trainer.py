@@ -26,6 +26,8 @@ from qlora.dataset import Example, batch_groups
 from qlora.lean_layers import make_lean
 from qlora.prompt import IGNORED, Prompt
 
+AT_ONCE = 1024  # tokens of a batch that the CPU computes at once; of those with more, some rows after the others
+
 
 def add_lora(model, rank: int, alpha: int, dropout: float, seed: int, targets="all-linear", rslora=False, dora=False):
     """The model with trainable low-rank adapters, the rest frozen.
@@ -258,20 +260,23 @@ class ResponseTrainer(SFTTrainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As SFTTrainer's. When memory runs out, fewer rows at a time from then on, to the same gradient."""
+        """As SFTTrainer's, a few rows at a time where the batch is large, to the same gradient.
+
+        When memory runs out, fewer rows from then on.
+        """
         weights = self.trained().values()
         gradients = [None if weight.grad is None else weight.grad.clone() for weight in weights]
         progress = replace(self.progress)
         while True:
-            loss = 0.0
+            loss, parts = 0.0, self.count_parts(inputs)
             try:
-                for part in split_rows(inputs, self.parts):
+                for part in split_rows(inputs, parts):
                     loss = loss + super().training_step(model, part, num_items_in_batch)
                 return loss
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not ran_out_of_memory(error):
                     raise
-                rows = math.ceil(len(inputs["labels"]) / self.parts)
+                rows = math.ceil(len(inputs["labels"]) / parts)
                 if rows == 1 or settings.process_count() > 1:
                     fix = "lower --batch-size or --max-length, or give --gradient-checkpointing on"
                     raise console.RunError(
@@ -280,8 +285,15 @@ class ResponseTrainer(SFTTrainer):
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient if gradient is None else gradient.clone()
             self.progress = replace(progress)
-            self.parts *= 2
+            self.parts = 2 * parts
             console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
+
+    def count_parts(self, inputs: dict[str, torch.Tensor]) -> int:
+        """In how many parts a batch is computed, of which each has AT_ONCE tokens, about."""
+        if torch.cuda.is_available():
+            return self.parts
+        tokens = packing.pack(inputs["input_ids"], inputs["attention_mask"]).input_ids.numel()
+        return min(len(inputs["labels"]), max(self.parts, math.ceil(tokens / AT_ONCE)))
 
     # ----------------------------------------------------------------------- evaluate
 
