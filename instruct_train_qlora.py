@@ -160,7 +160,8 @@ def load_model(args):
     """The base model in 4-bit with trainable LoRA adapters on every linear layer."""
     from qlora import trainer
 
-    base = base_model.load_base_model(base_model.resolve_base_model(args.base_model), training=True)
+    source = base_model.resolve_base_model(args.base_model)
+    base = base_model.load_base_model(source, training=True, keep=not args.no_cache)
     model = trainer.add_lora(base, *lora_options(args))
     suggest_all_gpus()
     trainable, packed, total = trainer.count_parameters(model)
@@ -207,7 +208,7 @@ def describe_start(args, training, held_out) -> dict:
     """The manifest: what a resumed run must have in common with the one that stopped."""
     import torch
 
-    free = {"resume", "overwrite", "keep_checkpoints", "dry_run", "merge", "push_to_hub", "report_to"}
+    free = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"}
     rows = {"training": [digest_rows(epoch) for epoch in training], "held out": digest_rows(held_out)}
     return {
         "arguments": {name: printable(value) for name, value in vars(args).items() if name not in free},
@@ -419,6 +420,7 @@ def add_dataset_flags(flag) -> None:
 def add_model_flags(flag) -> None:
     choice = console.choice("auto", "on", "off")
     flag("--base-model", help="hub id or folder of a Llama-family model (preset's)")
+    flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
     flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank (16)")
     flag("--alpha", type=console.number(int, 1), help="LoRA alpha (twice the rank)")
     flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout (0)")

@@ -81,7 +81,7 @@ def load_model(args):
         model = merge_for_speed(trained, tokenizer)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
     else:
-        model = base_model.load_base_model(base_model.resolve_base_model(args.base_model))
+        model = base_model.load_base_model(base_model.resolve_base_model(args.base_model), keep=not args.no_cache)
         model = adapter.load_adapter(model, trained) if trained else model
         note(f"{args.base_model} in 4-bit {f'with {args.adapter}' if trained else 'without an adapter'}")
     make_lean(model)

@@ -89,6 +89,9 @@ def quantize_all() -> None:
 def keep_16_bit() -> None:
     from transformers import AutoModelForCausalLM
 
+    from qlora import quantised_base
+
+    quantised_base.folder_for = lambda *given: None
     load = AutoModelForCausalLM.from_pretrained
     AutoModelForCausalLM.from_pretrained = lambda *given, quantization_config=None, **others: load(*given, **others)
 

@@ -207,7 +207,9 @@ def ready_to_answer(folder: Path, tokens: int):
     from qlora.generator import Generator
 
     trained = adapter.read_adapter(folder)
-    flags = Namespace(base_model=trained.base_model, adapter=folder, base_url=None, merge_for_speed=False)
+    flags = Namespace(
+        base_model=trained.base_model, adapter=folder, base_url=None, merge_for_speed=False, no_cache=False
+    )
     model, tokenizer, prompt = rag_qlora.load_model(flags)
     asked = answer_speed.choose_questions(8)
     filled = [fill_prompt(tokenizer, prompt, 768, question, passages) for question, passages in asked]

@@ -10,13 +10,12 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora import machine, settings
+from qlora import machine, quantised_base, settings
 from qlora.console import fail, note
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -69,13 +68,7 @@ def prepare_embedded_model() -> Path:
             )
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(made)
-        try:
-            os.rename(made, folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
-        else:
-            os.mkdir(made)  # TemporaryDirectory removes it
+        quantised_base.put_in_place(made, folder)
     return folder
 
 
@@ -166,8 +159,10 @@ def outline_model(source: str):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def load_base_model(source: str, training: bool = False):
+def load_base_model(source: str, training: bool = False, keep: bool = True):
     """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
+
+    Quantised once: with `keep` it is left in the data folder, from which the same bits are loaded the next time.
 
     With `training` it takes packed batches, and the CPU kernel of bitsandbytes that repacks weights is off: after
     any evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16). It is a bf16
@@ -175,27 +170,43 @@ def load_base_model(source: str, training: bool = False):
     """
     import bitsandbytes
     import torch
-    from transformers import AutoModelForCausalLM
 
     from qlora import packing
 
     packing.register_attention()
     torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)
+    attention = packing.ATTENTION if training else "sdpa"
+    config = quantization_config(source)
+    folder = quantised_base.folder_for(source, config) if keep else None
     with explaining(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            quantization_config=quantization_config(source),
-            dtype=machine.compute_dtype(),
-            device_map={"": settings.process_rank(local=True) if torch.cuda.is_available() else "cpu"},
-            attn_implementation=packing.ATTENTION if training else "sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,  # left out, transformers would ask at the terminal
-        )
+        if folder and folder.is_dir():
+            model = load_model(str(folder), attention)
+            model.name_or_path = model.config._name_or_path = source  # which PEFT writes into adapters
+        else:
+            model = load_model(source, attention, quantization_config=config)
+            if folder:
+                quantised_base.keep(model, folder, source)
     if training or not machine.cpu_multiplies_bf16():
         for module in model.modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def load_model(source: str, attention: str, **options):
+    """The model where the process computes, in the type that it computes in."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=machine.compute_dtype(),
+        device_map={"": settings.process_rank(local=True) if torch.cuda.is_available() else "cpu"},
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,  # left out, transformers would ask at the terminal
+        **options,
+    )
 
 
 @contextlib.contextmanager

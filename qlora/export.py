@@ -51,7 +51,8 @@ def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]], m
 
     clear_device_cache(garbage_collection=True)  # a trainer that is no longer used is a circle of references
     # As for training: the CPU's answering kernel repacks the weights, and dequantising those gives noise.
-    tuned = load_adapter(load_base_model(resolve_base_model(adapter.base_model), training=True), adapter)
+    base = load_base_model(resolve_base_model(adapter.base_model), training=True, keep=False)
+    tuned = load_adapter(base, adapter)
     generator = Generator(model=tuned, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
     answers = [generator.generate_ids([prompt])[0] for prompt in prompts]
     # In the dtype that the 4-bit model computes in: in fp32, at twice the size, no more answers are equal (14 of

@@ -225,6 +225,8 @@ def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
     group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b-chat")
     group.add_argument("--base-model", help="hub id or folder (the adapter's own)")
     group.add_argument("--adapter", help="adapter folder, or none for the base model (adapters/NAME-OF-BASE)")
+    text = "do not keep the base model in 4-bit for the next start"
+    group.add_argument("--no-cache", action="store_true", help=text)
     flags.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`
     group = flags.add_argument_group(generation)
     group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")

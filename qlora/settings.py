@@ -77,11 +77,13 @@ def launcher_failed() -> bool:
 
 
 def quieten_libraries() -> None:
-    """Silences advice of libraries that would bury our own lines; errors and downloads still show.
+    """Silences advice of libraries that would bury our own lines, and bounds what they keep; errors still show.
 
     Called before transformers or datasets are imported: they read these variables at import.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # oneDNN keeps what it made for each size of a matrix: 1,024 of them are gigabytes where every batch has another.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)

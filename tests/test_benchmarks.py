@@ -105,7 +105,7 @@ def test_benchmarks_start_without_torch(script):
 
 
 def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
-    from qlora import base_model, documents, trainer
+    from qlora import base_model, documents, quantised_base, trainer
 
     tokenizer = base_model.load_tokenizer(str(tiny_base))
     prompt = choose_prompt(tokenizer)
@@ -149,6 +149,7 @@ def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
 
     import transformers
 
+    monkeypatch.setattr(quantised_base, "folder_for", quantised_base.folder_for)
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", transformers.AutoModelForCausalLM.from_pretrained
     )

@@ -259,11 +259,11 @@ def test_of_several_processes_the_first_alone_writes_a_report_and_publishes(word
 def test_a_merge_after_training_starts_without_the_trained_model(words, tmp_path, monkeypatch):
     from peft import PeftModel
 
-    def load(source, training=False):
+    def load(source, **options):
         gc.disable()  # nothing is collected here that was not collected before
         alive.extend(value for value in gc.get_objects() if isinstance(value, PeftModel | trainer.ResponseTrainer))
         gc.enable()
-        return base_model.load_base_model(source, training)
+        return base_model.load_base_model(source, **options)
 
     alive = []
     gc.collect()
