@@ -191,8 +191,7 @@ def measure_batches(training: Sequence[Example], schedule) -> list[int]:
 
     sizes = []
     for batch in trainer.make_batches(training, schedule.micro_batch, schedule.seed):
-        padded = trainer.collate([vars(example) for example in batch])
-        sizes.append(packing.pack(padded["input_ids"], padded["attention_mask"]).input_ids.numel())
+        sizes.append(packing.count_tokens(trainer.collate([vars(example) for example in batch])))
     return sizes
 
 

@@ -60,6 +60,11 @@ def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
     return PackedBatch(input_ids=ids, position_ids=places, pieces=pieces, index=index)
 
 
+def count_tokens(inputs: dict[str, torch.Tensor]) -> int:
+    """Tokens that are computed for a padded batch."""
+    return pack(inputs["input_ids"], inputs["attention_mask"]).input_ids.numel()
+
+
 def count_common(rows: list[torch.Tensor]) -> int:
     """Tokens with which all rows begin; at least one of each row is left, and a single row shares none."""
     if len(rows) == 1:

@@ -255,8 +255,7 @@ class ResponseTrainer(SFTTrainer):
         progress, count = self.progress, settings.process_count()
         progress.useful_tokens += int(inputs["attention_mask"].sum()) * count
         progress.labelled_tokens += int((inputs["labels"] != IGNORED).sum()) * count
-        packed = packing.pack(inputs["input_ids"], inputs["attention_mask"])
-        progress.computed_tokens += packed.input_ids.numel() * count
+        progress.computed_tokens += packing.count_tokens(inputs) * count
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -289,11 +288,13 @@ class ResponseTrainer(SFTTrainer):
             console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
 
     def count_parts(self, inputs: dict[str, torch.Tensor]) -> int:
-        """In how many parts a batch is computed, of which each has AT_ONCE tokens, about."""
-        if torch.cuda.is_available():
-            return self.parts
-        tokens = packing.pack(inputs["input_ids"], inputs["attention_mask"]).input_ids.numel()
-        return min(len(inputs["labels"]), max(self.parts, math.ceil(tokens / AT_ONCE)))
+        """In how many parts a batch is computed: on the CPU in parts of AT_ONCE tokens at most, or of one row."""
+        parts = self.parts
+        while parts < len(inputs["labels"]) and not torch.cuda.is_available():
+            if all(packing.count_tokens(part) <= AT_ONCE for part in split_rows(inputs, parts)):
+                break
+            parts *= 2
+        return parts
 
     # ----------------------------------------------------------------------- evaluate
 
