@@ -24,12 +24,14 @@ from qlora.row_filters import Dropped, is_refusal, shorten_text
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MARKS = "⟦", "⟧"  # around the trained tokens, where there is no colour
-# Share of the rate of large matmuls that training reaches; measured: 190 to 240 of 799 GFLOP/s with 500 tokens a batch.
-UTILISATION = 0.3
-# Bytes a token, layer and unit of the hidden size that forward keeps for backward; counted: 30 for SmolLM2-135M
-# with LoRA on all linear layers under bf16 autocast. With checkpointing a layer keeps its bf16 input only.
-ACTIVATION_BYTES, CHECKPOINT_BYTES = 30, 2
-# Libraries, and on the CPU what the allocator keeps of batches of other lengths (runs of 2.0, 2.8, 3.1 and 3.4 GB).
+# Share of the rate of large matmuls that training reaches, by bytes of what it computes in. Measured on two cores with
+# 300 to 500 tokens a batch: 260 to 300 of 970 GFLOP/s in bf16, 140 to 160 of 215 in fp32.
+UTILISATION = {2: 0.3, 4: 0.65}
+# Bytes a token, layer and unit of the hidden size that forward keeps for backward: on a GPU as counted for SmolLM2-135M
+# with LoRA on all linear layers under bf16 autocast; on the CPU as the process grows in bf16 and in fp32, 263 to 1,037
+# tokens. With checkpointing a layer keeps its input only.
+ACTIVATION_BYTES_CUDA, ACTIVATION_BYTES_CPU = 30, {2: 60, 4: 90}
+# Libraries, and on the CPU what the allocator keeps of batches of other lengths.
 LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 1.9e9
 FULL = 0.9  # share of the free memory that an estimate may take; most estimates are too high
 
@@ -158,7 +160,9 @@ def plan_costs(schedule, training: Sequence[Example], model) -> dict:
     `model` has its LoRA; it may be on the meta device, without weights. `training` are the rows of the first epoch.
     """
     batches = measure_batches(training, schedule)
-    return {**asdict(schedule), **describe_model(model), "batches": batches, "processes": settings.process_count()}
+    longest = max(len(example.input_ids) for example in training)
+    sizes = {"batches": batches, "longest": longest, "processes": settings.process_count()}
+    return {**asdict(schedule), **describe_model(model), **sizes}
 
 
 def describe_model(model) -> dict[str, int]:
@@ -196,13 +200,14 @@ def measure_batches(training: Sequence[Example], schedule) -> list[int]:
 
 
 def estimate_seconds(plan: dict, rate: float) -> float:
-    """An estimate of how long all steps take, without evaluations: within a factor of two on an idle machine.
+    """An estimate of how long all steps take, without evaluations: within 30 % on an idle CPU.
 
     A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
     LoRA), and 2 more where activations are recomputed.
     """
     tokens = plan["steps"] * plan["accumulation"] * sum(plan["batches"]) / len(plan["batches"])
-    return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * UTILISATION)
+    share = UTILISATION[machine.compute_dtype().itemsize]
+    return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * share)
 
 
 def fits(plan: dict) -> bool:
@@ -221,16 +226,16 @@ def estimate_memory(plan: dict) -> dict[str, float]:
 
     from qlora.trainer import AT_ONCE
 
-    tokens = max(plan["batches"]) if torch.cuda.is_available() else min(AT_ONCE, max(plan["batches"]))
-    size = machine.compute_dtype().itemsize / 2  # of an activation, in those that are counted
-    kept = ACTIVATION_BYTES * plan["layers"]
-    if plan["checkpointing"]:
-        kept = CHECKPOINT_BYTES * plan["layers"] + ACTIVATION_BYTES
+    tokens, size, on_gpu = max(plan["batches"]), machine.compute_dtype().itemsize, torch.cuda.is_available()
+    if not on_gpu:
+        tokens = min(max(AT_ONCE, plan["longest"]), tokens)
+    layer = ACTIVATION_BYTES_CUDA if on_gpu else ACTIVATION_BYTES_CPU[size]
+    kept = size * plan["layers"] + layer if plan["checkpointing"] else layer * plan["layers"]
     parts = {
         "base_model": 0.6 * plan["parameters"],
         "lora": 16 * plan["lora_parameters"],
-        "activations": tokens * plan["hidden_size"] * kept * size,
-        "libraries": LIBRARIES_CUDA if torch.cuda.is_available() else LIBRARIES_CPU,
+        "activations": tokens * plan["hidden_size"] * kept,
+        "libraries": LIBRARIES_CUDA if on_gpu else LIBRARIES_CPU,
     }
     return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}
 

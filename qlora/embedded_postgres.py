@@ -4,6 +4,7 @@ It listens on a Unix socket in its data folder (0700) and nowhere else, is share
 the project that run at the same time, and stops with the last of them.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ def start_server(folder: Path | None = None) -> str:
 
     Raises UserError when the path is too long for a socket, the disk is full, or the server won't start.
     """
-    folder = folder or settings.data_folder() / "postgres"
+    folder = folder or choose_folder()
     check_path(folder)
     check_disk(folder.parent, BYTES_NEEDED)
     if not (folder / "PG_VERSION").exists():
@@ -41,11 +42,27 @@ def start_server(folder: Path | None = None) -> str:
     return server.get_uri()
 
 
+def choose_folder() -> Path:
+    """Where the server's data are: in the data folder, or below the home folder where its path can't hold a socket.
+
+    A data folder that was named is taken as it is.
+    """
+    folder = settings.data_folder() / "postgres"
+    fits = len(os.fsencode(folder / SOCKET_NAME)) <= SOCKET_LIMIT and not has_space(folder)
+    if fits or settings.get("QLORA_DATA_DIR"):
+        return folder
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    elsewhere = Path.home() / ".qlora" / digest[:12] / "postgres"
+    note(f"The database is in {elsewhere}: the project's path is too long for its socket, or has a space")
+    elsewhere.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return elsewhere
+
+
 def check_path(folder: Path) -> None:
     """Refuses paths for which the server would fall back to a socket folder open to everybody."""
     if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_LIMIT:
         raise fail("the path is too long for a database socket", str(folder), "set QLORA_DATA_DIR to a shorter path")
-    if any(letter.isspace() for letter in str(folder)):
+    if has_space(folder):
         raise fail(
             "the path has a space, which pg_ctl cannot pass on", str(folder), "set QLORA_DATA_DIR to one without"
         )
@@ -53,6 +70,10 @@ def check_path(folder: Path) -> None:
         closed = [parent for parent in folder.parents if parent.exists() and parent.stat().st_mode & 0o005 != 0o005]
         for parent in closed:
             note(f"As root the database runs as user pgserver: {parent} is opened for reading (chmod go+rx)")
+
+
+def has_space(folder: Path) -> bool:
+    return any(letter.isspace() for letter in str(folder))
 
 
 def forget_dead_processes(folder: Path) -> None:

@@ -15,6 +15,7 @@ from qlora.prompt import IGNORED, Prompt, choose_prompt
 from qlora.row_filters import Dropped
 
 PLAN = {
+    "longest": 2000,
     "seed": 0,
     "processes": 1,
     "steps": 10,
@@ -110,7 +111,7 @@ def test_time_grows_with_tokens_weights_and_recomputation(tokenizer):
     examples = [example(tokenizer)] * 4
     seconds = report_on(tokenizer, examples, rate=1e6)["estimate"]["seconds"]
     # 30 batches of two rows with the same prompt, which is computed once: 12 tokens and one of each.
-    assert seconds == round(30 * 14 * 4 * 1e6 / (1e6 * data_report.UTILISATION))
+    assert seconds == round(30 * 14 * 4 * 1e6 / (1e6 * data_report.UTILISATION[machine.compute_dtype().itemsize]))
     recomputed = report_on(tokenizer, examples, rate=1e6, plan={**PLAN, "checkpointing": True})
     assert recomputed["estimate"]["seconds"] == pytest.approx(1.5 * seconds, abs=1)
     assert report_on(tokenizer, examples, rate=2e6)["estimate"]["seconds"] == pytest.approx(seconds / 2, abs=1)
@@ -121,7 +122,8 @@ def test_memory_is_that_of_the_largest_batch(tokenizer):
     plan = {**PLAN, "parameters": 10**9, "lora_parameters": 10**7, "hidden_size": 1000, "layers": 10}
     parts = report_on(tokenizer, examples, plan=plan)["estimate"]["memory_gb"]
     assert (parts["base_model"], parts["lora"]) == (0.6, 0.16)
-    assert parts["activations"] == round((1000 + 3) * 1000 * 10 * data_report.ACTIVATION_BYTES / 1e9, 2)
+    kept = data_report.ACTIVATION_BYTES_CPU[machine.compute_dtype().itemsize]
+    assert parts["activations"] == round((1000 + 3) * 1000 * 10 * kept / 1e9, 2)
     assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], abs=0.03)
     fewer = report_on(tokenizer, examples, plan={**plan, "checkpointing": True})["estimate"]["memory_gb"]
     assert 0 < fewer["activations"] < parts["activations"] / 5 and fewer["lora"] == parts["lora"]
@@ -133,6 +135,13 @@ def test_a_plan_fits_where_its_estimate_is_free(monkeypatch):
     for free, fits in ((1.2 * needed, True), (0.8 * needed, False)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
         assert data_report.fits(plan) is fits
+
+
+@pytest.mark.parametrize("longest, at_once", [(500, 1024), (2048, 2048)])
+def test_the_cpu_computes_a_large_batch_in_parts(longest, at_once):
+    plan = {**PLAN, "longest": longest}
+    whole, part = ({**plan, "batches": [tokens]} for tokens in (4000, at_once))
+    assert data_report.estimate_memory(whole) == data_report.estimate_memory(part)
 
 
 def test_rate_of_this_machine():

@@ -15,7 +15,7 @@ from conftest import PROJECT, rag
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
-from qlora import embedded_postgres
+from qlora import embedded_postgres, settings
 from qlora.console import UserError
 from qlora.database import Database, connect, describe_url
 from qlora.passage_store import Entry
@@ -28,6 +28,20 @@ def open_store(url, name, model="fake", size=8) -> PgVectorStore:
 
 def passages(*texts, source="a.md"):
     return [Document(text, metadata={"source": source, "line": n}) for n, text in enumerate(texts, 1)]
+
+
+@pytest.mark.parametrize("name", ["a project", "x" * 100])
+def test_a_project_whose_path_holds_no_socket_keeps_its_database_elsewhere(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("QLORA_DATA_DIR", raising=False)
+    monkeypatch.setattr(settings, "PROJECT", tmp_path / name)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
+    made = []
+    monkeypatch.setattr(Path, "mkdir", lambda path, **options: made.append((path, options["mode"])))
+    folder = embedded_postgres.choose_folder()
+    assert folder.parent.parent == Path("/home/ann/.qlora") and (folder.parent, 0o700) in made
+    assert str(folder) in capsys.readouterr().err and embedded_postgres.choose_folder() == folder
+    monkeypatch.setattr(settings, "PROJECT", tmp_path / "b")
+    assert embedded_postgres.choose_folder() == tmp_path / "b" / ".data" / "postgres"
 
 
 def test_nearest_first_with_metadata_and_scores(database, collection):
@@ -99,7 +113,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.path.insert(0, {project!r})
 import psycopg2
-from qlora import embedded_postgres
+from qlora import embedded_postgres, settings
 psycopg2.connect(embedded_postgres.start_server(Path({folder!r})))
 print("ready", flush=True)
 time.sleep(60)
