@@ -75,6 +75,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     Other exceptions pass through: they are ours, and their traceback is wanted.
     """
     try:
+        if sys.platform == "win32":
+            raise fail("Windows is not supported", "this machine", "use it in WSL: learn.microsoft.com/windows/wsl")
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print_problems(error.problems)

@@ -7,6 +7,7 @@ the project that run at the same time, and stops with the last of them.
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from qlora import settings
@@ -14,7 +15,7 @@ from qlora.base_model import check_disk
 from qlora.console import fail, note
 
 SOCKET_NAME = ".s.PGSQL.5432"
-SOCKET_LIMIT = 107  # bytes of a path that fit into sockaddr_un on Linux; macOS has 103
+SOCKET_LIMIT = 103 if sys.platform == "darwin" else 107  # bytes of a path that fit into sockaddr_un
 BYTES_NEEDED = 200_000_000
 
 

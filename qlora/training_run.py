@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def describe_result(metrics: Path, progress: Progress, steps: int) -> dict[str, 
 
 def peak_memory() -> dict[str, float]:
     """Peak memory in GB so far: of this process, and of the GPU when there is one."""
-    peaks = {"process_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)}
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB on Linux
+    peaks = {"process_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
     if torch.cuda.is_available():
         peaks["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return peaks

