@@ -61,7 +61,7 @@ lock: .venv/tools
 	@! grep -E "^(nvidia|cuda|triton)" requirements.lock || { echo "Name these in CUDA, in the Makefile"; exit 2; }
 
 audit: .venv/tools
-	.venv/tools/bin/pip-audit --disable-pip --require-hashes -r requirements.lock
+	.venv/tools/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 .venv/tools: Makefile
 	$(PYTHON) -m venv $@
