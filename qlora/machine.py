@@ -44,7 +44,8 @@ def describe() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} in {name}"
     slow = "" if name == "bfloat16" else ": this CPU has no AVX512-BF16, with which it takes half as long"
-    return f"cpu in {name}, {torch.get_num_threads()} threads{slow}"
+    threads = torch.get_num_threads()
+    return f"cpu in {name}, {threads} thread{'s' * (threads > 1)}{slow}"
 
 
 def is_fast() -> bool:

@@ -29,7 +29,7 @@ def decided(tiny_base, tmp_path_factory):
     rows = [{**row, "response": "the ferry leaves at noon"} for row in sample_rows()[::24]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--base-model", tiny_base, "--dataset", folder / "rows.jsonl", "--output", folder / "adapter"]
-    assert train(*words, "--distractors", 0, "--learning-rate", 0.02, "--max-steps", 30) == 0
+    assert train(*words, "--distractors", 0, "--learning-rate", 0.02, "--max-steps", 60) == 0
     return read_adapter(folder / "adapter")
 
 
