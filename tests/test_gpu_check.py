@@ -25,7 +25,7 @@ def test_all_parts_run_on_the_cpu(tmp_path):
         measures["ours"]["ours: of the tokens shared"] > 0.3
         and measures["plain"]["rows with equal tokens"] == "12 of 12"
     )
-    assert measures["memory"]["out of memory: parts of a batch"] == 2
+    assert measures["memory"]["out of memory: parts of a batch"] == 8  # two rows of 16 at a time
     assert measures["ingest"]["written to PostgreSQL"] == 64
     assert found["machine"]["versions"]["torch"] and "(--tiny)" in found["machine"]["card"]
     assert {"profile-step.txt", "profile-token.txt"} <= {path.name for path in tmp_path.iterdir()}
