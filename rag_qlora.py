@@ -21,9 +21,10 @@ from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
 
-from qlora import adapter, base_model, console, machine, settings
+from qlora import console, machine, settings
+from qlora.cli.rag_flags import SAMPLE_DOCUMENTS, SAMPLE_QUESTIONS, WITHOUT_MODEL, resolve_arguments
 from qlora.console import note
-from qlora.rag_flags import SAMPLE_DOCUMENTS, SAMPLE_QUESTIONS, WITHOUT_MODEL, resolve_arguments
+from qlora.model import adapter, base_model
 
 STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
 
@@ -73,7 +74,7 @@ def load_model(args):
     if args.base_url:
         note(f"asked in the words of {args.adapter or args.base_model}")
         return None, tokenizer, prompt
-    from qlora.lean_layers import make_lean
+    from qlora.model.lean_layers import make_lean
 
     machine.threads()
     note(f"Computes on {machine.describe()}")
@@ -103,9 +104,9 @@ def load_prompt(args):
 
 def merge_for_speed(trained, tokenizer):
     """The merged model, checked on the sample's first questions with their contexts."""
-    from qlora.evaluation import load_questions
-    from qlora.export import CHECKED_ROWS, merge_in_memory
+    from qlora.evaluation.evaluation import load_questions
     from qlora.prompt import encode_prompt, fill_prompt
+    from qlora.training.export import CHECKED_ROWS, merge_in_memory
 
     asked = [question for question in load_questions(SAMPLE_QUESTIONS) if question.context][:CHECKED_ROWS]
     messages = [fill_prompt(tokenizer, trained.prompt, 1024, q.question, [q.context]) for q in asked]
@@ -117,14 +118,14 @@ def merge_for_speed(trained, tokenizer):
 
 def make_generator(args, model, tokenizer, prompt):
     """The LangChain chat model, here or on a server: greedy at temperature 0, else seeded sampling."""
-    from qlora.generator import Generator
+    from qlora.answering.generator import Generator
 
     refusal = tokenizer(prompt.refusal, add_special_tokens=False).input_ids
     first_bias = {refusal[0]: args.refusal_bias} if args.refusal_bias else {}
     how = f"sampling at temperature {args.temperature}" if args.temperature else "greedy"
     note(f"{how}, at most {args.max_new_tokens} new tokens")
     if args.base_url:
-        from qlora.server_model import connect
+        from qlora.answering.server_model import connect
 
         return connect(args, tokenizer, first_bias)
     return Generator(
@@ -169,7 +170,7 @@ def open_store(args, name: str | None = None, embeddings=None):
 
 def open_pgvector(embeddings, embedding_model: str, name: str):
     """The collection in PostgreSQL, and where that is."""
-    from qlora import database, embedded_postgres, pgvector_store
+    from qlora.retrieval import database, embedded_postgres, pgvector_store
 
     url = settings.get("DATABASE_URL")
     connected = database.Database(url or embedded_postgres.start_server())
@@ -179,14 +180,14 @@ def open_pgvector(embeddings, embedding_model: str, name: str):
 
 def open_pinecone(embeddings, embedding_model: str, name: str):
     """The collection in Pinecone, and where that is."""
-    from qlora import pinecone_store
+    from qlora.retrieval import pinecone_store
 
     index = pinecone_store.open_index(len(embeddings.embed_query("dimension")))
     return pinecone_store.PineconeStore(index, embeddings, embedding_model, name), "Pinecone"
 
 
 def ingest(args, store) -> int:
-    from qlora.sync import put_files
+    from qlora.retrieval.ingest import put_files
 
     splitting = args.embedding_model, args.passage_tokens, args.overlap
     put_files(store, args.paths, *splitting, args.prune, args.dry_run)
@@ -203,7 +204,7 @@ def same_places(args) -> str:
 
 def documents(args, store) -> int:
     """Prints what is in the collection."""
-    from qlora.conversation import printable
+    from qlora.answering.conversation import printable
 
     entries = store.documents()
     if args.json:
@@ -232,7 +233,7 @@ def fill_if_empty(args, store) -> None:
 
     Raises UserError when other questions are to be evaluated on it.
     """
-    from qlora.sync import put_files
+    from qlora.retrieval.ingest import put_files
 
     if store.count() == 0:
         if args.command in ("evaluate", "sweep") and args.questions != SAMPLE_QUESTIONS:
@@ -244,9 +245,9 @@ def fill_if_empty(args, store) -> None:
 
 def search(args, store) -> int:
     """Prints the nearest passages; loads no language model."""
-    from qlora.citations import Cited
-    from qlora.conversation import describe_ranks, indent, printable
-    from qlora.documents import place
+    from qlora.answering.citations import Cited
+    from qlora.answering.conversation import describe_ranks, indent, printable
+    from qlora.retrieval.documents import place
 
     fill_if_empty(args, store)
     found = make_search(args, store)(args.question, args.top_k)
@@ -272,7 +273,7 @@ def make_search(args, store):
 
 def doctor(args) -> int:
     """Prints what is found out about machine, server, collection and index; 1 when something is bad."""
-    from qlora.doctor import Finding, as_json, examine, examine_machine, print_findings
+    from qlora.retrieval.doctor import Finding, as_json, examine, examine_machine, print_findings
 
     findings = examine_machine()
     try:
@@ -301,9 +302,9 @@ def build_chain(args, store, prompt, generator, fill):
     """
     from langchain_core.runnables import RunnableBranch, RunnablePassthrough
 
-    from qlora.citations import best_score, check_answer, refuse
+    from qlora.answering.citations import best_score, check_answer, refuse
+    from qlora.answering.retriever import PassageRetriever
     from qlora.prompt import as_langchain
-    from qlora.retriever import PassageRetriever
 
     retriever = PassageRetriever(find=partial(make_search(args, store), k=args.top_k))
     threshold = store.refusal_threshold or -1.0
@@ -331,8 +332,8 @@ def build_chain(args, store, prompt, generator, fill):
 
 def ask(args, chain, prompt) -> int:
     """Answers each question; the answers go to stdout. 3 with --strict when one was refused or nothing supports it."""
-    from qlora.citations import refuse
-    from qlora.conversation import answer_question, print_turn, write_trace
+    from qlora.answering.citations import refuse
+    from qlora.answering.conversation import answer_question, print_turn, write_trace
 
     refused = False
     for question in args.questions:
@@ -369,8 +370,8 @@ def make_rewriter(args, prompt, generator):
 
 def chat(args, chain, prompt, complete) -> int:
     """Several turns. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends."""
-    from qlora.chat_session import Session
-    from qlora.conversation import answer_question, print_turn, write_trace
+    from qlora.answering.chat_session import Session
+    from qlora.answering.conversation import answer_question, print_turn, write_trace
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
@@ -400,7 +401,7 @@ def chat(args, chain, prompt, complete) -> int:
 
 def evaluate(args, store, prompt, generator) -> int:
     """Answers all questions with base and tuned model from every context, scores them, and writes the report."""
-    from qlora import evaluation, report
+    from qlora.evaluation import evaluation, report
 
     questions = evaluation.load_questions(args.questions, args.limit)
     found = evaluation.search_all(make_search(args, store), questions, args.top_k)
@@ -441,8 +442,8 @@ def evaluate(args, store, prompt, generator) -> int:
 
 def sweep(args, store) -> int:
     """Retrieval metrics for every value of each swept setting, best first; loads no language model."""
-    from qlora import evaluation, sweep
-    from qlora.sync import put_files
+    from qlora.evaluation import evaluation, sweep
+    from qlora.retrieval.ingest import put_files
 
     fill_if_empty(args, store)
     questions = evaluation.load_questions(args.questions, args.limit)
@@ -462,7 +463,7 @@ def sweep(args, store) -> int:
 
 def compare(args) -> int:
     """The paired difference of two runs over the questions that both have."""
-    from qlora import comparison, report
+    from qlora.evaluation import comparison, report
 
     rows = comparison.compare_runs(*args.compare, args.seed)
     print(json.dumps(rows, ensure_ascii=False) if args.json else report.comparison_as_text(rows, *args.compare))
@@ -471,7 +472,7 @@ def compare(args) -> int:
 
 def complete_batch(prompt, generator, pairs) -> list:
     """A checked Answer for each (question, documents), in the words that ask() uses."""
-    from qlora.citations import check_answer
+    from qlora.answering.citations import check_answer
 
     fill = make_fill(prompt, generator)
     texts = generator.complete([fill(asked.question, [d.page_content for d in found]) for asked, found in pairs])

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import trials
 from qlora import console, presets, settings
-from qlora.report import as_markdown_table, show
+from qlora.evaluation.report import as_markdown_table, show
 
 PICTURE = trials.PROJECT / "learning_curve.png"
 QUESTIONS = ("questions.jsonl", "second_questions.jsonl")
@@ -48,7 +48,7 @@ CURVE = (50, 100, 200, 400)
 
 
 def drop_citations() -> None:
-    from qlora import dataset
+    from qlora.training import dataset
 
     shape = dataset.shape_row
 
@@ -60,28 +60,28 @@ def drop_citations() -> None:
 
 
 def cut_any_passage() -> None:
-    from qlora import dataset
+    from qlora.training import dataset
 
     fit = dataset.fit_passages
     dataset.fit_passages = lambda *given, last=None, keep="", **others: fit(*given, **others)
 
 
 def drop_headings() -> None:
-    from qlora import documents
+    from qlora.retrieval import documents
 
     split = documents.split_sections
     documents.split_sections = lambda page: [("", *rest) for _, *rest in split(page)]
 
 
 def scatter_rows() -> None:
-    from qlora import trainer
+    from qlora.training import trainer
 
     batch = trainer.batch_groups
     trainer.batch_groups = lambda groups, size, seed: batch(range(len(groups)), size, seed)
 
 
 def quantize_all() -> None:
-    from qlora import base_model
+    from qlora.model import base_model
 
     base_model.SENSITIVE.clear()
 
@@ -89,7 +89,7 @@ def quantize_all() -> None:
 def keep_16_bit() -> None:
     from transformers import AutoModelForCausalLM
 
-    from qlora import quantised_base
+    from qlora.model import quantised_base
 
     quantised_base.folder_for = lambda *given: None
     load = AutoModelForCausalLM.from_pretrained

@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from qlora import console, settings  # noqa: E402
-from qlora.rag_flags import SAMPLE_QUESTIONS  # noqa: E402
+from qlora.cli.rag_flags import SAMPLE_QUESTIONS  # noqa: E402
 
 RECIPES = ("seed", "ours", "merged", "batch")
 LONG, BATCH = 48, 8
@@ -90,7 +90,7 @@ def load_model(args):
     import argparse
 
     import rag_qlora
-    from qlora import adapter, base_model
+    from qlora.model import adapter, base_model
 
     trained = adapter.read_adapter(args.adapter)
     merge = args.recipe == "merged"
@@ -122,7 +122,7 @@ def measure_prefill(model, tokenizer, prompt, asked) -> float:
 
 def choose_questions(count: int) -> list[tuple[str, list[str]]]:
     """(question, passages) of answerable sample questions, evenly spread; two passages belong to other questions."""
-    from qlora.evaluation import load_questions
+    from qlora.evaluation.evaluation import load_questions
 
     usable = [question for question in load_questions(SAMPLE_QUESTIONS) if question.context and question.answers]
     chosen = usable[:: len(usable) // count][:count]
@@ -131,7 +131,7 @@ def choose_questions(count: int) -> list[tuple[str, list[str]]]:
 
 
 def ask_ours(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], list[float]]:
-    from qlora.generator import Generator
+    from qlora.answering.generator import Generator
     from qlora.prompt import as_langchain, fill_prompt
 
     generator = Generator(model=model, tokenizer=tokenizer, max_new_tokens=LONG + 16)
@@ -150,8 +150,8 @@ def ask_seed(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], l
     from langchain_huggingface import HuggingFacePipeline
     from transformers import pipeline
 
+    from qlora.answering.retriever import PassageRetriever
     from qlora.prompt import number_passages
-    from qlora.retriever import PassageRetriever
 
     text = tokenizer.apply_chat_template(
         prompt.messages("{question}", ["{context}"]), tokenize=False, add_generation_prompt=True
@@ -174,7 +174,7 @@ def ask_seed(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], l
 
 def answer_all(generator, asked: list) -> tuple[list[str], list[float]]:
     """The answers, and the seconds to the first piece of each."""
-    from qlora.stopwatch import Stopwatch
+    from qlora.answering.stopwatch import Stopwatch
 
     answers, firsts = [], []
     for messages in asked:

@@ -14,7 +14,10 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import adapter, base_model, comparison, console, dataset, machine, settings  # noqa: E402
+from qlora import console, machine, settings  # noqa: E402
+from qlora.evaluation import comparison  # noqa: E402
+from qlora.model import adapter, base_model  # noqa: E402
+from qlora.training import dataset  # noqa: E402
 
 ROWS = PROJECT / "benchmarks" / "closed_book.jsonl"
 
@@ -26,7 +29,7 @@ def main(argv: list[str]) -> int:
     flags, problems = console.parse_arguments(parser, argv)
     problems.raise_if_any()
     settings.quieten_libraries()
-    from qlora.lean_layers import make_lean
+    from qlora.model.lean_layers import make_lean
 
     trained = adapter.read_adapter(flags.adapter)
     tokenizer = base_model.load_tokenizer(str(flags.adapter))
@@ -46,7 +49,7 @@ def measure_losses(model, examples) -> list[tuple[float, int]]:
     """The summed loss of each row's response, and its tokens."""
     import torch
 
-    from qlora import trainer
+    from qlora.training import trainer
 
     measured = []
     for example in examples:

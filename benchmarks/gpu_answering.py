@@ -23,8 +23,10 @@ from benchmarks.gpu_bench import (  # noqa: E402
     sample_rows,
     tuned_model,
 )
-from qlora import adapter, base_model, console, dataset, machine  # noqa: E402
+from qlora import console, machine  # noqa: E402
+from qlora.model import adapter, base_model  # noqa: E402
 from qlora.prompt import choose_prompt, encode_prompt, fill_prompt  # noqa: E402
+from qlora.training import dataset  # noqa: E402
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
@@ -36,7 +38,7 @@ def time_answers(bench: Bench) -> list[Measure]:
     """Tokens/s of the large model with an adapter; random weights quote nothing, so a step gives one token."""
     import torch
 
-    from qlora import generator as answering
+    from qlora.answering import generator as answering
 
     generator, prompts = ready_to_answer(large_adapter(bench), bench.sizes.tokens)
     one, many = prompts[:1], [prompts[n % len(prompts)] for n in range(bench.sizes.askers)]
@@ -88,7 +90,7 @@ def merge(bench: Bench) -> list[Measure]:
     """The large model merged in memory, on the GPU or, where it has no room, on the CPU; checked as --merge checks."""
     import torch
 
-    from qlora.export import merge_in_memory
+    from qlora.training.export import merge_in_memory
 
     trained = adapter.read_adapter(large_adapter(bench))
     tokenizer = base_model.load_tokenizer(str(trained.folder))
@@ -158,8 +160,8 @@ def put_passages(passages: list[str], vectors: list[list[float]], embeddings) ->
         return [Measure("written to PostgreSQL", "not installed here")]
     from langchain_core.documents import Document
 
-    from qlora import database, embedded_postgres, pgvector_store
-    from qlora.passage_store import Entry
+    from qlora.retrieval import database, embedded_postgres, pgvector_store
+    from qlora.retrieval.passage_store import Entry
 
     with tempfile.TemporaryDirectory(prefix="pg") as folder:  # a short path: it holds a socket
         opened = database.Database(embedded_postgres.start_server(Path(folder, "data")))
@@ -185,7 +187,7 @@ def put_passages(passages: list[str], vectors: list[list[float]], embeddings) ->
 
 def profile(bench: Bench) -> list[Measure]:
     """Where the time of a training step and of a token goes, and how often the CPU waits; tables beside the results."""
-    from qlora import generator as answering
+    from qlora.answering import generator as answering
 
     tokenizer = base_model.load_tokenizer(bench.large)
     examples, _ = dataset.tokenize_rows(tokenizer, choose_prompt(tokenizer), sample_rows()[: bench.sizes.batch], 768)
@@ -200,8 +202,8 @@ def prepare_step(bench: Bench, examples: list[dataset.Example]) -> Callable[[], 
     """A forward and backward pass of our training over these rows."""
     import torch
 
-    from qlora import trainer
-    from qlora.lean_layers import make_lean
+    from qlora.model.lean_layers import make_lean
+    from qlora.training import trainer
 
     model = tuned_model(bench.large)
     make_lean(model)

@@ -14,8 +14,10 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks import answer_speed, random_llama, train_speed  # noqa: E402
 from benchmarks.plain_recipe import RANK, SEED, Setup  # noqa: E402
-from qlora import adapter, base_model, console, dataset  # noqa: E402
+from qlora import console  # noqa: E402
+from qlora.model import adapter, base_model  # noqa: E402
 from qlora.prompt import encode_prompt, fill_prompt  # noqa: E402
+from qlora.training import dataset  # noqa: E402
 
 SAMPLE_ROWS = PROJECT / "sample_data" / "train.jsonl"
 
@@ -124,7 +126,7 @@ class Trained:
 def train(folder: Path, *words, **flags) -> Trained:
     """Runs instruct_train_qlora.py in this process. Raises RuntimeError when it fails."""
     import instruct_train_qlora
-    from qlora import training_run
+    from qlora.training import training_run
 
     caught, ordinary = [], training_run.train
 
@@ -188,7 +190,7 @@ def tuned_model(source: str):
     """The 4-bit model with a LoRA in fp32 that changes something, ready to train."""
     import torch
 
-    from qlora import trainer
+    from qlora.training import trainer
 
     base = base_model.load_base_model(base_model.resolve_base_model(source), training=True)
     model = trainer.add_lora(base, RANK, 2 * RANK, 0.0, SEED).train()
@@ -204,7 +206,7 @@ def tuned_model(source: str):
 def ready_to_answer(folder: Path, tokens: int):
     """What rag_qlora.py answers with, and the prompts of sample questions."""
     import rag_qlora
-    from qlora.generator import Generator
+    from qlora.answering.generator import Generator
 
     trained = adapter.read_adapter(folder)
     flags = Namespace(

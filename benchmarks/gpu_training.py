@@ -27,8 +27,10 @@ from benchmarks.gpu_bench import (  # noqa: E402
     tuned_model,
 )
 from benchmarks.plain_recipe import Setup  # noqa: E402
-from qlora import adapter, base_model, dataset, machine  # noqa: E402
+from qlora import machine  # noqa: E402
+from qlora.model import adapter, base_model  # noqa: E402
 from qlora.prompt import choose_prompt  # noqa: E402
+from qlora.training import dataset  # noqa: E402
 
 SCALE = 1024  # of an fp16 loss, whose gradients would be too small for the type
 
@@ -80,8 +82,8 @@ def take_step(step: Namespace, dtype, ours: bool, packed: bool):
     """The loss of a batch, and the gradients of all LoRA weights in one vector."""
     import torch
 
-    from qlora import trainer
-    from qlora.lean_layers import make_lean
+    from qlora.model.lean_layers import make_lean
+    from qlora.training import trainer
 
     with patch.object(machine, "compute_dtype", lambda: dtype):
         model = tuned_model(step.source)
@@ -98,7 +100,7 @@ def take_step(step: Namespace, dtype, ours: bool, packed: bool):
 
 def compare_answers(bench: Bench, folder: Path) -> list[Measure]:
     """Greedy answers of the adapter here, and those of the CPU in a process without a card."""
-    from qlora.export import keeps_answer
+    from qlora.training.export import keeps_answer
 
     path = bench.work / "answers.json"
     command = [sys.executable, __file__, str(folder), str(path), str(bench.sizes.tokens)]
@@ -230,7 +232,7 @@ def short_of_memory(bench: Bench, whole: Trained):
     """A context in which the batches of `whole` don't fit; on the CPU that is made believe."""
     import torch
 
-    from qlora import trainer
+    from qlora.training import trainer
 
     if bench.device == "cpu":
         ordinary = trainer.label_logits
@@ -254,7 +256,7 @@ def short_of_memory(bench: Bench, whole: Trained):
 
 def stop_and_resume(bench: Bench) -> list[Measure]:
     """Six steps twice in one go, and once stopped after the third."""
-    from qlora import checkpoints
+    from qlora.training import checkpoints
 
     flags = quick_flags(bench, 6) | {"save_steps": 3}
     runs = [train(bench.work / name, "--overwrite", **flags) for name in ("straight", "again")]

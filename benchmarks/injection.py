@@ -15,7 +15,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import rag_qlora  # noqa: E402
-from qlora import console, rag_flags, settings  # noqa: E402
+from qlora import console, settings  # noqa: E402
+from qlora.cli import rag_flags  # noqa: E402
 
 INJECTIONS = PROJECT / "tests" / "injections.jsonl"
 HARMLESS = ("The bell is rung twice before a departure.", "Visitors sign the book at the gate.")

@@ -17,8 +17,10 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import base_model, console, dataset, settings  # noqa: E402
+from qlora import console, settings  # noqa: E402
+from qlora.model import base_model  # noqa: E402
 from qlora.prompt import IGNORED, choose_prompt, defuse, encode_row  # noqa: E402
+from qlora.training import dataset  # noqa: E402
 
 VARIANTS = ("plain", "ours", "checkpointed")  # each a folder with an adapter
 SEED, RANK, ALPHA, LEARNING_RATE, WARMUP = 0, 16, 32, 4e-4, 0  # a single step, too, trains at the full rate
@@ -113,9 +115,9 @@ def train_plain(setup: Setup, source: str) -> None:
     from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
     from trl import SFTConfig, SFTTrainer
 
-    from qlora import data_report
-    from qlora.trainer import checkpointing_field
-    from qlora.training_run import peak_memory
+    from qlora.training import data_report
+    from qlora.training.trainer import checkpointing_field
+    from qlora.training.training_run import peak_memory
 
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
     # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.

@@ -13,7 +13,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from qlora import base_model, machine  # noqa: E402
+from qlora import machine  # noqa: E402
+from qlora.model import base_model  # noqa: E402
 
 SEED, STD = 0, 0.02  # the standard deviation that Llamas are initialised with
 SHAPES = {  # what LlamaConfig takes

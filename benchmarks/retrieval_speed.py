@@ -23,7 +23,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from benchmarks.train_speed import spread  # noqa: E402
-from qlora import base_model, console, settings  # noqa: E402
+from qlora import console, settings  # noqa: E402
+from qlora.model import base_model  # noqa: E402
 
 DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
 COMMUNITY_ROWS = 4_000  # what the plain store is given: at its speed all of them would take hours
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     args, problems = console.parse_arguments(build_parser(), argv)
     problems.raise_if_any()
     settings.quieten_libraries()
-    from qlora import embedded_postgres
+    from qlora.retrieval import embedded_postgres
 
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
         url = embedded_postgres.start_server(Path(folder, "data"))
@@ -61,10 +62,10 @@ def measure_embedding(args, url: str) -> dict:
     """Passages a second of plain encode, of our embedder, and of a whole ingest; and how near the vectors are."""
     import numpy
 
-    from qlora import documents
-    from qlora.database import Database
-    from qlora.pgvector_store import PgVectorStore
-    from qlora.sync import put_files
+    from qlora.retrieval import documents
+    from qlora.retrieval.database import Database
+    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.pgvector_store import PgVectorStore
 
     plain, ours = load_plain(), load_ours()
     files = documents.find_files([args.documents])
@@ -116,10 +117,10 @@ def measure_store(args, url: str) -> dict:
     """Rows a second into the database with vectors ready, then queries with and without the index."""
     from langchain_core.documents import Document
 
-    from qlora import doctor
-    from qlora.database import Database
-    from qlora.passage_store import Entry
-    from qlora.pgvector_store import PgVectorStore
+    from qlora.retrieval import doctor
+    from qlora.retrieval.database import Database
+    from qlora.retrieval.passage_store import Entry
+    from qlora.retrieval.pgvector_store import PgVectorStore
 
     texts, vectors = make_passages(args.passages)
     ready = Ready()

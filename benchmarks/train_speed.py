@@ -29,7 +29,9 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks import plain_recipe as recipe  # noqa: E402
 from benchmarks.plain_recipe import VARIANTS, Setup  # noqa: E402
-from qlora import base_model, console, dataset  # noqa: E402
+from qlora import console  # noqa: E402
+from qlora.model import base_model  # noqa: E402
+from qlora.training import dataset  # noqa: E402
 
 OURS = {
     "preset": "laptop",  # every value of a preset is named here, too

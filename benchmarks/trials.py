@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from qlora import console, presets  # noqa: E402
-from qlora.report import as_text_table, show  # noqa: E402
+from qlora.evaluation.report import as_text_table, show  # noqa: E402
 
 ADAPTERS = PROJECT / "adapters"
 LOG = PROJECT / "benchmarks" / "runs.jsonl"
@@ -148,7 +148,7 @@ def show_table(title: str, rows: list[tuple[str, dict]]) -> None:
 
 def split_data(name: str, dataset: Path, documents: Path, folder: Path, share: float = 0.25) -> Data:
     """Training rows, and questions on documents of the same rows that are not trained on, as files in `folder`."""
-    from qlora import dataset as rows_of
+    from qlora.training import dataset as rows_of
 
     rows = rows_of.load_rows(str(dataset))
     training, validation = rows_of.hold_out(rows, share, seed=1)

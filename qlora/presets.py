@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from qlora import settings
-from qlora.base_model import EMBEDDED
 from qlora.console import fail
+from qlora.model.base_model import EMBEDDED
 
 SAMPLE_DATA = settings.PROJECT / "sample_data"
 DOLLY_WITH_CONTEXT = "category=closed_qa,information_extraction,summarization"

@@ -78,7 +78,7 @@ def database():
     """The connection string of an embedded PostgreSQL of the tests' own."""
     import tempfile
 
-    from qlora import embedded_postgres
+    from qlora.retrieval import embedded_postgres
 
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # pytest's own paths are too long for a socket
     yield embedded_postgres.start_server(folder / "data")

@@ -7,9 +7,9 @@ import torch
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage, SystemMessage
 
-from qlora import base_model
-from qlora.citations import check_answer, is_refusal
-from qlora.generator import Generator
+from qlora.answering.citations import check_answer, is_refusal
+from qlora.answering.generator import Generator
+from qlora.model import base_model
 from qlora.prompt import Prompt, choose_prompt, encode_prompt
 
 DOCUMENTS = [Document(f"text {n}", metadata={"source": f"{n}.md", "score": 0.5}) for n in (1, 2, 3)]
@@ -72,7 +72,7 @@ def test_a_bias_moves_the_first_token_of_an_answer_and_no_other(exact):
 
 
 def test_the_base_model_answers_without_the_bias_of_the_adapter(generator, tiny_adapter):
-    from qlora import adapter
+    from qlora.model import adapter
 
     trained = adapter.read_adapter(tiny_adapter)
     model = adapter.load_adapter(base_model.load_base_model(trained.base_model), trained)
@@ -215,7 +215,7 @@ def test_langchain_s_own_pipeline_answers_through_the_same_chain(generator):
     from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
     from transformers import pipeline
 
-    from qlora.conversation import answer_question
+    from qlora.answering.conversation import answer_question
 
     options = {"max_new_tokens": generator.max_new_tokens, "do_sample": False, "return_full_text": False}
     answering = pipeline(
@@ -233,7 +233,7 @@ def test_merged_for_speed_after_the_check_or_not_at_all(tiny_adapter, collection
 
     from conftest import rag
 
-    from qlora import export
+    from qlora.training import export
 
     words = "ask", "Where is the flag?", "--adapter", tiny_adapter, "--json"
     assert rag(*words) == 0 and rag(*words, "--merge-for-speed") == 0

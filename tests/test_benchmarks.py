@@ -10,9 +10,9 @@ import pytest
 from conftest import PROJECT, SAMPLE
 
 from benchmarks import ablation, forgetting, plain_recipe, random_llama, train_speed, trials
-from qlora import dataset
 from qlora.console import UserError
 from qlora.prompt import choose_prompt, encode_row
+from qlora.training import dataset
 
 
 def a_run(rate: float, **changes) -> dict:
@@ -70,7 +70,7 @@ def test_plain_text_has_the_prompt_of_ours(tiny_base):
 def test_random_llama_is_made_in_4bit_as_the_loader_would_quantise_it(shape, tmp_path, monkeypatch):
     import torch
 
-    from qlora import base_model
+    from qlora.model import base_model
 
     monkeypatch.setitem(random_llama.SHAPES, "tied", random_llama.SHAPES["tiny"] | {"tie_word_embeddings": True})
     folder = tmp_path / shape
@@ -105,7 +105,9 @@ def test_benchmarks_start_without_torch(script):
 
 
 def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
-    from qlora import base_model, documents, quantised_base, trainer
+    from qlora.model import base_model, quantised_base
+    from qlora.retrieval import documents
+    from qlora.training import trainer
 
     tokenizer = base_model.load_tokenizer(str(tiny_base))
     prompt = choose_prompt(tokenizer)

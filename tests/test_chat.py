@@ -14,9 +14,9 @@ from conftest import PROJECT, rag
 from langchain_core.documents import Document
 
 from qlora import settings
-from qlora.chat_session import Session
-from qlora.citations import check_answer, refuse
-from qlora.conversation import Turn, print_turn, printable
+from qlora.answering.chat_session import Session
+from qlora.answering.citations import check_answer, refuse
+from qlora.answering.conversation import Turn, print_turn, printable
 from qlora.prompt import Prompt, encode_prompt, fill_prompt
 
 PASSAGES = [
@@ -164,10 +164,10 @@ def test_follow_ups_find_what_they_ask_for(database):
     import argparse
 
     import rag_qlora
-    from qlora import base_model
-    from qlora.database import Database
-    from qlora.pgvector_store import PgVectorStore
-    from qlora.sync import put_files
+    from qlora.model import base_model
+    from qlora.retrieval.database import Database
+    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.pgvector_store import PgVectorStore
 
     embeddings = rag_qlora.load_embeddings(argparse.Namespace(embedding_model=base_model.EMBEDDED_EMBEDDER))
     store = PgVectorStore(Database(database), embeddings, base_model.EMBEDDED_EMBEDDER, "follow-ups")
@@ -185,7 +185,7 @@ def test_follow_ups_find_what_they_ask_for(database):
 
 
 def test_history_is_cut_to_the_window(tiny_base):
-    from qlora import base_model
+    from qlora.model import base_model
     from qlora.prompt import choose_prompt
 
     tokenizer = base_model.load_tokenizer(str(tiny_base))
@@ -297,7 +297,7 @@ PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\
 @pytest.mark.parametrize("model", ["chatml", "llama2", "plain"])
 def test_no_attack_reaches_the_model_as_control(model, tiny_base):
     """Special tokens and headings are those of the same prompt with harmless passages."""
-    from qlora import base_model
+    from qlora.model import base_model
     from qlora.prompt import choose_prompt
 
     source = base_model.resolve_base_model(base_model.EMBEDDED) if model == "chatml" else str(tiny_base)

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import SAMPLE
 
-from qlora import data_report, dataset, machine
-from qlora.base_model import load_tokenizer
+from qlora import machine
 from qlora.console import UserError
-from qlora.data_report import build_report, check_examples, describe_model, print_report, write_report
-from qlora.dataset import Example, Row
+from qlora.model.base_model import load_tokenizer
 from qlora.prompt import IGNORED, Prompt, choose_prompt
-from qlora.row_filters import Dropped
+from qlora.training import data_report, dataset
+from qlora.training.data_report import build_report, check_examples, describe_model, print_report, write_report
+from qlora.training.dataset import Example, Row
+from qlora.training.row_filters import Dropped
 
 PLAN = {
     "longest": 2000,
@@ -152,7 +153,7 @@ def test_sizes_of_a_model_without_weights(tiny_base):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora.trainer import add_lora
+    from qlora.training.trainer import add_lora
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base))

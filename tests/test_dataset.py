@@ -5,9 +5,10 @@ import json
 import pytest
 from conftest import SAMPLE
 
-from qlora.base_model import load_tokenizer
 from qlora.console import Problems, UserError
-from qlora.dataset import (
+from qlora.model.base_model import load_tokenizer
+from qlora.prompt import Prompt, choose_prompt
+from qlora.training.dataset import (
     TEMPLATE,
     Row,
     add_distractors,
@@ -19,8 +20,7 @@ from qlora.dataset import (
     load_rows,
     tokenize_rows,
 )
-from qlora.prompt import Prompt, choose_prompt
-from qlora.row_filters import Selection, is_extractive, read_selection, sample_rows
+from qlora.training.row_filters import Selection, is_extractive, read_selection, sample_rows
 
 ROWS = [Row(f"Question {n}?", f"answer{n}", f"Context with answer{n}.", "qa", f"doc{n // 3}.md") for n in range(30)]
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from qlora import base_model, documents
 from qlora.console import UserError
-from qlora.documents import embedded_text, find_files, fingerprint, load_passages, place
+from qlora.model import base_model
+from qlora.retrieval import documents
+from qlora.retrieval.documents import embedded_text, find_files, fingerprint, load_passages, place
 
 FACT = "The gale flag is hoisted at force seven."
 

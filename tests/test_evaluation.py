@@ -7,12 +7,12 @@ import pytest
 from conftest import SAMPLE, rag
 from langchain_core.documents import Document
 
-from qlora import comparison as c
-from qlora import evaluation as e
-from qlora.base_model import EMBEDDED_EMBEDDER
-from qlora.citations import check_answer
+from qlora.answering.citations import check_answer
 from qlora.console import UserError
-from qlora.report import compare_files, describe_answers
+from qlora.evaluation import comparison as c
+from qlora.evaluation import evaluation as e
+from qlora.evaluation.report import compare_files, describe_answers
+from qlora.model.base_model import EMBEDDED_EMBEDDER
 
 QUESTION = e.Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
 HOLDS = Document("It costs nine crowns a day.", metadata={"source": "fees.md", "score": 0.9})
@@ -219,7 +219,7 @@ CELL = {
 
 
 def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys, monkeypatch):
-    from qlora.generator import Generator
+    from qlora.answering.generator import Generator
 
     tiny_adapter = shutil.copytree(tiny_adapter, tmp_path / "tiny")
     words = ["evaluate", "--adapter", tiny_adapter, "--limit", 12, "--max-new-tokens", 4, "--output", tmp_path / "out"]
@@ -311,8 +311,8 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
 
 def test_calibrate_stores_the_threshold_that_ask_obeys(collection, database, tiny_base, tmp_path, capsys):
     """Questions that nothing in the documents is near to, and a model that never refuses: a threshold must come out."""
-    from qlora.database import Database
-    from qlora.pgvector_store import PgVectorStore
+    from qlora.retrieval.database import Database
+    from qlora.retrieval.pgvector_store import PgVectorStore
 
     sample = [q for q in sample_questions(40) if q.source.startswith("canteen/")]
     assert rag("ingest", SAMPLE / "documents" / "canteen") == 0

@@ -12,12 +12,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import sample_rows, train
 from safetensors.torch import load_file
 
-from qlora import base_model, dataset, export, machine
-from qlora.adapter import load_adapter, read_adapter
+from qlora import machine
+from qlora.answering.generator import Generator
 from qlora.console import UserError
-from qlora.generator import Generator
-from qlora.lean_layers import dequantize
+from qlora.model import base_model
+from qlora.model.adapter import load_adapter, read_adapter
+from qlora.model.lean_layers import dequantize
 from qlora.prompt import IGNORED
+from qlora.training import dataset, export
 
 TOKEN = "hf_secretsecret"
 

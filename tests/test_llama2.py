@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import QUICK, rag, sample_rows, train
 
-from qlora import base_model
+from qlora.model import base_model
 from qlora.prompt import choose_prompt, encode_prompt
 
 PUBLISHED_TEMPLATE = (  # tokenizer_config.json of meta-llama/Llama-2-13b-chat-hf

@@ -91,10 +91,13 @@ def test_sources_are_those_of_the_files():
     from textwrap import dedent
 
     import rag_qlora
-    from qlora.citations import Answer
-    from qlora.generator import Generator
+    from qlora.answering.citations import Answer
+    from qlora.answering.generator import Generator
 
     assert build.find_source("rag_qlora.ask") == inspect.getsource(rag_qlora.ask).rstrip()
-    assert build.find_source("qlora.citations.Answer") == inspect.getsource(Answer).rstrip()
-    assert build.find_source("qlora.generator.Generator.write") == dedent(inspect.getsource(Generator.write)).rstrip()
+    assert build.find_source("qlora.answering.citations.Answer") == inspect.getsource(Answer).rstrip()
+    assert (
+        build.find_source("qlora.answering.generator.Generator.write")
+        == dedent(inspect.getsource(Generator.write)).rstrip()
+    )
     assert "STEPS = (" in build.find_source("rag_qlora") and "def " not in build.find_source("rag_qlora")

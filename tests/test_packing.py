@@ -7,8 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora import base_model, lean_layers, machine, packing, trainer
+from qlora import machine
+from qlora.model import base_model, lean_layers, packing
 from qlora.prompt import IGNORED
+from qlora.training import trainer
 
 BEGINNING = [5, 6, 7, 8, 9]
 

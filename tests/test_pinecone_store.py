@@ -11,11 +11,11 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from pinecone_server import KEY, PineconeServer
 
-from qlora import pinecone_store
 from qlora.console import UserError
-from qlora.metadata_filter import read_condition
-from qlora.passage_store import Entry
-from qlora.pinecone_store import PineconeStore, open_index
+from qlora.retrieval import pinecone_store
+from qlora.retrieval.metadata_filter import read_condition
+from qlora.retrieval.passage_store import Entry
+from qlora.retrieval.pinecone_store import PineconeStore, open_index
 
 SIZE = 16
 

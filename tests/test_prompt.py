@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora import base_model
 from qlora.console import UserError
+from qlora.model import base_model
 from qlora.prompt import (
     IGNORED,
     Prompt,

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import QUICK, rag, train
 
-from qlora import base_model, quantised_base
+from qlora.model import base_model, quantised_base
 
 
 @pytest.fixture

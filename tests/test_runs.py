@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import PROJECT, QUICK, rag, train
 
-from qlora import base_model, export, machine, settings, trainer
+from qlora import machine, settings
+from qlora.model import base_model
+from qlora.training import export, trainer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -86,7 +88,7 @@ def test_a_run_killed_twice_gives_the_same_bytes(words, tmp_path, one_thread):
 
 
 def test_an_unfinished_run_is_neither_lost_nor_mixed_up(words, tmp_path, capsys, monkeypatch):
-    from qlora import adapter
+    from qlora.model import adapter
 
     words = [*words, "--output", tmp_path / "mine", "--max-steps", 4, "--save-steps", 2, "--keep-checkpoints", 2]
     partial = tmp_path / ".mine.partial"

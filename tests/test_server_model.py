@@ -83,8 +83,8 @@ def serving(generator, **options):
 
 @pytest.fixture(scope="module")
 def generator(tiny_base):
-    from qlora.base_model import load_base_model, load_tokenizer
-    from qlora.generator import Generator
+    from qlora.answering.generator import Generator
+    from qlora.model.base_model import load_base_model, load_tokenizer
     from qlora.prompt import choose_prompt
 
     tokenizer = load_tokenizer(str(tiny_base))

@@ -15,11 +15,12 @@ from conftest import PROJECT, rag
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
-from qlora import embedded_postgres, settings
+from qlora import settings
 from qlora.console import UserError
-from qlora.database import Database, connect, describe_url
-from qlora.passage_store import Entry
-from qlora.pgvector_store import PgVectorStore
+from qlora.retrieval import embedded_postgres
+from qlora.retrieval.database import Database, connect, describe_url
+from qlora.retrieval.passage_store import Entry
+from qlora.retrieval.pgvector_store import PgVectorStore
 
 
 def open_store(url, name, model="fake", size=8) -> PgVectorStore:
@@ -113,7 +114,8 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.path.insert(0, {project!r})
 import psycopg2
-from qlora import embedded_postgres, settings
+from qlora import settings
+from qlora.retrieval import embedded_postgres
 psycopg2.connect(embedded_postgres.start_server(Path({folder!r})))
 print("ready", flush=True)
 time.sleep(60)

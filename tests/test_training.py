@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import QUICK, rag, sample_rows, train
 
-from qlora import base_model, trainer
-from qlora.adapter import read_adapter
 from qlora.console import UserError
-from qlora.dataset import Example
+from qlora.model import base_model
+from qlora.model.adapter import read_adapter
 from qlora.prompt import IGNORED
+from qlora.training import trainer
+from qlora.training.dataset import Example
 
 FILES = {
     "adapter_model.safetensors",

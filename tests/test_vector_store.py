@@ -11,12 +11,13 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 from langchain_tests.integration_tests import VectorStoreIntegrationTests
 from psycopg2 import sql
 
-from qlora import machine, metadata_filter, pgvector_store, searching
+from qlora import machine
 from qlora.console import UserError
-from qlora.database import MIGRATIONS, Database, is_unprotected
-from qlora.metadata_filter import Condition, read_condition
-from qlora.passage_store import Entry
-from qlora.pgvector_store import PgVectorStore
+from qlora.retrieval import metadata_filter, pgvector_store, searching
+from qlora.retrieval.database import MIGRATIONS, Database, is_unprotected
+from qlora.retrieval.metadata_filter import Condition, read_condition
+from qlora.retrieval.passage_store import Entry
+from qlora.retrieval.pgvector_store import PgVectorStore
 
 INJECTIONS = [
     "' OR '1'='1",
@@ -248,7 +249,7 @@ def test_large_collections_get_indexes_and_filters_stay_complete(database, colle
 
 def test_doctor(database, collection, monkeypatch, capsys):
     monkeypatch.setattr(pgvector_store, "INDEXED_FROM", 100)
-    from qlora.doctor import examine
+    from qlora.retrieval.doctor import examine
 
     store = open_store(database, collection, DeterministicFakeEmbedding(size=16))
     store.put_document(Entry("a.md", "1"), [Document(f"text {n}", metadata={}) for n in range(300)])

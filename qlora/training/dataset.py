@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qlora.console import Problems, fail
 from qlora.prompt import Prompt, defuse, encode_row, fit_passages
-from qlora.row_filters import (
+from qlora.training.row_filters import (
     CITATIONS,
     COLUMNS,
     REQUIRED,

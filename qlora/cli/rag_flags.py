@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora import adapter, base_model, console, presets, settings
-from qlora.comparison import CONTEXTS, MODELS
-from qlora.searching import DEFAULT_MODE, FETCH, MODES
+from qlora import console, presets, settings
+from qlora.evaluation.comparison import CONTEXTS, MODELS
+from qlora.model import adapter, base_model
+from qlora.retrieval.searching import DEFAULT_MODE, FETCH, MODES
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
@@ -62,7 +63,7 @@ def check_store(args, problems: console.Problems) -> None:
     elif args.store != "pgvector":
         problems.add(f"no such store: {args.store}", "QLORA_STORE", "pgvector or pinecone")
     elif url := settings.get("DATABASE_URL"):
-        from qlora.database import connect, is_unprotected
+        from qlora.retrieval.database import connect, is_unprotected
 
         if args.command != "doctor":  # which tells it itself, beside what it finds out about the machine
             connect(url).close()
@@ -100,7 +101,7 @@ def check_serving(args, problems: console.Problems) -> None:
     elif args.merge_for_speed and not args.adapter:
         problems.add("no adapter to merge", "--merge-for-speed", "name one with --adapter")
     if args.base_url:
-        from qlora.server_model import check_url
+        from qlora.answering.server_model import check_url
 
         with problems.collecting():
             check_url(args.base_url)
@@ -108,8 +109,8 @@ def check_serving(args, problems: console.Problems) -> None:
 
 def check_evaluation(args, problems: console.Problems) -> None:
     """Makes sweep and compare commands of their own; adds what is wrong with questions and documents."""
-    from qlora.documents import find_files
-    from qlora.evaluation import load_questions
+    from qlora.evaluation.evaluation import load_questions
+    from qlora.retrieval.documents import find_files
 
     args.command = "compare" if args.compare else "sweep" if args.sweep else "evaluate"
     with problems.collecting():
@@ -125,7 +126,7 @@ def check_evaluation(args, problems: console.Problems) -> None:
 
 
 def check_ingest(args, problems: console.Problems) -> None:
-    from qlora import documents
+    from qlora.retrieval import documents
 
     with problems.collecting():
         documents.find_files(args.paths)
@@ -212,7 +213,7 @@ def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
 
 
 def read_sweep(text: str):
-    from qlora.sweep import read_setting
+    from qlora.evaluation.sweep import read_setting
 
     return read_setting(text)
 
@@ -268,7 +269,7 @@ def search_flags(storage: str) -> argparse.ArgumentParser:
 
 
 def read_where(text: str):
-    from qlora.metadata_filter import read_condition
+    from qlora.retrieval.metadata_filter import read_condition
 
     try:
         return read_condition(text)

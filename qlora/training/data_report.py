@@ -18,9 +18,9 @@ from pathlib import Path
 
 from qlora import machine, settings
 from qlora.console import fail, stderr
-from qlora.dataset import Example
 from qlora.prompt import IGNORED
-from qlora.row_filters import Dropped, is_refusal, shorten_text
+from qlora.training.dataset import Example
+from qlora.training.row_filters import Dropped, is_refusal, shorten_text
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MARKS = "⟦", "⟧"  # around the trained tokens, where there is no colour
@@ -191,7 +191,8 @@ def measure_rate(seconds: float = 0.5) -> float:
 
 def measure_batches(training: Sequence[Example], schedule) -> list[int]:
     """The tokens that are computed for every batch of an epoch: without padding, common beginnings once."""
-    from qlora import packing, trainer
+    from qlora.model import packing
+    from qlora.training import trainer
 
     sizes = []
     for batch in trainer.make_batches(training, schedule.micro_batch, schedule.seed):
@@ -224,7 +225,7 @@ def estimate_memory(plan: dict) -> dict[str, float]:
     """
     import torch
 
-    from qlora.trainer import AT_ONCE
+    from qlora.training.trainer import AT_ONCE
 
     tokens, size, on_gpu = max(plan["batches"]), machine.compute_dtype().itemsize, torch.cuda.is_available()
     if not on_gpu:

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from qlora.console import Invalid, choice, note, number
-from qlora.evaluation import score_retrieval, search_all
-from qlora.report import as_markdown_table, as_text_table, show
-from qlora.searching import MODES
+from qlora.evaluation.evaluation import score_retrieval, search_all
+from qlora.evaluation.report import as_markdown_table, as_text_table, show
+from qlora.retrieval.searching import MODES
 
 SETTINGS = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
 COLUMNS = {

@@ -6,10 +6,10 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.citations import Answer
+from qlora.answering.citations import Answer
+from qlora.answering.stopwatch import Stopwatch
 from qlora.console import note
-from qlora.documents import place
-from qlora.stopwatch import Stopwatch
+from qlora.retrieval.documents import place
 
 
 @dataclass

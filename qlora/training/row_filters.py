@@ -18,7 +18,7 @@ from qlora.console import Invalid, Problems, number
 from qlora.prompt import Prompt
 
 if TYPE_CHECKING:
-    from qlora.dataset import Row
+    from qlora.training.dataset import Row
 
 COLUMNS = ("instruction", "response", "context", "category", "source")
 REQUIRED = ("instruction", "response")

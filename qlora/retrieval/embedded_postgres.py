@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from qlora import settings
-from qlora.base_model import check_disk
 from qlora.console import fail, note
+from qlora.model.base_model import check_disk
 
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_LIMIT = 103 if sys.platform == "darwin" else 107  # bytes of a path that fit into sockaddr_un

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora import machine, settings
-from qlora.adapter import Adapter, existing_parent, load_adapter
-from qlora.base_model import check_disk, load_base_model, load_tokenizer, resolve_base_model
 from qlora.console import UserError, fail, note
-from qlora.dataset import Example
+from qlora.model.adapter import Adapter, existing_parent, load_adapter
+from qlora.model.base_model import check_disk, load_base_model, load_tokenizer, resolve_base_model
 from qlora.prompt import IGNORED
+from qlora.training.dataset import Example
 
 CHECKED_ROWS, CHECKED_TOKENS = 8, 32
 # Logits nearer than this share of their standard deviation are a tie. Right merges of SmolLM2-135M were off by at
@@ -47,7 +47,7 @@ def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]], m
     """
     from accelerate.utils.memory import clear_device_cache
 
-    from qlora.generator import Generator
+    from qlora.answering.generator import Generator
 
     clear_device_cache(garbage_collection=True)  # a trainer that is no longer used is a circle of references
     # As for training: the CPU's answering kernel repacks the weights, and dequantising those gives noise.

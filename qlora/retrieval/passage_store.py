@@ -12,9 +12,9 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
-from qlora import metadata_filter, searching
-from qlora.metadata_filter import Condition
-from qlora.searching import Hit
+from qlora.retrieval import metadata_filter, searching
+from qlora.retrieval.metadata_filter import Condition
+from qlora.retrieval.searching import Hit
 
 ADDED_AS_TEXT = "added as text"  # the fingerprint of what came through LangChain's add_texts
 

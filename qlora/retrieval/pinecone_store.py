@@ -19,11 +19,12 @@ from langchain_core.embeddings import Embeddings
 from pinecone import Index, Pinecone
 from pinecone.errors import exceptions
 
-from qlora import metadata_filter, settings
+from qlora import settings
 from qlora.console import UserError, fail, note
-from qlora.documents import embedded_text
-from qlora.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore, Prepared
-from qlora.searching import Hit
+from qlora.retrieval import metadata_filter
+from qlora.retrieval.documents import embedded_text
+from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore, Prepared
+from qlora.retrieval.searching import Hit
 
 REQUEST_BYTES, METADATA_BYTES = 2_000_000, 40_960  # docs.pinecone.io, "Database limits"
 REQUEST_RECORDS, LISTED = 200, 100

@@ -1,7 +1,8 @@
 """What an evaluation leaves: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl as it goes.
 
-python -m qlora.report README.md evaluations/demo      # puts table, picture and answers into README.md
-python -m qlora.report README.md evaluations/demo evaluations/second      # and how other questions were answered
+    python -m qlora.evaluation.report README.md evaluations/demo evaluations/second
+
+puts table, picture and answers of the first into README.md, and a line about how the questions of others were answered.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from qlora.comparison import METRICS, MODELS, describe_interval
+from qlora.evaluation.comparison import METRICS, MODELS, describe_interval
 
 COLUMNS = {  # key in a cell -> heading of the table
     "em": "exact match",

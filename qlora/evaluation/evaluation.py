@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.citations import MARK, Answer, best_score, refuse
-from qlora.comparison import compare_cells, fit_threshold, give_verdict, paired_bootstrap, split_halves
+from qlora.answering.citations import MARK, Answer, best_score, refuse
 from qlora.console import Problems, fail, progress
+from qlora.evaluation.comparison import compare_cells, fit_threshold, give_verdict, paired_bootstrap, split_halves
 
 RANKS = (1, 3, 10)
 PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from qlora import checkpoints, console, machine, settings
+from qlora import console, machine, settings
 from qlora.console import Problem, RunError
-from qlora.trainer import Progress, ResponseTrainer
+from qlora.training import checkpoints
+from qlora.training.trainer import Progress, ResponseTrainer
 
 ANSWERS = ("eval_em", "eval_f1", "eval_refusal_f1")
 MEASURED = ("loss", "eval_loss", *ANSWERS, "eval_refusal_bias", "eval_ends", "learning_rate", "grad_norm")

@@ -19,12 +19,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora import checkpoints, console, machine, packing, settings
-from qlora.comparison import fit_refusal_bias
-from qlora.data_report import count_tokens
-from qlora.dataset import Example, batch_groups
-from qlora.lean_layers import make_lean
+from qlora import console, machine, settings
+from qlora.evaluation.comparison import fit_refusal_bias
+from qlora.model import packing
+from qlora.model.lean_layers import make_lean
 from qlora.prompt import IGNORED, Prompt
+from qlora.training import checkpoints
+from qlora.training.data_report import count_tokens
+from qlora.training.dataset import Example, batch_groups
 
 AT_ONCE = 1024  # tokens of a batch that the CPU computes at once; of those with more, some rows after the others
 
@@ -332,9 +334,9 @@ class ResponseTrainer(SFTTrainer):
         """Exact match and F1 of greedy answers to the sample, without their citations."""
         if not self.sample:
             return {}
-        from qlora.citations import MARK
-        from qlora.evaluation import exact_match, token_f1
-        from qlora.generator import Generator
+        from qlora.answering.citations import MARK
+        from qlora.answering.generator import Generator
+        from qlora.evaluation.evaluation import exact_match, token_f1
 
         prompts = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == IGNORED] for e in self.sample]
         wanted = [[label for label in example.labels if label != IGNORED] for example in self.sample]

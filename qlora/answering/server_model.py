@@ -15,8 +15,8 @@ from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import PrivateAttr
 
 from qlora import settings
+from qlora.answering.generator import as_role
 from qlora.console import UserError, fail, note
-from qlora.generator import as_role
 from qlora.prompt import encode_prompt
 
 WINDOW = 4096  # Llama-2's; only vLLM tells its own

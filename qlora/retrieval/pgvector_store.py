@@ -16,11 +16,11 @@ from langchain_core.embeddings import Embeddings
 from pgvector import HalfVector
 from psycopg2 import sql
 
-from qlora import metadata_filter, searching
 from qlora.console import fail, note
-from qlora.database import PASSAGES, Database, migrate
-from qlora.documents import embedded_text
-from qlora.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
+from qlora.retrieval import metadata_filter, searching
+from qlora.retrieval.database import PASSAGES, Database, migrate
+from qlora.retrieval.documents import embedded_text
+from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
 
 INDEXED_FROM = 20_000  # passages; below, a scan takes a few milliseconds and finds everything
 COLUMNS = "id, document, text, metadata, embedding"

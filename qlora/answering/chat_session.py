@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.citations import content_words
+from qlora.answering.citations import content_words
+from qlora.answering.conversation import Turn, indent, printable
 from qlora.console import note
-from qlora.conversation import Turn, indent, printable
-from qlora.documents import place
+from qlora.retrieval.documents import place
 
 COMMANDS = {
     "/sources": "the passages that the last answer was made from",

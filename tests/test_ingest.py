@@ -11,18 +11,18 @@ import pytest
 from conftest import PROJECT, rag
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
-from qlora import sync
-from qlora.database import Database
-from qlora.pgvector_store import PgVectorStore
+from qlora.retrieval import ingest
+from qlora.retrieval.database import Database
+from qlora.retrieval.pgvector_store import PgVectorStore
 
 # A process that syncs a folder with a slow embedder, so that a kill hits it in the middle.
 SYNC = """
 import sys, time
 sys.path[:0] = [{project!r}, {tests!r}]
-from test_sync import open_store
-from qlora import sync
-sync.BATCH = 8
-sync.put_files(open_store({url!r}, {name!r}, pause={pause}), [{folder!r}], "fake", 60, 10)
+from test_ingest import open_store
+from qlora.retrieval import ingest
+ingest.BATCH = 8
+ingest.put_files(open_store({url!r}, {name!r}, pause={pause}), [{folder!r}], "fake", 60, 10)
 """
 
 
@@ -59,7 +59,7 @@ def open_store(url, name, pause=0.0) -> PgVectorStore:
 
 
 def put(store, folder, **options) -> None:
-    sync.put_files(store, [str(folder)], "fake", 60, 10, **options)
+    ingest.put_files(store, [str(folder)], "fake", 60, 10, **options)
 
 
 def passages_of(store) -> dict[str, int]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from langchain_core.documents import Document
 
-from qlora import documents
 from qlora.console import Problems, note, progress
-from qlora.documents import SourceFile
-from qlora.passage_store import Entry, Prepared
+from qlora.retrieval import documents
+from qlora.retrieval.documents import SourceFile
+from qlora.retrieval.passage_store import Entry, Prepared
 
 BATCH = 256  # passages embedded together: enough to put those of one length together
 REMEMBERED = 20_000  # embedded texts, about 30 MB: what stands in many documents is embedded once

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from psycopg2 import sql
 
-from qlora import base_model, machine, searching, settings
-from qlora.database import describe_url, find_pgvector, is_unprotected
-from qlora.pgvector_store import INDEXED_FROM, PgVectorStore
+from qlora import machine, settings
+from qlora.model import base_model
+from qlora.retrieval import searching
+from qlora.retrieval.database import describe_url, find_pgvector, is_unprotected
+from qlora.retrieval.pgvector_store import INDEXED_FROM, PgVectorStore
 
 GOOD_PGVECTOR = (0, 8, 3)
 ENOUGH_RECALL = 0.95

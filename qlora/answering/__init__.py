@@ -1,0 +1,1 @@
+"""Answers from passages: the model that writes them, and what they cite."""

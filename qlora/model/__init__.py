@@ -1,0 +1,1 @@
+"""The base model in 4-bit, its layers, and the adapter on it."""

@@ -1,0 +1,1 @@
+"""Documents as passages in a store, and how they are found."""

@@ -1,0 +1,1 @@
+"""Rows of a dataset, and the run that trains on them."""
