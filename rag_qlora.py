@@ -19,11 +19,10 @@ import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
-from operator import itemgetter
 
-from qlora import console, machine, settings
-from qlora.cli.rag_flags import SAMPLE_DOCUMENTS, SAMPLE_QUESTIONS, WITHOUT_MODEL, resolve_arguments
-from qlora.console import note
+from qlora import console, machine, presets, settings
+from qlora.cli.rag_flags import SAMPLE_DOCUMENTS, SAMPLE_QUESTIONS, WITHOUT_MODEL, WITHOUT_STORE, resolve_arguments
+from qlora.console import note, printable
 from qlora.model import adapter, base_model
 
 STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
@@ -33,10 +32,11 @@ def main(argv: list[str]) -> int:
     args = resolve_arguments(argv, __doc__, STEPS)
     settings.quieten_libraries()
     console.print_settings(f"RAG: {args.command}", vars(args))
-    if args.command == "compare":
-        return compare(args)
+    if args.command in WITHOUT_STORE:
+        return COMMANDS[args.command](args)
     if args.command in WITHOUT_MODEL:
-        return run_without_model(args)
+        with console.step(STEPS, "Database Integration"):
+            return COMMANDS[args.command](args, open_store(args))
 
     with console.step(STEPS, "Model and Tokenizer Setup"):
         model, tokenizer, prompt = load_model(args)
@@ -47,19 +47,11 @@ def main(argv: list[str]) -> int:
         fill_if_empty(args, store)
     with console.step(STEPS, "Generate Response"):
         if args.command != "evaluate":
-            chain = build_chain(args, store, prompt, generator, make_fill(prompt, generator))
+            chain = build_chain(args, store, prompt, generator)
             if args.command == "chat":
                 return chat(args, chain, prompt, make_rewriter(args, prompt, generator))
             return ask(args, chain, prompt)
         return evaluate(args, store, prompt, generator)
-
-
-def run_without_model(args) -> int:
-    """A command that needs the collection alone."""
-    if args.command == "doctor":
-        return doctor(args)
-    with console.step(STEPS, "Database Integration"):
-        return globals()[args.command](args, open_store(args))
 
 
 # ============================================================================ Model and Tokenizer Setup
@@ -104,7 +96,7 @@ def load_prompt(args):
 
 def merge_for_speed(trained, tokenizer):
     """The merged model, checked on the sample's first questions with their contexts."""
-    from qlora.evaluation.evaluation import load_questions
+    from qlora.evaluation.questions import load_questions
     from qlora.prompt import encode_prompt, fill_prompt
     from qlora.training.export import CHECKED_ROWS, merge_in_memory
 
@@ -118,26 +110,24 @@ def merge_for_speed(trained, tokenizer):
 
 def make_generator(args, model, tokenizer, prompt):
     """The LangChain chat model, here or on a server: greedy at temperature 0, else seeded sampling."""
-    from qlora.answering.generator import Generator
+    from qlora.answering.generator import Decoding, Generator
 
     refusal = tokenizer(prompt.refusal, add_special_tokens=False).input_ids
-    first_bias = {refusal[0]: args.refusal_bias} if args.refusal_bias else {}
-    how = f"sampling at temperature {args.temperature}" if args.temperature else "greedy"
-    note(f"{how}, at most {args.max_new_tokens} new tokens")
-    if args.base_url:
-        from qlora.answering.server_model import connect
-
-        return connect(args, tokenizer, first_bias)
-    return Generator(
-        model=model,
-        tokenizer=tokenizer,
+    decoding = Decoding(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
-        first_bias=first_bias,
+        first_bias={refusal[0]: args.refusal_bias} if args.refusal_bias else {},
     )
+    how = f"sampling at temperature {args.temperature}" if args.temperature else "greedy"
+    note(f"{how}, at most {args.max_new_tokens} new tokens")
+    if args.base_url:
+        from qlora.answering.server_model import connect
+
+        return connect(args.base_url, args.model, tokenizer, decoding)
+    return Generator(model=model, tokenizer=tokenizer, **vars(decoding))
 
 
 # ============================================================================ Database Integration
@@ -204,7 +194,6 @@ def same_places(args) -> str:
 
 def documents(args, store) -> int:
     """Prints what is in the collection."""
-    from qlora.answering.conversation import printable
 
     entries = store.documents()
     if args.json:
@@ -246,7 +235,7 @@ def fill_if_empty(args, store) -> None:
 def search(args, store) -> int:
     """Prints the nearest passages; loads no language model."""
     from qlora.answering.citations import Cited
-    from qlora.answering.conversation import describe_ranks, indent, printable
+    from qlora.answering.conversation import describe_ranks, indent
     from qlora.retrieval.documents import place
 
     fill_if_empty(args, store)
@@ -287,47 +276,13 @@ def doctor(args) -> int:
 # ============================================================================ Generate Response
 
 
-def make_fill(prompt, generator):
-    """fill(question, passages, history) -> messages that leave room for the answer in the generator's window."""
-    from qlora.prompt import fill_prompt
+def build_chain(args, store, prompt, generator):
+    """retriever | prompt | model | check, as one LangChain runnable: {"question", "history", "searched"} -> answer."""
+    from qlora.answering import chain
 
-    return partial(fill_prompt, generator.tokenizer, prompt, generator.window - generator.max_new_tokens)
-
-
-def build_chain(args, store, prompt, generator, fill):
-    """retriever | prompt | model | citations, as one LangChain runnable: {"question", "history", "searched"} -> state.
-
-    `generator` may be any LangChain chat model. The state that comes out also holds `documents`, `answer` and, unless
-    the passages are all below the collection's refusal threshold, `message` (with token counts).
-    """
-    from langchain_core.runnables import RunnableBranch, RunnablePassthrough
-
-    from qlora.answering.citations import best_score, check_answer, refuse
-    from qlora.answering.retriever import PassageRetriever
-    from qlora.prompt import as_langchain
-
-    retriever = PassageRetriever(find=partial(make_search(args, store), k=args.top_k))
-    threshold = store.refusal_threshold or -1.0
-
-    def is_promising(state: dict) -> bool:
-        return bool(state["documents"]) and best_score(state["documents"]) >= threshold
-
-    def ask_with(state: dict):
-        texts = [document.page_content for document in state["documents"]]
-        return as_langchain(fill(state["question"], texts, state["history"]))
-
-    def check(state: dict):
-        return check_answer(state["message"].text, state["documents"], prompt.refusal)
-
-    generate = (
-        RunnablePassthrough.assign(prompt=ask_with)
-        | RunnablePassthrough.assign(message=itemgetter("prompt") | generator)
-        | RunnablePassthrough.assign(answer=check)
-    )
-    refuse_unread = RunnablePassthrough.assign(answer=lambda state: refuse(state["documents"], prompt.refusal))
-    return RunnablePassthrough.assign(documents=itemgetter("searched") | retriever) | RunnableBranch(
-        (is_promising, generate), refuse_unread
-    )
+    find = partial(make_search(args, store), k=args.top_k)
+    fill = chain.make_fill(prompt, generator)
+    return chain.build_chain(find, fill, generator, prompt.refusal, store.refusal_threshold)
 
 
 def ask(args, chain, prompt) -> int:
@@ -343,13 +298,20 @@ def ask(args, chain, prompt) -> int:
             turn.answer = refuse([cited.document for cited in turn.answer.passages], prompt.refusal)
         refused |= turn.answer.refused
         if args.trace:
-            write_trace(args.trace, turn, args, prompt)
+            write_trace(args.trace, describe_turn(args, turn, prompt))
         if args.json:
-            print(json.dumps(turn.as_json(args), ensure_ascii=False), flush=True)
+            print(json.dumps(describe_turn(args, turn, prompt), ensure_ascii=False), flush=True)
         else:
             print_turn(turn)
     note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} {same_places(args)}")
     return 3 if args.strict and refused else 0
+
+
+def describe_turn(args, turn, prompt) -> dict:
+    """The turn as JSON: question, answer, passages with scores, tokens and timings; model, prompt and collection."""
+    model = {"base": args.base_model, "adapter": str(args.adapter) if args.adapter else None}
+    model |= {"server": args.base_url, "name": args.model} if args.base_url else {}
+    return {**turn.as_json(), "model": model, "prompt_digest": prompt.digest, "collection": args.collection}
 
 
 def make_rewriter(args, prompt, generator):
@@ -364,7 +326,7 @@ def make_rewriter(args, prompt, generator):
         with generator.without_adapter():
             return generator.invoke(as_langchain(harmless)).text
 
-    is_able = prompt.chat_template != LLAMA2_TEMPLATE and args.base_model != base_model.EMBEDDED
+    is_able = prompt.chat_template != LLAMA2_TEMPLATE and args.base_model != presets.EMBEDDED
     return complete if is_able else None
 
 
@@ -396,14 +358,16 @@ def chat(args, chain, prompt, complete) -> int:
         print_turn(turn, show_question=False)
         session.turns.append(turn)
         if args.trace:
-            write_trace(args.trace, turn, args, prompt)
+            write_trace(args.trace, describe_turn(args, turn, prompt))
 
 
 def evaluate(args, store, prompt, generator) -> int:
     """Answers all questions with base and tuned model from every context, scores them, and writes the report."""
+    from qlora.answering.chain import answer_batch, make_fill
     from qlora.evaluation import evaluation, report
+    from qlora.evaluation.questions import load_questions
 
-    questions = evaluation.load_questions(args.questions, args.limit)
+    questions = load_questions(args.questions, args.limit)
     found = evaluation.search_all(make_search(args, store), questions, args.top_k)
     passages = evaluation.gather_passages(questions, found, args.top_k)
     contexts = {name: asked for name, asked in passages.items() if name in args.contexts}
@@ -421,7 +385,9 @@ def evaluate(args, store, prompt, generator) -> int:
             log,
             modes,
             contexts,
-            complete=lambda pairs: complete_batch(prompt, generator, pairs),
+            complete=partial(
+                answer_batch, fill=make_fill(prompt, generator), generator=generator, refusal=prompt.refusal
+            ),
             threshold=threshold,
             batch=args.batch_size,
             advance=lambda count: bar.advance(task, count),
@@ -442,11 +408,12 @@ def evaluate(args, store, prompt, generator) -> int:
 
 def sweep(args, store) -> int:
     """Retrieval metrics for every value of each swept setting, best first; loads no language model."""
-    from qlora.evaluation import evaluation, sweep
+    from qlora.evaluation import sweep
+    from qlora.evaluation.questions import load_questions
     from qlora.retrieval.ingest import put_files
 
     fill_if_empty(args, store)
-    questions = evaluation.load_questions(args.questions, args.limit)
+    questions = load_questions(args.questions, args.limit)
 
     def open_trial(tokens: int):
         trial = open_store(args, f"sweep {args.collection} {tokens}", store.embeddings)
@@ -454,7 +421,7 @@ def sweep(args, store) -> int:
         return trial
 
     search = make_search(args, store)
-    results = [sweep.score_values(search, questions, *setting, args.top_k, open_trial) for setting in args.sweep]
+    results = [sweep.score_values(search, questions, *setting, args.top_k, open_trial) for setting in args.settings]
     sweep.write_results(args.output, results)
     print(json.dumps(results, ensure_ascii=False) if args.json else sweep.as_text(results))
     note(f"sweep.json, .md and .png: {args.output}")
@@ -465,18 +432,9 @@ def compare(args) -> int:
     """The paired difference of two runs over the questions that both have."""
     from qlora.evaluation import comparison, report
 
-    rows = comparison.compare_runs(*args.compare, args.seed)
-    print(json.dumps(rows, ensure_ascii=False) if args.json else report.comparison_as_text(rows, *args.compare))
+    rows = comparison.compare_runs(*args.evaluations, args.seed)
+    print(json.dumps(rows, ensure_ascii=False) if args.json else report.comparison_as_text(rows, *args.evaluations))
     return 0
-
-
-def complete_batch(prompt, generator, pairs) -> list:
-    """A checked Answer for each (question, documents), in the words that ask() uses."""
-    from qlora.answering.citations import check_answer
-
-    fill = make_fill(prompt, generator)
-    texts = generator.complete([fill(asked.question, [d.page_content for d in found]) for asked, found in pairs])
-    return [check_answer(text, documents, prompt.refusal) for text, (_, documents) in zip(texts, pairs, strict=True)]
 
 
 def evaluation_settings(args, prompt) -> dict:
@@ -486,6 +444,11 @@ def evaluation_settings(args, prompt) -> dict:
     digest = adapter.digest_weights(args.adapter) if args.adapter else None
     return {**{name: getattr(args, name) for name in names}, "adapter": digest, "prompt": prompt.digest}
 
+
+COMMANDS = {
+    **{"doctor": doctor, "compare": compare},
+    **{"ingest": ingest, "documents": documents, "forget": forget, "search": search, "sweep": sweep},
+}
 
 if __name__ == "__main__":
     sys.exit(console.run(main))

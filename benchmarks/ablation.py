@@ -15,11 +15,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import trials
 from qlora import console, presets, settings
 from qlora.evaluation.report import as_markdown_table, show
+from qlora.words import CITATIONS
 
 PICTURE = trials.PROJECT / "learning_curve.png"
 QUESTIONS = ("questions.jsonl", "second_questions.jsonl")
@@ -48,22 +47,22 @@ CURVE = (50, 100, 200, 400)
 
 
 def drop_citations() -> None:
-    from qlora.training import dataset
+    from qlora.training import distractors
 
-    shape = dataset.shape_row
+    shape = distractors.shape_row
 
     def shape_without(*given):
         row = shape(*given)
-        return replace(row, response=dataset.CITATIONS.sub("", row.response))
+        return replace(row, response=CITATIONS.sub("", row.response))
 
-    dataset.shape_row = shape_without
+    distractors.shape_row = shape_without
 
 
 def cut_any_passage() -> None:
-    from qlora.training import dataset
+    from qlora.training import examples
 
-    fit = dataset.fit_passages
-    dataset.fit_passages = lambda *given, last=None, keep="", **others: fit(*given, **others)
+    fit = examples.fit_passages
+    examples.fit_passages = lambda *given, last=None, keep="", **others: fit(*given, **others)
 
 
 def drop_headings() -> None:
@@ -74,10 +73,10 @@ def drop_headings() -> None:
 
 
 def scatter_rows() -> None:
-    from qlora.training import trainer
+    from qlora.training import examples
 
-    batch = trainer.batch_groups
-    trainer.batch_groups = lambda groups, size, seed: batch(range(len(groups)), size, seed)
+    batch = examples.batch_groups
+    examples.batch_groups = lambda groups, size, seed: batch(range(len(groups)), size, seed)
 
 
 def quantize_all() -> None:

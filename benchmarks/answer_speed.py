@@ -17,11 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from qlora import console, settings
+from qlora.cli.rag_flags import SAMPLE_QUESTIONS
 
-from qlora import console, settings  # noqa: E402
-from qlora.cli.rag_flags import SAMPLE_QUESTIONS  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 RECIPES = ("seed", "ours", "merged", "batch")
 LONG, BATCH = 48, 8
@@ -122,7 +121,7 @@ def measure_prefill(model, tokenizer, prompt, asked) -> float:
 
 def choose_questions(count: int) -> list[tuple[str, list[str]]]:
     """(question, passages) of answerable sample questions, evenly spread; two passages belong to other questions."""
-    from qlora.evaluation.evaluation import load_questions
+    from qlora.evaluation.questions import load_questions
 
     usable = [question for question in load_questions(SAMPLE_QUESTIONS) if question.context and question.answers]
     chosen = usable[:: len(usable) // count][:count]
@@ -150,7 +149,7 @@ def ask_seed(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], l
     from langchain_huggingface import HuggingFacePipeline
     from transformers import pipeline
 
-    from qlora.answering.retriever import PassageRetriever
+    from qlora.answering.chain import PassageRetriever
     from qlora.prompt import number_passages
 
     text = tokenizer.apply_chat_template(
@@ -174,7 +173,7 @@ def ask_seed(model, tokenizer, prompt, asked, recipe: str) -> tuple[list[str], l
 
 def answer_all(generator, asked: list) -> tuple[list[str], list[float]]:
     """The answers, and the seconds to the first piece of each."""
-    from qlora.answering.stopwatch import Stopwatch
+    from qlora.answering.chain import Stopwatch
 
     answers, firsts = [], []
     for messages in asked:

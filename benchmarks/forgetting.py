@@ -11,13 +11,13 @@ import json
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from qlora import console, machine, settings
+from qlora.evaluation import comparison
+from qlora.model import adapter, base_model
+from qlora.training.examples import tokenize_rows
+from qlora.training.rows import load_rows
 
-from qlora import console, machine, settings  # noqa: E402
-from qlora.evaluation import comparison  # noqa: E402
-from qlora.model import adapter, base_model  # noqa: E402
-from qlora.training import dataset  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 ROWS = PROJECT / "benchmarks" / "closed_book.jsonl"
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     base = base_model.load_base_model(base_model.resolve_base_model(trained.base_model), training=True)
     model = adapter.load_adapter(base, trained).eval()
     make_lean(model)
-    examples, _ = dataset.tokenize_rows(tokenizer, trained.prompt, dataset.load_rows(str(ROWS)), max_length=1024)
+    examples, _ = tokenize_rows(tokenizer, trained.prompt, load_rows(str(ROWS)), max_length=1024)
     with model.disable_adapter():
         before = measure_losses(model, examples)
     print(json.dumps(compare(before, measure_losses(model, examples)), indent=2))
@@ -50,11 +50,11 @@ def measure_losses(model, examples) -> list[tuple[float, int]]:
     import torch
 
     from qlora.training import trainer
+    from qlora.training.examples import collate
 
     measured = []
     for example in examples:
-        row = trainer.collate([{"input_ids": example.input_ids, "labels": example.labels}])
-        row = {name: tensor.to(model.device) for name, tensor in row.items()}
+        row = {name: tensor.to(model.device) for name, tensor in collate([example]).items()}
         with torch.no_grad(), torch.autocast(model.device.type, dtype=machine.compute_dtype()):
             losses = trainer.token_losses(trainer.label_logits(model, row), row["labels"])
         measured.append((losses.sum().item(), int((losses > 0).sum())))

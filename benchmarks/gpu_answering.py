@@ -1,7 +1,6 @@
 """The parts of gpu_check.py about answering: decoding, merging, ingesting, and where the time goes."""
 
 import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -10,23 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import answer_speed, random_llama
+from benchmarks.gpu_bench import Bench, Measure, large_adapter, ready_to_answer, reset_memory, sample_rows, tuned_model
+from qlora import console, machine, presets
+from qlora.model import adapter, base_model
+from qlora.prompt import choose_prompt, encode_prompt, fill_prompt
+from qlora.training.examples import Example, tokenize_rows
 
-from benchmarks import answer_speed, random_llama  # noqa: E402
-from benchmarks.gpu_bench import (  # noqa: E402
-    Bench,
-    Measure,
-    large_adapter,
-    ready_to_answer,
-    reset_memory,
-    sample_rows,
-    tuned_model,
-)
-from qlora import console, machine  # noqa: E402
-from qlora.model import adapter, base_model  # noqa: E402
-from qlora.prompt import choose_prompt, encode_prompt, fill_prompt  # noqa: E402
-from qlora.training import dataset  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 
@@ -117,7 +107,7 @@ def ingest(bench: Bench) -> list[Measure]:
 
     texts = [row.context for row in sample_rows()]
     passages = [f"{texts[n % len(texts)]} ({n})" for n in range(bench.sizes.passages)]
-    name, kind = base_model.EMBEDDED_EMBEDDER, "real weights"
+    name, kind = presets.EMBEDDED_EMBEDDER, "real weights"
     try:
         base_model.resolve_embedding_model(name)
     except console.UserError:
@@ -190,7 +180,7 @@ def profile(bench: Bench) -> list[Measure]:
     from qlora.answering import generator as answering
 
     tokenizer = base_model.load_tokenizer(bench.large)
-    examples, _ = dataset.tokenize_rows(tokenizer, choose_prompt(tokenizer), sample_rows()[: bench.sizes.batch], 768)
+    examples, _ = tokenize_rows(tokenizer, choose_prompt(tokenizer), sample_rows()[: bench.sizes.batch], 768)
     found = profile_run(bench, "step", prepare_step(bench, examples), 1)
     reset_memory()
     generator, prompts = ready_to_answer(large_adapter(bench), 8)
@@ -198,17 +188,17 @@ def profile(bench: Bench) -> list[Measure]:
         return found + profile_run(bench, "token", lambda: generate(generator, prompts[:1]), 8)
 
 
-def prepare_step(bench: Bench, examples: list[dataset.Example]) -> Callable[[], None]:
+def prepare_step(bench: Bench, examples: list[Example]) -> Callable[[], None]:
     """A forward and backward pass of our training over these rows."""
     import torch
 
     from qlora.model.lean_layers import make_lean
     from qlora.training import trainer
+    from qlora.training.examples import collate
 
     model = tuned_model(bench.large)
     make_lean(model)
-    inputs = trainer.collate([vars(example) for example in examples])
-    inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(bench.device) for name, tensor in collate(examples).items()}
 
     def run() -> None:
         with torch.autocast(bench.device, dtype=torch.bfloat16):

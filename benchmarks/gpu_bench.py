@@ -2,22 +2,21 @@
 
 import json
 import shutil
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import answer_speed, random_llama, train_speed
+from benchmarks.plain_recipe import RANK, SEED, Setup
+from qlora import console, presets
+from qlora.model import adapter, base_model
+from qlora.prompt import encode_prompt, fill_prompt
+from qlora.training.row_filters import keep_usable
+from qlora.training.rows import Row, load_rows
 
-from benchmarks import answer_speed, random_llama, train_speed  # noqa: E402
-from benchmarks.plain_recipe import RANK, SEED, Setup  # noqa: E402
-from qlora import console  # noqa: E402
-from qlora.model import adapter, base_model  # noqa: E402
-from qlora.prompt import encode_prompt, fill_prompt  # noqa: E402
-from qlora.training import dataset  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 SAMPLE_ROWS = PROJECT / "sample_data" / "train.jsonl"
 
@@ -82,7 +81,7 @@ class Bench:
             base_model.prepare_embedded_model()
         except console.UserError:
             return self.random_model("smollm2-135m")
-        return base_model.EMBEDDED
+        return presets.EMBEDDED
 
     def random_model(self, shape: str) -> str:
         folder = self.work / shape
@@ -95,8 +94,8 @@ class Bench:
         return str(folder)
 
 
-def sample_rows() -> list[dataset.Row]:
-    return dataset.keep_usable(dataset.load_rows(str(SAMPLE_ROWS)))[0]
+def sample_rows() -> list[Row]:
+    return keep_usable(load_rows(str(SAMPLE_ROWS)))[0]
 
 
 # ------------------------------------------------------------------------------- train
@@ -165,7 +164,7 @@ def quick_flags(bench: Bench, steps: int) -> dict:
     return flags | {"learning_rate": rate, "eval_answers": 0, "eval_steps": 10**6, "save_steps": 10**6}
 
 
-def set_up(bench: Bench, name: str, rows: list[dataset.Row]) -> Setup:
+def set_up(bench: Bench, name: str, rows: list[Row]) -> Setup:
     """The folder that both recipes read."""
     folder = bench.work / name
     folder.mkdir(exist_ok=True)
@@ -190,10 +189,10 @@ def tuned_model(source: str):
     """The 4-bit model with a LoRA in fp32 that changes something, ready to train."""
     import torch
 
-    from qlora.training import trainer
+    from qlora.model.lora import Lora, add_lora
 
     base = base_model.load_base_model(base_model.resolve_base_model(source), training=True)
-    model = trainer.add_lora(base, RANK, 2 * RANK, 0.0, SEED).train()
+    model = add_lora(base, Lora(RANK, 2 * RANK), SEED).train()
     chance = torch.Generator().manual_seed(SEED)
     for name, weight in model.named_parameters():
         if weight.requires_grad:

@@ -29,11 +29,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.gpu_bench import CARD, TINY, Bench, Measure
+from qlora import console, settings
 
-from benchmarks.gpu_bench import CARD, TINY, Bench, Measure  # noqa: E402
-from qlora import console, settings  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 MINUTES = 8
 START = 120  # seconds that importing torch and starting CUDA may take

@@ -10,11 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
-from benchmarks import plain_recipe, train_speed  # noqa: E402
-from benchmarks.gpu_bench import (  # noqa: E402
+from benchmarks import plain_recipe, train_speed
+from benchmarks.gpu_bench import (
     Bench,
     Measure,
     Trained,
@@ -26,11 +23,13 @@ from benchmarks.gpu_bench import (  # noqa: E402
     train,
     tuned_model,
 )
-from benchmarks.plain_recipe import Setup  # noqa: E402
-from qlora import machine  # noqa: E402
-from qlora.model import adapter, base_model  # noqa: E402
-from qlora.prompt import choose_prompt  # noqa: E402
-from qlora.training import dataset  # noqa: E402
+from benchmarks.plain_recipe import Setup
+from qlora import machine, presets
+from qlora.model import adapter, base_model
+from qlora.prompt import choose_prompt
+from qlora.training.examples import tokenize_rows
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 SCALE = 1024  # of an fp16 loss, whose gradients would be too small for the type
 
@@ -42,7 +41,7 @@ def check_small(bench: Bench) -> list[Measure]:
     """The small model: its gradients, ten steps, and its answers beside the CPU's."""
     import torch
 
-    found = [Measure("model", "random weights" if bench.small != base_model.EMBEDDED else bench.small)]
+    found = [Measure("model", "random weights" if bench.small != presets.EMBEDDED else bench.small)]
     for dtype in (torch.bfloat16, torch.float16)[: 2 if bench.device == "cuda" else 1]:  # a CPU has no fp16 autocast
         found += compare_gradients(bench, dtype)
     trained = train(bench.work / "small", "--overwrite", **quick_flags(bench, 10))
@@ -58,7 +57,7 @@ def compare_gradients(bench: Bench, dtype) -> list[Measure]:
 
     tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(bench.small))
     rows = sorted(sample_rows(), key=lambda row: row.context)
-    examples, _ = dataset.tokenize_rows(tokenizer, choose_prompt(tokenizer), [*rows[:4], *rows[-4:]], 512)
+    examples, _ = tokenize_rows(tokenizer, choose_prompt(tokenizer), [*rows[:4], *rows[-4:]], 512)
     step = Namespace(source=bench.small, examples=examples, device=bench.device)
     exact_loss, exact = take_step(step, torch.float32, ours=False, packed=False)
     name, found, errors = str(dtype).removeprefix("torch."), [], {}
@@ -84,13 +83,14 @@ def take_step(step: Namespace, dtype, ours: bool, packed: bool):
 
     from qlora.model.lean_layers import make_lean
     from qlora.training import trainer
+    from qlora.training.examples import collate
 
     with patch.object(machine, "compute_dtype", lambda: dtype):
         model = tuned_model(step.source)
     if ours:
         make_lean(model)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    inputs = {k: v.to(step.device) for k, v in trainer.collate([vars(example) for example in step.examples]).items()}
+    inputs = {name: tensor.to(step.device) for name, tensor in collate(step.examples).items()}
     with torch.autocast(step.device, dtype=dtype, enabled=dtype != torch.float32):
         loss = trainer.response_loss(model, inputs) if packed else model(**inputs).loss
     scale = SCALE if dtype == torch.float16 else 1

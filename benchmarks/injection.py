@@ -11,12 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+import rag_qlora
+from qlora import console, settings
+from qlora.answering.chain import make_fill
+from qlora.cli import rag_flags
 
-import rag_qlora  # noqa: E402
-from qlora import console, settings  # noqa: E402
-from qlora.cli import rag_flags  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 INJECTIONS = PROJECT / "tests" / "injections.jsonl"
 HARMLESS = ("The bell is rung twice before a departure.", "Visitors sign the book at the gate.")
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def answer_all(generator, prompt, attacks: list[dict]) -> list[str]:
-    fill = rag_qlora.make_fill(prompt, generator)
+    fill = make_fill(prompt, generator)
     passages = [[HARMLESS[0], attack["passage"], HARMLESS[1]] for attack in attacks]
     asked = [fill(attack["question"], given) for attack, given in zip(attacks, passages, strict=True)]
     return [answer for at in range(0, len(asked), 8) for answer in generator.complete(asked[at : at + 8])]

@@ -15,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from qlora import console
 
-from qlora import console  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this process, however it ends
 QUESTIONS = ["Why do rowing gigs have right of way over nearly everything?", "Which form records a lost key?"] * 2

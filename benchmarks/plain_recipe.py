@@ -14,13 +14,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from qlora import console, settings
+from qlora.model import base_model
+from qlora.prompt import IGNORED, choose_prompt, defuse, encode_row
+from qlora.training.distractors import add_distractors
+from qlora.training.examples import batch_groups
+from qlora.training.row_filters import drop_leaked, hold_out, keep_usable
+from qlora.training.rows import Row, load_rows
 
-from qlora import console, settings  # noqa: E402
-from qlora.model import base_model  # noqa: E402
-from qlora.prompt import IGNORED, choose_prompt, defuse, encode_row  # noqa: E402
-from qlora.training import dataset  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 VARIANTS = ("plain", "ours", "checkpointed")  # each a folder with an adapter
 SEED, RANK, ALPHA, LEARNING_RATE, WARMUP = 0, 16, 32, 4e-4, 0  # a single step, too, trains at the full rate
@@ -58,10 +60,10 @@ def main(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------- rows
 
 
-def split_rows(rows: list[dataset.Row]) -> tuple[list[dataset.Row], list[dataset.Row]]:
+def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, as instruct_train_qlora.py splits them."""
-    training, held_out = dataset.hold_out(rows, EVAL_SHARE, SEED)
-    return dataset.drop_leaked(training, held_out)[0], held_out
+    training, held_out = hold_out(rows, EVAL_SHARE, SEED)
+    return drop_leaked(training, held_out)[0], held_out
 
 
 def load_shaped_rows(setup: Setup, source: str, part: int):
@@ -71,9 +73,9 @@ def load_shaped_rows(setup: Setup, source: str, part: int):
     """
     tokenizer = base_model.load_tokenizer(source)
     prompt = choose_prompt(tokenizer)
-    rows, _ = dataset.keep_usable(dataset.load_rows(str(setup.path("rows.jsonl"))))
-    shaped = dataset.add_distractors(split_rows(rows)[part], DISTRACTORS, GOLD_PROBABILITY, prompt, SEED)
-    batches = dataset.batch_groups([row.passages for row in shaped], setup.batch_size, SEED)
+    rows, _ = keep_usable(load_rows(str(setup.path("rows.jsonl"))))
+    shaped = add_distractors(split_rows(rows)[part], DISTRACTORS, GOLD_PROBABILITY, prompt, SEED)
+    batches = batch_groups([row.passages for row in shaped], setup.batch_size, SEED)
     pairs = []
     for row in (shaped[n] for batch in batches for n in batch):
         passages = [defuse(tokenizer, text) for text in row.passages]

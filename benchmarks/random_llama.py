@@ -5,16 +5,14 @@ in memory nor on disk, where 4 GB are.
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from qlora import machine
+from qlora.model import base_model
 
-from qlora import machine  # noqa: E402
-from qlora.model import base_model  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 SEED, STD = 0, 0.02  # the standard deviation that Llamas are initialised with
 SHAPES = {  # what LlamaConfig takes

@@ -14,8 +14,6 @@ benchmarks/runs.jsonl; one that stands there is not run again.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import trials
 from qlora import console, settings
 

@@ -19,12 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.train_speed import spread
+from qlora import console, presets, settings
+from qlora.model import base_model
 
-from benchmarks.train_speed import spread  # noqa: E402
-from qlora import console, settings  # noqa: E402
-from qlora.model import base_model  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
 COMMUNITY_ROWS = 4_000  # what the plain store is given: at its speed all of them would take hours
@@ -99,7 +98,7 @@ def measure_embedding(args, url: str) -> dict:
 def load_plain():
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER))
+    return SentenceTransformer(base_model.resolve_embedding_model(presets.EMBEDDED_EMBEDDER))
 
 
 def load_ours():
@@ -107,7 +106,7 @@ def load_ours():
 
     import rag_qlora
 
-    return rag_qlora.load_embeddings(argparse.Namespace(embedding_model=base_model.EMBEDDED_EMBEDDER))
+    return rag_qlora.load_embeddings(argparse.Namespace(embedding_model=presets.EMBEDDED_EMBEDDER))
 
 
 # ------------------------------------------------------------------------------- store

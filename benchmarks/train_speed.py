@@ -24,14 +24,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import plain_recipe as recipe
+from benchmarks.plain_recipe import VARIANTS, Setup
+from qlora import console, presets
+from qlora.training.row_filters import keep_usable
+from qlora.training.rows import COLUMNS, Row, load_rows
 
-from benchmarks import plain_recipe as recipe  # noqa: E402
-from benchmarks.plain_recipe import VARIANTS, Setup  # noqa: E402
-from qlora import console  # noqa: E402
-from qlora.model import base_model  # noqa: E402
-from qlora.training import dataset  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 OURS = {
     "preset": "laptop",  # every value of a preset is named here, too
@@ -67,7 +66,7 @@ def build_parser():
     parser = console.Parser(usage="train_speed.py [flags]", description=title, epilog=text)
     flag, count = parser.add_argument, console.number(int, 1)
     flag("--dataset", default=str(PROJECT / "sample_data" / "train.jsonl"), help="file or hub id (the sample rows)")
-    flag("--base-model", default=base_model.EMBEDDED, help=f"hub id or folder ({base_model.EMBEDDED})")
+    flag("--base-model", default=presets.EMBEDDED, help=f"hub id or folder ({presets.EMBEDDED})")
     flag("--rows", type=count, default=64, help="training rows, one epoch (64)")
     flag("--rounds", type=count, default=3, help="runs of each recipe (3)")
     flag("--batch-size", type=count, default=8, help="rows an optimizer step, at most (8)")
@@ -83,7 +82,7 @@ def compare_recipes(args) -> dict:
 
     This process never imports torch: on Linux a child's ru_maxrss starts from its parent's.
     """
-    rows, _ = dataset.keep_usable(dataset.load_rows(args.dataset))
+    rows, _ = keep_usable(load_rows(args.dataset))
     sample = choose_rows(rows, args.rows)
     with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
         setup = Setup(folder, args.base_model, args.batch_size, args.rows)
@@ -102,7 +101,7 @@ def compare_recipes(args) -> dict:
     return summarise(setup, runs, losses)
 
 
-def choose_rows(rows: list[dataset.Row], wanted: int) -> list[dataset.Row]:
+def choose_rows(rows: list[Row], wanted: int) -> list[Row]:
     """A seeded sample of the contexts with all their rows, of which the split leaves exactly `wanted` to train on.
 
     Raises UserError when there is none.
@@ -119,9 +118,9 @@ def choose_rows(rows: list[dataset.Row], wanted: int) -> list[dataset.Row]:
     raise console.fail(what, "--rows, --dataset", "ask for fewer rows, or give more or shorter ones")
 
 
-def write_inputs(setup: Setup, sample: list[dataset.Row]) -> None:
+def write_inputs(setup: Setup, sample: list[Row]) -> None:
     """The files that all processes read; each splits and shapes the rows itself, with the same seed."""
-    lines = [json.dumps({name: getattr(row, name) for name in dataset.COLUMNS}) for row in sample]
+    lines = [json.dumps({name: getattr(row, name) for name in COLUMNS}) for row in sample]
     setup.path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     setup.path("setup.json").write_text(json.dumps(asdict(setup)), encoding="utf-8")
 

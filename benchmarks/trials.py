@@ -11,11 +11,12 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from qlora import console, presets
+from qlora.evaluation.report import as_text_table, show
+from qlora.training.row_filters import hold_out
+from qlora.training.rows import load_rows
 
-from qlora import console, presets  # noqa: E402
-from qlora.evaluation.report import as_text_table, show  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 ADAPTERS = PROJECT / "adapters"
 LOG = PROJECT / "benchmarks" / "runs.jsonl"
@@ -148,10 +149,9 @@ def show_table(title: str, rows: list[tuple[str, dict]]) -> None:
 
 def split_data(name: str, dataset: Path, documents: Path, folder: Path, share: float = 0.25) -> Data:
     """Training rows, and questions on documents of the same rows that are not trained on, as files in `folder`."""
-    from qlora.training import dataset as rows_of
 
-    rows = rows_of.load_rows(str(dataset))
-    training, validation = rows_of.hold_out(rows, share, seed=1)
+    rows = load_rows(str(dataset))
+    training, validation = hold_out(rows, share, seed=1)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for part, chosen in (("rows", training), ("questions", validation)):

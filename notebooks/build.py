@@ -18,11 +18,10 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+from qlora import console
+
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent
-sys.path.insert(0, str(PROJECT))
-
-from qlora import console  # noqa: E402
 
 MARK = re.compile(r"(?P<code># source: (\S+))|<!-- source: (\S+) -->")
 LIMIT = 1_000_000  # bytes a notebook; GitHub shows no large ones

@@ -140,19 +140,28 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: list[str], commands: dict[str, argparse.ArgumentParser] | None = None
 ) -> tuple[argparse.Namespace, Problems]:
-    """The parsed arguments, and a problem for every unknown flag and every value out of range."""
+    """The parsed arguments, and a problem for every unknown flag and every value out of range.
+
+    An invalid value gives way to the flag's default, so that the other arguments can be checked, too.
+    """
     args, unknown = parser.parse_known_args(argv)
+    parser = commands[args.command] if commands else parser
     problems = Problems()
-    flags = re.findall(r"--[a-z][a-z-]+", (commands[args.command] if commands else parser).format_help())
+    flags = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     for text in unknown:
         nearest = difflib.get_close_matches(text.partition("=")[0], flags, n=1)
         fix = f"did you mean {nearest[0]}?" if nearest else "see --help"
         problems.add(f"unknown argument {text}", "command line", fix)
-    for name, values in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, Invalid):
-                problems.add(f"{flag} {value.text} is not valid", "command line", f"give {value.expected}")
+    for action in parser._actions:
+        values = getattr(args, action.dest, None)
+        several = isinstance(values, list | tuple)
+        invalid = [value for value in (values if several else [values]) if isinstance(value, Invalid)]
+        for value in invalid:
+            text = " ".join([*action.option_strings[-1:], value.text])
+            problems.add(f"{text} is not valid", "command line", f"give {value.expected}")
+        if invalid:
+            valid = [value for value in values if value not in invalid] if several else action.default
+            setattr(args, action.dest, valid)
     return args, problems
 
 
@@ -213,3 +222,14 @@ def progress():
         TimeRemainingColumn(),
         console=stderr(),
     )
+
+
+def shorten_text(text: str, width: int = 80) -> str:
+    """The text on one line of at most `width` characters, without control characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: a document could hold escape sequences."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from functools import cache
@@ -178,3 +179,14 @@ def list_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises UserError when the disk of an existing folder has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise fail(
+            f"too little disk: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed",
+            str(folder),
+            "free some space or choose another folder",
+        )

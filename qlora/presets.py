@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from qlora import settings
 from qlora.console import fail
-from qlora.model.base_model import EMBEDDED
 
+EMBEDDED = "SmolLM2-135M-Instruct"
+EMBEDDED_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 SAMPLE_DATA = settings.PROJECT / "sample_data"
 DOLLY_WITH_CONTEXT = "category=closed_qa,information_extraction,summarization"
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora import settings
+
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT / "sample_data"
-sys.path.insert(0, str(PROJECT))
-
-from qlora import settings  # noqa: E402
 
 settings.quieten_libraries()
 

@@ -1,16 +1,19 @@
 """Generating, citing and refusing, on the tiny model; and the chain over a real store."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage, SystemMessage
 
-from qlora.answering.citations import check_answer, is_refusal
+from qlora.answering.chain import build_chain, make_fill
+from qlora.answering.citations import check_answer
 from qlora.answering.generator import Generator
 from qlora.model import base_model
 from qlora.prompt import Prompt, choose_prompt, encode_prompt
+from qlora.refusal import is_refusal
 
 DOCUMENTS = [Document(f"text {n}", metadata={"source": f"{n}.md", "score": 0.5}) for n in (1, 2, 3)]
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Where is the flag?")]
@@ -173,6 +176,10 @@ def test_citations_are_resolved_and_unknown_ones_removed():
         ("", True),
         ("I don't", False),
         ("Ann doesn't know.", False),
+        ("I don't know who signs.", True),
+        ("I don\u2019t know. The form is B7, but who signs it is not said.", True),
+        ("I don't know who signs, but the form is B7 [1].", False),
+        ("I don't knowingly sign.", False),
     ],
 )
 def test_refusals(text, refused):
@@ -183,20 +190,13 @@ def test_refusals(text, refused):
 
 def in_memory_chain(generator, language_model, text: str):
     """The chain over a store that needs no database and holds one passage."""
-    import argparse
-
     from langchain_core.embeddings import DeterministicFakeEmbedding
     from langchain_core.vectorstores import InMemoryVectorStore
 
-    import rag_qlora
-
     store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
-    store.refusal_threshold = None
     store.add_documents([Document(text, metadata={"source": "a.md", "score": 1.0})])
-    store.find = lambda question, k, **options: store.similarity_search(question, k)
-    args = argparse.Namespace(top_k=1, mode="dense", where=[], fetch_k=1, diversity=0)
-    fill = rag_qlora.make_fill(Prompt(), generator)
-    return rag_qlora.build_chain(args, store, Prompt(), language_model, fill)
+    find = partial(store.similarity_search, k=1)
+    return build_chain(find, make_fill(Prompt(), generator), language_model, Prompt().refusal)
 
 
 def test_history_is_harmless_too(generator):

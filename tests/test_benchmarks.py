@@ -12,7 +12,11 @@ from conftest import PROJECT, SAMPLE
 from benchmarks import ablation, forgetting, plain_recipe, random_llama, train_speed, trials
 from qlora.console import UserError
 from qlora.prompt import choose_prompt, encode_row
-from qlora.training import dataset
+from qlora.training import distractors, examples
+from qlora.training.distractors import add_distractors
+from qlora.training.examples import make_batches, make_example, tokenize_rows
+from qlora.training.rows import load_rows
+from qlora.words import answer_span
 
 
 def a_run(rate: float, **changes) -> dict:
@@ -45,7 +49,7 @@ def test_runs_of_different_work_are_no_comparison():
 
 
 def test_rows_are_chosen_so_that_the_split_leaves_as_many_as_asked_for():
-    rows = dataset.load_rows(str(SAMPLE / "train.jsonl"))
+    rows = load_rows(str(SAMPLE / "train.jsonl"))
     for wanted in (12, 64):
         training, held_out = plain_recipe.split_rows(train_speed.choose_rows(rows, wanted))
         assert len(training) == wanted and held_out
@@ -107,36 +111,35 @@ def test_benchmarks_start_without_torch(script):
 def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
     from qlora.model import base_model, quantised_base
     from qlora.retrieval import documents
-    from qlora.training import trainer
 
     tokenizer = base_model.load_tokenizer(str(tiny_base))
     prompt = choose_prompt(tokenizer)
-    rows = [row for row in dataset.load_rows(str(SAMPLE / "train.jsonl"))[:24] if row.category != "unanswerable"]
+    rows = [row for row in load_rows(str(SAMPLE / "train.jsonl"))[:24] if row.category != "unanswerable"]
 
     def shape():
-        return dataset.add_distractors(rows, 2, 1.0, prompt, 0)
+        return add_distractors(rows, 2, 1.0, prompt, 0)
 
     def count_answers(shaped) -> int:
         """Rows that still hold the answer, cut to 240 tokens."""
-        examples, _ = dataset.tokenize_rows(tokenizer, prompt, shaped, 240)
-        texts = [tokenizer.decode(e.input_ids[: e.labels.count(-100)]).split("### Instruction")[0] for e in examples]
-        return sum(dataset.answer_span(row.response) in text for row, text in zip(shaped, texts, strict=True))
+        shown, _ = tokenize_rows(tokenizer, prompt, shaped, 240)
+        texts = [tokenizer.decode(e.prompt_ids).split("### Instruction")[0] for e in shown]
+        return sum(answer_span(row.response) in text for row, text in zip(shaped, texts, strict=True))
 
     shaped = shape()
     kept = count_answers(shaped)
-    monkeypatch.setattr(dataset, "fit_passages", dataset.fit_passages)
+    monkeypatch.setattr(examples, "fit_passages", examples.fit_passages)
     ablation.cut_any_passage()
     assert count_answers(shaped) < kept
 
     assert all("[" in row.response for row in shaped)
-    monkeypatch.setattr(dataset, "shape_row", dataset.shape_row)
+    monkeypatch.setattr(distractors, "shape_row", distractors.shape_row)
     ablation.drop_citations()
     assert not any("[" in row.response for row in shape())
 
-    monkeypatch.setattr(trainer, "batch_groups", trainer.batch_groups)
-    examples = [dataset.Example([n], [n], group=n // 5) for n in range(20)]
+    monkeypatch.setattr(examples, "batch_groups", examples.batch_groups)
+    rows = [make_example([n], [n], group=n // 5) for n in range(20)]
     ablation.scatter_rows()
-    assert {len(batch) for batch in trainer.make_batches(examples, 4, 0)} == {4}
+    assert {len(batch) for batch in make_batches(rows, 4, 0)} == {4}
 
     monkeypatch.setattr(documents, "split_sections", documents.split_sections)
     ablation.drop_headings()

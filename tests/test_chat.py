@@ -16,7 +16,8 @@ from langchain_core.documents import Document
 from qlora import settings
 from qlora.answering.chat_session import Session
 from qlora.answering.citations import check_answer, refuse
-from qlora.answering.conversation import Turn, print_turn, printable
+from qlora.answering.conversation import Turn, print_turn
+from qlora.console import printable
 from qlora.prompt import Prompt, encode_prompt, fill_prompt
 
 PASSAGES = [
@@ -164,14 +165,14 @@ def test_follow_ups_find_what_they_ask_for(database):
     import argparse
 
     import rag_qlora
-    from qlora.model import base_model
+    from qlora import presets
     from qlora.retrieval.database import Database
     from qlora.retrieval.ingest import put_files
     from qlora.retrieval.pgvector_store import PgVectorStore
 
-    embeddings = rag_qlora.load_embeddings(argparse.Namespace(embedding_model=base_model.EMBEDDED_EMBEDDER))
-    store = PgVectorStore(Database(database), embeddings, base_model.EMBEDDED_EMBEDDER, "follow-ups")
-    put_files(store, [str(PROJECT / "sample_data" / "documents")], base_model.EMBEDDED_EMBEDDER, 200, 40)
+    embeddings = rag_qlora.load_embeddings(argparse.Namespace(embedding_model=presets.EMBEDDED_EMBEDDER))
+    store = PgVectorStore(Database(database), embeddings, presets.EMBEDDED_EMBEDDER, "follow-ups")
+    put_files(store, [str(PROJECT / "sample_data" / "documents")], presets.EMBEDDED_EMBEDDER, 200, 40)
 
     def is_found(question: str, wanted: str) -> bool:
         return any(wanted.lower() in document.page_content.lower() for document in store.find(question, 3))
@@ -297,10 +298,11 @@ PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\
 @pytest.mark.parametrize("model", ["chatml", "llama2", "plain"])
 def test_no_attack_reaches_the_model_as_control(model, tiny_base):
     """Special tokens and headings are those of the same prompt with harmless passages."""
+    from qlora import presets
     from qlora.model import base_model
     from qlora.prompt import choose_prompt
 
-    source = base_model.resolve_base_model(base_model.EMBEDDED) if model == "chatml" else str(tiny_base)
+    source = base_model.resolve_base_model(presets.EMBEDDED) if model == "chatml" else str(tiny_base)
     tokenizer = base_model.load_tokenizer(source)
     tokenizer.chat_template = PLAIN if model == "plain" else tokenizer.chat_template
     prompt = choose_prompt(tokenizer)

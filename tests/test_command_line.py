@@ -155,10 +155,11 @@ def test_a_bad_file_is_reported_and_the_rest_goes_in(collection, documents, caps
 
 
 def test_another_embedding_model_is_refused(collection, documents, capsys, tmp_path):
+    from qlora import presets
     from qlora.model import base_model
 
     assert rag("ingest", documents) == 0
-    copy = shutil.copytree(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER), tmp_path / "embedder")
+    copy = shutil.copytree(base_model.resolve_embedding_model(presets.EMBEDDED_EMBEDDER), tmp_path / "embedder")
     assert rag("search", "--embedding-model", copy, "Who?") == 2
     assert "was made with embedding model sentence-transformers/all-MiniLM-L6-v2" in capsys.readouterr().err
 

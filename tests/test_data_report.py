@@ -9,11 +9,14 @@ from conftest import SAMPLE
 from qlora import machine
 from qlora.console import UserError
 from qlora.model.base_model import load_tokenizer
+from qlora.model.lora import Lora
 from qlora.prompt import IGNORED, Prompt, choose_prompt
-from qlora.training import data_report, dataset
+from qlora.training import data_report
 from qlora.training.data_report import build_report, check_examples, describe_model, print_report, write_report
-from qlora.training.dataset import Example, Row
+from qlora.training.distractors import add_distractors
+from qlora.training.examples import Example, make_example, tokenize_rows
 from qlora.training.row_filters import Dropped
+from qlora.training.rows import Row, load_rows
 
 PLAN = {
     "longest": 2000,
@@ -52,7 +55,7 @@ def counts(**changes) -> dict:
 def example(tokenizer, prompt: int = 10, response: int = 3) -> Example:
     """So many tokens of prompt, and of response with EOS."""
     trained = [60] * (response - 1) + [tokenizer.eos_token_id]
-    return Example([50] * prompt + trained, [IGNORED] * prompt + trained)
+    return make_example([50] * prompt + trained, [IGNORED] * prompt + trained)
 
 
 def report_on(tokenizer, examples, held_out=None, rate=1e9, plan=PLAN, **changes) -> dict:
@@ -101,7 +104,7 @@ def test_rows_and_steps_are_counted(tokenizer):
 def test_refusals_are_counted(tokenizer):
     prompt = Prompt()
     rows = [Row(f"Q{n}?", prompt.refusal if n else "Ann.", "Ann did.", "", f"{n}.md") for n in range(4)]
-    examples, _ = dataset.tokenize_rows(tokenizer, prompt, rows, 500)
+    examples, _ = tokenize_rows(tokenizer, prompt, rows, 500)
     report = report_on(tokenizer, examples)
     assert report["refused_share"] == 0.75
     assert "⟦Ann." in report["example"]
@@ -153,12 +156,12 @@ def test_sizes_of_a_model_without_weights(tiny_base):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora.training.trainer import add_lora
+    from qlora.model.lora import add_lora
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base))
         weights = base.num_parameters()
-        sizes = describe_model(add_lora(base, 4, 8, 0.0, seed=0))
+        sizes = describe_model(add_lora(base, Lora(4, 8), seed=0))
     lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # two layers; q o, k v, gate up down
     assert sizes == {"parameters": weights + lora, "lora_parameters": lora, "layers": 2, "hidden_size": 64}
 
@@ -167,7 +170,7 @@ def test_sizes_of_a_model_without_weights(tiny_base):
 
 
 def test_rows_without_labels_are_refused(tokenizer):
-    silent = Example([50, tokenizer.eos_token_id], [IGNORED, IGNORED])
+    silent = make_example([50, tokenizer.eos_token_id], [IGNORED, IGNORED])
     with pytest.raises(UserError, match="no token of the training rows is trained"):
         report_on(tokenizer, [silent, silent])
     with pytest.raises(UserError, match="no token of the held-out rows is trained"):
@@ -177,9 +180,9 @@ def test_rows_without_labels_are_refused(tokenizer):
 
 def test_the_first_row_that_does_not_end_in_a_trained_eos_is_named(tokenizer):
     good = example(tokenizer)
-    cut = Example(good.input_ids[:-1], good.labels[:-1])
-    unlearned = Example(good.input_ids, [*good.labels[:-1], IGNORED])
-    changed = Example([*good.input_ids[:-1], 60], good.labels)
+    cut = make_example(good.input_ids[:-1], good.labels[:-1])
+    unlearned = make_example(good.input_ids, [*good.labels[:-1], IGNORED])
+    changed = make_example([*good.input_ids[:-1], 60], good.labels)
     for bad in (cut, unlearned, changed):
         with pytest.raises(UserError, match="training row 3 does not end in a trained EOS") as error:
             report_on(tokenizer, [good, good, bad, cut])
@@ -192,8 +195,8 @@ def test_the_first_row_that_does_not_end_in_a_trained_eos_is_named(tokenizer):
 @pytest.fixture(scope="module")
 def real(tokenizer):
     """A report on real rows with distractors, and its examples."""
-    rows = dataset.add_distractors(dataset.load_rows(str(SAMPLE / "train.jsonl"))[:20], 1, 1.0, Prompt(), 0)
-    examples, _ = dataset.tokenize_rows(tokenizer, Prompt(), rows, 1000)
+    rows = add_distractors(load_rows(str(SAMPLE / "train.jsonl"))[:20], 1, 1.0, Prompt(), 0)
+    examples, _ = tokenize_rows(tokenizer, Prompt(), rows, 1000)
     return report_on(tokenizer, examples), examples
 
 
@@ -210,7 +213,7 @@ def test_the_coloured_part_is_exactly_what_is_trained(tokenizer, real):
 
 def test_marks_and_terminal_commands_of_the_rows_do_no_harm(tokenizer):
     row = Row("Is ⟦this⟧ \x1b[31mred?", "It is ⟦so⟧.")
-    report = report_on(tokenizer, dataset.tokenize_rows(tokenizer, Prompt(), [row], 500)[0])
+    report = report_on(tokenizer, tokenize_rows(tokenizer, Prompt(), [row], 500)[0])
     shown = data_report.color_trained(report["example"])
     assert "\x1b" not in shown.plain and "Is [[this]]" in shown.plain
     assert [shown.plain[span.start : span.end] for span in shown.spans] == ["It is [[so]].</s>"]

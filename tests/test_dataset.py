@@ -8,19 +8,19 @@ from conftest import SAMPLE
 from qlora.console import Problems, UserError
 from qlora.model.base_model import load_tokenizer
 from qlora.prompt import Prompt, choose_prompt
-from qlora.training.dataset import (
+from qlora.training.distractors import add_distractors
+from qlora.training.examples import batch_groups, tokenize_rows
+from qlora.training.row_filters import (
     TEMPLATE,
-    Row,
-    add_distractors,
-    answer_span,
-    batch_groups,
+    Selection,
     drop_leaked,
     hold_out,
+    is_extractive,
     keep_usable,
-    load_rows,
-    tokenize_rows,
+    read_selection,
+    sample_rows,
 )
-from qlora.training.row_filters import Selection, is_extractive, read_selection, sample_rows
+from qlora.training.rows import Row, answer_span, load_rows
 
 ROWS = [Row(f"Question {n}?", f"answer{n}", f"Context with answer{n}.", "qa", f"doc{n // 3}.md") for n in range(30)]
 
@@ -172,10 +172,10 @@ def test_a_share_of_the_rows_may_refuse():
 def test_the_words_of_a_selection():
     problems = Problems()
     words = ["category=a, b", "category=c", "source!=x=y.md"]
-    selection = read_selection(words, ["response=2"], ["response=9"], problems, 5, True)
+    selection = read_selection(words, ["response=2"], ["response=9"], problems)
     assert not problems.found
     assert selection == Selection(
-        {"category": {"a", "b", "c"}}, {"source": {"x=y.md"}}, {"response": 2}, {"response": 9}, 5, True
+        {"category": {"a", "b", "c"}}, {"source": {"x=y.md"}}, {"response": 2}, {"response": 9}
     )
     read_selection(
         ["category", "subject=x", "a!b"], ["response=x", "title=3", "context=9"], ["context=3", "context"], problems

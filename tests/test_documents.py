@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from qlora import presets
 from qlora.console import UserError
 from qlora.model import base_model
 from qlora.retrieval import documents
@@ -50,7 +51,7 @@ def folder(tmp_path):
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base_model.resolve_embedding_model(base_model.EMBEDDED_EMBEDDER))
+    return AutoTokenizer.from_pretrained(base_model.resolve_embedding_model(presets.EMBEDDED_EMBEDDER))
 
 
 def load(file, tokenizer, size=200, overlap=40):
@@ -126,7 +127,7 @@ def test_a_pdf_without_text_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize("of", ["embedder", "base model"])
 def test_passages_fit_the_window_overlap_and_lose_nothing(tmp_path, tokenizer, of):
     if of == "base model":  # bytes and merges instead of word pieces
-        tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(base_model.EMBEDDED))
+        tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(presets.EMBEDDED))
     words = " ".join(f"word{n} means thing{n}." for n in range(400))
     heading = "A very long heading " * 6
     (tmp_path / "long.md").write_text(f"# {heading}\n\n{words}\n\n```\n# no heading\n```\n")

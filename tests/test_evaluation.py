@@ -7,14 +7,16 @@ import pytest
 from conftest import SAMPLE, rag
 from langchain_core.documents import Document
 
+from qlora import metrics, refusal
 from qlora.answering.citations import check_answer
 from qlora.console import UserError
 from qlora.evaluation import comparison as c
 from qlora.evaluation import evaluation as e
+from qlora.evaluation import questions
 from qlora.evaluation.report import compare_files, describe_answers
-from qlora.model.base_model import EMBEDDED_EMBEDDER
+from qlora.presets import EMBEDDED_EMBEDDER
 
-QUESTION = e.Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
+QUESTION = questions.Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
 HOLDS = Document("It costs nine crowns a day.", metadata={"source": "fees.md", "score": 0.9})
 OTHER = Document("Dogs are welcome.", metadata={"source": "dogs.md", "score": 0.8})
 
@@ -34,8 +36,8 @@ OTHER = Document("Dogs are welcome.", metadata={"source": "dogs.md", "score": 0.
     ],
 )
 def test_exact_match_and_f1_are_squads(prediction, answers, em, f1):
-    assert e.exact_match(prediction, answers) == em
-    assert e.token_f1(prediction, answers) == pytest.approx(f1)
+    assert metrics.exact_match(prediction, answers) == em
+    assert metrics.token_f1(prediction, answers) == pytest.approx(f1)
 
 
 def test_scores_of_one_answer():
@@ -46,7 +48,7 @@ def test_scores_of_one_answer():
     assert (refused["f1"], refused["refused"], refused["faithful"], refused["cited_support"]) == (0, True, None, None)
     made_up = e.score_answer(QUESTION, check_answer("twelve", [HOLDS], "I don't know."))
     assert (made_up["f1"], made_up["faithful"], made_up["cited_support"]) == (0, 0, 0)
-    none = e.score_answer(e.Question("Why?", ()), check_answer("because [1]", [OTHER], "I don't know."))
+    none = e.score_answer(questions.Question("Why?", ()), check_answer("because [1]", [OTHER], "I don't know."))
     assert (none["em"], none["f1"], none["answerable"], none["citations"]) == (None, None, False, None)
 
 
@@ -76,18 +78,18 @@ def test_a_cell_by_hand():
 
 
 def test_retrieval_by_hand():
-    metrics = e.rank_metrics([[True, False, False], [False, False, True], [False] * 3, [False] * 4 + [True]])
-    assert metrics["recall@1"] == 0.25 and metrics["recall@3"] == 0.5 and metrics["recall@10"] == 0.75
-    assert metrics["mrr"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 5) / 4, abs=1e-4)
-    assert metrics["ndcg@10"] == pytest.approx((1 + 0.5 + 0 + 1 / 2.584963) / 4, abs=1e-4)
-    found = e.score_retrieval([QUESTION, e.Question("Why?", ())], [[OTHER, HOLDS], [OTHER]])
+    found = metrics.rank_metrics([[True, False, False], [False, False, True], [False] * 3, [False] * 4 + [True]])
+    assert found["recall@1"] == 0.25 and found["recall@3"] == 0.5 and found["recall@10"] == 0.75
+    assert found["mrr"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 5) / 4, abs=1e-4)
+    assert found["ndcg@10"] == pytest.approx((1 + 0.5 + 0 + 1 / 2.584963) / 4, abs=1e-4)
+    found = e.score_retrieval([QUESTION, questions.Question("Why?", ())], [[OTHER, HOLDS], [OTHER]])
     assert found["recall@1"] == 0 and found["recall@3"] == 1 and found["by_source"]["mrr"] == 0.5
 
 
 def test_support_ignores_yes_and_no_and_needs_whole_words():
-    assert e.supports("The hut is closed on Mondays.", e.Question("Open?", ("No, closed on Mondays", "No")))
-    assert not e.supports("No idea.", e.Question("Open?", ("No",)))
-    assert not e.supports("It costs 19 crowns.", e.Question("How much?", ("9 crowns",)))
+    assert e.supports("The hut is closed on Mondays.", questions.Question("Open?", ("No, closed on Mondays", "No")))
+    assert not e.supports("No idea.", questions.Question("Open?", ("No",)))
+    assert not e.supports("It costs 19 crowns.", questions.Question("How much?", ("9 crowns",)))
 
 
 def score_of(answerable, f1=0.0, refused=False):
@@ -97,10 +99,10 @@ def score_of(answerable, f1=0.0, refused=False):
 def test_threshold_is_the_best_cut_of_the_fitting_half():
     confidences = [0.1, 0.2, 0.3, 0.4, 0.5]
     scores = [score_of(False), score_of(True, 0.25), score_of(False), score_of(True, 1.0), score_of(False)]
-    assert c.fit_threshold(confidences, scores) == pytest.approx(0.35)  # +1, -0.25, +1 before, -1, +1 after
-    assert c.fit_threshold(confidences, [score_of(True, 1.0)] * 5) is None
-    assert c.fit_threshold(confidences, [score_of(False)] * 5) > 0.5
-    assert c.fit_threshold([0.3, 0.3], [score_of(False), score_of(True, 1.0)]) is None  # no cut between equals
+    assert refusal.fit_threshold(confidences, scores) == pytest.approx(0.35)  # +1, -0.25, +1 before, -1, +1 after
+    assert refusal.fit_threshold(confidences, [score_of(True, 1.0)] * 5) is None
+    assert refusal.fit_threshold(confidences, [score_of(False)] * 5) > 0.5
+    assert refusal.fit_threshold([0.3, 0.3], [score_of(False), score_of(True, 1.0)]) is None  # no cut between equals
     halves = c.split_halves([score_of(n % 4 > 0) for n in range(20)])
     assert sorted(halves[0] + halves[1]) == list(range(20))
     assert [sum(n % 4 == 0 for n in half) for half in halves] == [3, 2]
@@ -109,26 +111,26 @@ def test_threshold_is_the_best_cut_of_the_fitting_half():
 def test_refusal_bias_is_the_best_cut_of_the_rows():
     refused = [True] * 10 + [False] * 2 + [True] * 3 + [False] * 60
     odds = [5.0 - n / 10 for n in range(75)]
-    bias, f1 = c.fit_refusal_bias(odds, refused, [True] * 75)
+    bias, f1 = refusal.fit_refusal_bias(odds, refused, [True] * 75)
     assert bias == pytest.approx(-3.55) and f1 == pytest.approx(26 / 28, abs=1e-3)  # two answers for three
     flipped = (values[::-1] for values in (odds, refused, [True] * 75))
-    assert c.fit_refusal_bias(*flipped) == (bias, f1)
-    shifted, _ = c.fit_refusal_bias([odd - 6 for odd in odds], refused, [True] * 75)
+    assert refusal.fit_refusal_bias(*flipped) == (bias, f1)
+    shifted, _ = refusal.fit_refusal_bias([odd - 6 for odd in odds], refused, [True] * 75)
     assert shifted == pytest.approx(2.45)  # one that never refuses is made to
     few, none = (odds[25:], refused[25:], refused[25:]), (odds[:11], refused[:11], refused[:11])
-    assert c.fit_refusal_bias(*few) == c.fit_refusal_bias(*none) == (0.0, None)
+    assert refusal.fit_refusal_bias(*few) == refusal.fit_refusal_bias(*none) == (0.0, None)
 
 
 def test_refusal_bias_spares_answers_that_are_right():
     """An answer that would be wrong is no loss; rows that refuse count as one in five at most."""
     odds, refused = [-n / 10 for n in range(60)], [True] * 5 + [False] * 10 + [True] * 5 + [False] * 40
     right = [not flag for flag in refused]
-    assert c.fit_refusal_bias(odds, refused, right)[0] == pytest.approx(0.45)
+    assert refusal.fit_refusal_bias(odds, refused, right)[0] == pytest.approx(0.45)
     wrong_first = [n >= 15 and flag for n, flag in enumerate(right)]
-    assert c.fit_refusal_bias(odds, refused, wrong_first)[0] == pytest.approx(1.95)
+    assert refusal.fit_refusal_bias(odds, refused, wrong_first)[0] == pytest.approx(1.95)
     hopeless = [not flag for flag in refused]
-    assert c.fit_refusal_bias(odds, hopeless, refused) == (-0.5, 0.0)  # 5 answers, then refusals
-    assert c.fit_refusal_bias([1.0] * 40, [True] * 20 + [False] * 20, [False] * 40)[0] == pytest.approx(-0.5)
+    assert refusal.fit_refusal_bias(odds, hopeless, refused) == (-0.5, 0.0)  # 5 answers, then refusals
+    assert refusal.fit_refusal_bias([1.0] * 40, [True] * 20 + [False] * 20, [False] * 40)[0] == pytest.approx(-0.5)
 
 
 def test_calibration_reports_on_questions_it_was_not_fitted_on():
@@ -137,7 +139,7 @@ def test_calibration_reports_on_questions_it_was_not_fitted_on():
     for n in range(40):
         answers = () if n % 4 == 0 else ("nine crowns",)
         document = Document("It costs nine crowns.", metadata={"source": "a.md", "score": 0.6 if answers else 0.2})
-        questions.append(e.Question(f"{n}?", answers))
+        questions.append(questions.Question(f"{n}?", answers))
         found.append([document])
         answer = check_answer("nine crowns [1]", [document], "I don't know.")
         scores.append({**e.score_answer(questions[-1], answer), "seconds": 1.0})
@@ -178,25 +180,27 @@ def test_questions_of_all_formats(tmp_path):
         {"instruction": "Q4?", "response": "I don't know.", "context": "e"},
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = e.load_questions(tmp_path / "q.jsonl")
+    found = questions.load_questions(tmp_path / "q.jsonl")
     assert [q.answers for q in found] == [("a",), (), ("c",), ()] and found[0].source == "x.md"
-    assert e.load_questions(tmp_path / "q.jsonl", limit=2) == [found[0], found[1]]  # one of each kind
+    assert questions.load_questions(tmp_path / "q.jsonl", limit=2) == [found[0], found[1]]  # one of each kind
     entry = {"question": " Q? ", "answers": [{"text": "a"}, {"text": "a"}, {"text": "b"}], "id": "1"}
     squad = {"data": [{"title": "Force", "paragraphs": [{"context": "a b", "qas": [entry]}]}]}
     (tmp_path / "squad.json").write_text(json.dumps(squad))
-    assert e.load_questions(tmp_path / "squad.json") == [e.Question("Q?", ("a", "b"), "Force.md", "a b")]
+    assert questions.load_questions(tmp_path / "squad.json") == [
+        questions.Question("Q?", ("a", "b"), "Force.md", "a b")
+    ]
 
 
 def test_bad_question_files_name_the_line(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "ok", "answers": []}\n{oops\n{"question": "x"}\n{"question": "x", "answers": "y"}\n')
     with pytest.raises(UserError) as error:
-        e.load_questions(path)
+        questions.load_questions(path)
     assert all(f"q.jsonl:{n}" in str(error.value) for n in (2, 3, 4)) and "q.jsonl:1" not in str(error.value)
     (tmp_path / "bad.json").write_text("{}")
     for name, message in (("gone.jsonl", "not found"), ("bad.json", "no SQuAD file")):
         with pytest.raises(UserError, match=message):
-            e.load_questions(tmp_path / name)
+            questions.load_questions(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------- the command
@@ -262,8 +266,7 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     assert (tiny_adapter / "README.md").read_text().count("| tuned | retrieved |") == 1  # replaced, not added
 
     capsys.readouterr()
-    runs = ["--compare", tmp_path / "out" / "evaluation.json", tmp_path / "out" / "evaluation.json"]
-    assert rag("evaluate", *runs, "--json") == 0
+    assert rag("compare", *[tmp_path / "out" / "evaluation.json"] * 2, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {(row["model"], row["context"]) for row in rows} == set(cells)
     assert all(row["mean"] == row["low"] == row["high"] == 0 and row["first"] == row["second"] for row in rows)
@@ -276,7 +279,7 @@ def read_pairs(lines):
 
 
 def sample_questions(limit):
-    return e.load_questions(SAMPLE / "questions.jsonl", limit)
+    return questions.load_questions(SAMPLE / "questions.jsonl", limit)
 
 
 def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
@@ -349,10 +352,10 @@ def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database
     assert rag("ingest", documents) == 0
     rows = [row for row in map(json.loads, (SAMPLE / "questions.jsonl").open()) if row["source"].startswith("canteen/")]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["evaluate", "--questions", tmp_path / "q.jsonl", "--documents", documents, "--output", tmp_path / "out"]
-    words += ["--sweep", "top-k=1,12,3"]
+    words = ["sweep", "--questions", tmp_path / "q.jsonl", "--documents", documents, "--output", tmp_path / "out"]
+    words += ["top-k=1,12,3"]
     capsys.readouterr()
-    assert rag(*words, "--search", "dense", "--sweep", "passages=24,200", "--json") == 0
+    assert rag(*words, "passages=24,200", "--search", "dense", "--json") == 0
     by_count, by_length = json.loads(capsys.readouterr().out)
     assert [row["value"] for row in by_length["rows"]] == [200, 24]  # 24 tokens cut answers in two
     assert by_length["rows"][0]["given"] > by_length["rows"][1]["given"]
@@ -371,13 +374,13 @@ def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database
 
 
 def test_mistakes_in_sweep_and_compare(collection, tmp_path, capsys):
-    assert rag("evaluate", "--sweep", "passages=0,x", "--sweep", "colour=red") == 2
+    assert rag("sweep", "passages=0,x", "colour=red") == 2
     err = capsys.readouterr().err
-    assert "--sweep passages=0,x is not valid" in err and "--sweep colour=red is not valid" in err
+    assert "passages=0,x is not valid" in err and "colour=red is not valid" in err
     (tmp_path / "q.jsonl").write_text('{"question": "Why?", "answers": []}\n')
-    assert rag("evaluate", "--questions", tmp_path / "q.jsonl", "--sweep", "passages=100") == 2
+    assert rag("sweep", "passages=100", "--questions", tmp_path / "q.jsonl") == 2
     assert "name them with --documents" in capsys.readouterr().err
-    assert rag("evaluate", "--compare", tmp_path / "a.json", tmp_path / "b.json") == 2
+    assert rag("compare", tmp_path / "a.json", tmp_path / "b.json") == 2
     assert "no evaluation there" in capsys.readouterr().err
     for name, question in (("a", "One?"), ("b", "Two?")):
         (tmp_path / name).mkdir()
@@ -385,7 +388,7 @@ def test_mistakes_in_sweep_and_compare(collection, tmp_path, capsys):
         scores = {"f1": 1.0, "overall_f1": 1.0}
         line = {"model": "base", "context": "oracle", "question": question, "answers": ["x"], "scores": scores}
         (tmp_path / name / "answers.jsonl").write_text(json.dumps(line) + "\n")
-    assert rag("evaluate", "--compare", *(tmp_path / name / "evaluation.json" for name in "ab")) == 2
+    assert rag("compare", *(tmp_path / name / "evaluation.json" for name in "ab")) == 2
     assert "share no question" in capsys.readouterr().err
 
 
@@ -396,7 +399,7 @@ def test_readme_shows_answers_of_every_kind_and_every_question_file(tmp_path):
     for question, answers, tuned in facts:
         for model, text in (("base", "It is 4."), ("tuned", tuned)):
             answer = check_answer(text, [], "I don't know.")
-            scores = e.score_answer(e.Question(question, tuple(answers)), answer)
+            scores = e.score_answer(questions.Question(question, tuple(answers)), answer)
             row = {"model": model, "context": "retrieved", "question": question, "answers": answers, "answer": text}
             lines.append(json.dumps({**row, "scores": scores}))
     (tmp_path / "answers.jsonl").write_text("\n".join(lines))

@@ -18,8 +18,10 @@ from qlora.console import UserError
 from qlora.model import base_model
 from qlora.model.adapter import load_adapter, read_adapter
 from qlora.model.lean_layers import dequantize
-from qlora.prompt import IGNORED
-from qlora.training import dataset, export
+from qlora.training import export
+from qlora.training.distractors import add_distractors
+from qlora.training.examples import tokenize_rows
+from qlora.training.rows import Row
 
 TOKEN = "hf_secretsecret"
 
@@ -39,9 +41,9 @@ def decided(tiny_base, tmp_path_factory):
 def held_out(decided):
     """Twelve other real rows, as examples."""
     tokenizer = base_model.load_tokenizer(str(decided.folder))
-    rows = [dataset.Row(**row) for row in sample_rows()[12:300:24]]
-    shaped = dataset.add_distractors(rows, 1, 1.0, decided.prompt, seed=0)
-    return dataset.tokenize_rows(tokenizer, decided.prompt, shaped, 768)[0]
+    rows = [Row(**row) for row in sample_rows()[12:300:24]]
+    shaped = add_distractors(rows, 1, 1.0, decided.prompt, seed=0)
+    return tokenize_rows(tokenizer, decided.prompt, shaped, 768)[0]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def merged(decided, held_out, tmp_path_factory):
 
 def greedy(model, tokenizer, examples) -> list[list[int]]:
     generator = Generator(model=model, tokenizer=tokenizer, max_new_tokens=24)
-    return [generator.generate_ids([e.input_ids[: e.labels.count(IGNORED)]])[0] for e in examples]
+    return [generator.generate_ids([e.prompt_ids])[0] for e in examples]
 
 
 # ------------------------------------------------------------------------------- merge

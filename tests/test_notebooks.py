@@ -2,16 +2,12 @@
 
 import json
 import shutil
-import sys
 
+import build
 import pytest
 from conftest import PROJECT
 
 from qlora import console
-
-sys.path.insert(0, str(PROJECT / "notebooks"))
-
-import build
 
 NAME = "rag_qlora"
 

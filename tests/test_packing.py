@@ -9,8 +9,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora import machine
 from qlora.model import base_model, lean_layers, packing
+from qlora.model.lora import Lora, add_lora
 from qlora.prompt import IGNORED
 from qlora.training import trainer
+from qlora.training.examples import Example, collate, make_example
 
 BEGINNING = [5, 6, 7, 8, 9]
 
@@ -35,9 +37,9 @@ def llama():
     return LlamaForCausalLM(config)
 
 
-def rows(*rests: tuple[list[int], list[int]], beginning=BEGINNING) -> list[dict]:
+def rows(*rests: tuple[list[int], list[int]], beginning=BEGINNING) -> list[Example]:
     return [
-        {"input_ids": [*beginning, *prompt, *answer], "labels": [IGNORED] * len([*beginning, *prompt]) + answer}
+        make_example([*beginning, *prompt, *answer], [IGNORED] * len([*beginning, *prompt]) + answer)
         for prompt, answer in rests
     ]
 
@@ -72,13 +74,13 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
     model = copy.deepcopy(llama).train()
     expected = 0.0
     for row in BATCHES[name]:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        ids, labels = torch.tensor([row.input_ids.tolist()]), torch.tensor([row.labels.tolist()])
         expected = expected + model(input_ids=ids, labels=labels).loss * (labels != IGNORED).sum()
     wanted = gradients(model, expected)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     lean_layers.make_lean(model)
-    batch = trainer.collate(BATCHES[name])
+    batch = collate(BATCHES[name])
     losses = trainer.token_losses(trainer.label_logits(model, batch), batch["labels"])
     assert losses.shape == batch["labels"].shape and (losses[batch["labels"] == IGNORED] == 0).all()
     assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
@@ -88,7 +90,7 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
 
 
 def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
-    batch = trainer.collate(BATCHES["common beginning"])
+    batch = collate(BATCHES["common beginning"])
     packed = packing.pack(batch["input_ids"], batch["attention_mask"])
     assert packed.pieces == [(5, ()), (4, (0,)), (8, (0,)), (2, (0,))] and packed.input_ids.shape == (1, 19)
     assert packed.position_ids[0].tolist() == [*range(5), *range(5, 9), *range(5, 13), 5, 6]
@@ -96,7 +98,7 @@ def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
 
 
 def test_passages_that_neighbours_share_are_computed_once():
-    batch = trainer.collate(BATCHES["passages in common"])
+    batch = collate(BATCHES["passages in common"])
     packed = packing.pack(batch["input_ids"], batch["attention_mask"])
     assert [before for _, before in packed.pieces] == [(), (0,), (0, 1), (0, 1), (0,), (0,), (0, 5), (0, 5)]
     assert [length for length, _ in packed.pieces] == [5, 37, 4, 4, 3, 38, 4, 3]
@@ -113,7 +115,7 @@ def check_index(batch: dict, packed: packing.PackedBatch) -> None:
 
 def test_ordinary_batches_are_attended_as_ever(llama):
     """Generation uses the same model: padded on the left, with a cache."""
-    batch = trainer.collate(BATCHES["common beginning"])
+    batch = collate(BATCHES["common beginning"])
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     answers = []
     for implementation in (packing.ATTENTION, "sdpa"):
@@ -148,11 +150,11 @@ def test_gradients_of_the_lean_layers_are_right(tiny_base):
 
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 def test_lean_layers_give_peft_s_losses_and_gradients(tiny_base, options):
-    batch = trainer.collate(BATCHES["common beginning"])
+    batch = collate(BATCHES["common beginning"])
     found = []
     for lean in (False, True):
         model = base_model.load_base_model(str(tiny_base), training=True)
-        model = trainer.add_lora(model, 4, 8, 0.0, seed=0, **options)
+        model = add_lora(model, Lora(4, 8, **options), seed=0)
         torch.manual_seed(0)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -172,7 +174,7 @@ def test_lean_layers_give_peft_s_losses_and_gradients(tiny_base, options):
 def test_lean_layers_answer_as_peft_does(tiny_base):
     """Without gradients; with the adapter switched off they are the base model's."""
     ids = torch.tensor([[1, *range(20, 60)]])
-    model = trainer.add_lora(base_model.load_base_model(str(tiny_base)), 4, 8, 0.0, seed=0).eval()
+    model = add_lora(base_model.load_base_model(str(tiny_base)), Lora(4, 8), seed=0).eval()
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -203,7 +205,7 @@ def test_lean_layers_answer_as_peft_does(tiny_base):
 def test_every_option_of_lora_answers_in_every_dtype(tiny_base, monkeypatch, options, dtype):
     """As PEFT's own layers do; in fp32 nearly, in 16 bit up to their rounding."""
     monkeypatch.setattr(machine, "compute_dtype", lambda: dtype)
-    model = trainer.add_lora(base_model.load_base_model(str(tiny_base)), 4, 8, seed=0, **{"dropout": 0.0, **options})
+    model = add_lora(base_model.load_base_model(str(tiny_base)), Lora(4, 8, **options), seed=0)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # as an adapter is loaded

@@ -214,8 +214,8 @@ def test_retrieval_is_that_of_postgresql(server, database, tmp_path, capsys, mon
     monkeypatch.setenv("DATABASE_URL", database)
     found = {}
     for store in ("pgvector", "pinecone"):
-        flags = "--sweep", "search=dense", "--store", store, "--collection", "sample", "--output", tmp_path / store
-        assert rag("evaluate", *flags, "--search", "dense", "--json") == 0
+        flags = "search=dense", "--store", store, "--collection", "sample", "--output", tmp_path / store
+        assert rag("sweep", *flags, "--search", "dense", "--json") == 0
         found[store] = json.loads(capsys.readouterr().out)[0]["rows"][0]
     numbers = {name: [value for value in found[name].values() if isinstance(value, float)] for name in found}
     assert len(numbers["pgvector"]) >= 3

@@ -1,6 +1,7 @@
 """The rules of the project itself: layout, budgets, settings, dependencies, sample data."""
 
 import ast
+import graphlib
 import importlib.metadata
 import json
 import re
@@ -16,7 +17,7 @@ import instruct_train_qlora
 import rag_qlora
 from benchmarks import ablation, gpu_check, recipe_search
 from qlora import settings
-from qlora.cli import rag_flags
+from qlora.cli import rag_flags, training_flags
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
 MODULES = sorted((PROJECT / "qlora").rglob("*.py"))
@@ -38,7 +39,39 @@ def imports(node: ast.AST) -> set[str]:
     return names
 
 
+ROOMS = ("model", "retrieval", "answering", "evaluation", "training", "cli")  # each may use those before it
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts)
+
+
+def uses(path: Path) -> set[str]:
+    """The modules of qlora/ that a file imports, wherever in it."""
+    names = {module_name(module) for module in MODULES}
+    found = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)]
+    full = {f"{node.module}.{alias.name}" for node in found for alias in node.names} | {node.module for node in found}
+    return full & names
+
+
+def floor(name: str) -> int:
+    parts = name.split(".")
+    return 1 + ROOMS.index(parts[1]) if len(parts) == 3 else 0
+
+
 # ------------------------------------------------------------------------------- layout
+
+
+def test_rooms_use_only_the_rooms_below_them():
+    assert {path.name for path in (PROJECT / "qlora").iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
+    for path in MODULES:
+        above = [name for name in uses(path) if floor(name) > floor(module_name(path))]
+        assert not above, f"{path} imports {above}"
+
+
+def test_modules_import_each_other_in_no_circle():
+    order = graphlib.TopologicalSorter({module_name(path): uses(path) for path in MODULES})
+    assert len(list(order.static_order())) == len(MODULES)  # a CycleError names the circle
 
 
 def test_scripts_import_no_script_and_modules_import_no_script():
@@ -153,7 +186,7 @@ def test_readme_shows_only_commands_and_flags_that_exist():
         name: command.format_help()
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
-    training = instruct_train_qlora.build_parser().format_help()
+    training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
     benchmarks = "".join(script.build_parser().format_help() for script in (recipe_search, ablation, gpu_check))
     vllm = {"--enable-lora", "--lora-modules", "--chat-template"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", README)  # ours have no underscores, launchers' do

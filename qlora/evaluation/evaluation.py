@@ -4,129 +4,27 @@
 them, refusals, citations, faithfulness; retrieval metrics; paired bootstrap intervals; one verdict.
 """
 
-import json
-import math
 import re
 import statistics
-import string
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from qlora.answering.citations import MARK, Answer, best_score, refuse
-from qlora.console import Problems, fail, progress
-from qlora.evaluation.comparison import compare_cells, fit_threshold, give_verdict, paired_bootstrap, split_halves
-
-RANKS = (1, 3, 10)
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with its right answers (none: the documents don't answer it) and where they stand."""
-
-    question: str
-    answers: tuple[str, ...]
-    source: str | None = None
-    context: str | None = None
-
-
-# ------------------------------------------------------------------------------- load
-
-
-def load_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
-
-    With `limit` a deterministic sample, spread evenly over answerable and unanswerable ones. Raises
-    UserError that names each bad line.
-    """
-    if not path.is_file():
-        raise fail("question file not found", str(path), "check --questions")
-    questions = read_squad(path) if path.suffix == ".json" else read_lines(path)
-    if not questions:
-        raise fail("no questions in the file", str(path), "write one JSON object a line: question, answers")
-    if limit and limit < len(questions):
-        ordered = sorted(range(len(questions)), key=lambda n: bool(questions[n].answers))
-        chosen = sorted(ordered[n * len(ordered) // limit] for n in range(limit))
-        questions = [questions[n] for n in chosen]
-    return questions
-
-
-def read_lines(path: Path) -> list[Question]:
-    """The questions of a .jsonl file; all bad lines are told together."""
-    problems, questions = Problems(), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            questions.append(read_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"no question ({type(error).__name__}: {error})"
-            fix = '{"question": "...", "answers": ["..."], "source": null, "context": null}'
-            problems.add(what, f"{path}:{number}", f"write {fix}")
-    problems.raise_if_any()
-    return questions
-
-
-def read_question(row: dict) -> Question:
-    """One of our questions, or a dataset row, whose response is the answer."""
-    if "question" not in row and "instruction" in row:
-        refused = row.get("category") == "unanswerable" or row["response"].lower().startswith("i don't know")
-        row = {**row, "question": row["instruction"], "answers": [] if refused else [row["response"]]}
-    texts = [row["question"], *row["answers"]]
-    if isinstance(row["answers"], str) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError("question and answers must be text")
-    return Question(row["question"], tuple(row["answers"]), row.get("source") or None, row.get("context") or None)
-
-
-def read_squad(path: Path) -> list[Question]:
-    """The questions of SQuAD's own format; the article's title, as a Markdown file, is the source."""
-    try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        return [
-            Question(
-                entry["question"].strip(),
-                tuple(dict.fromkeys(answer["text"] for answer in entry["answers"])),
-                f"{article['title']}.md",
-                paragraph["context"],
-            )
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for entry in paragraph["qas"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise fail(f"no SQuAD file ({error})", str(path), "give SQuAD v1 or v2 JSON, or .jsonl") from error
-
+from qlora.answering.chain import best_score, refuses_unread
+from qlora.answering.citations import Answer, refuse
+from qlora.console import progress
+from qlora.evaluation.comparison import compare_cells, give_verdict, paired_bootstrap, split_halves
+from qlora.evaluation.questions import Question
+from qlora.metrics import RANKS, exact_match, mean, normalize_answer, rank_metrics, ratio, token_f1, total
+from qlora.refusal import fit_threshold
+from qlora.words import MARK
 
 # ------------------------------------------------------------------------------- metrics
 
 
-def normalize(text: str) -> str:
-    """Lower case without punctuation, articles and extra white space (SQuAD's evaluate-v2.0.py)."""
-    text = text.lower().translate(PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    return float(any(normalize(prediction) == normalize(answer) for answer in answers))
-
-
-def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best harmonic mean of token precision and recall over the answers, 0 to 1."""
-    return max((pair_f1(normalize(prediction).split(), normalize(answer).split()) for answer in answers), default=0.0)
-
-
-def pair_f1(found: list[str], wanted: list[str]) -> float:
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted)) if common else float(found == wanted)
-
-
 def supports(text: str, question: Question) -> bool:
     """Whether a passage holds one of the answers (after "Yes," or "No,", which stand in no passage)."""
-    spans = [re.sub(r"^(yes|no)\b", "", normalize(answer)).strip() for answer in question.answers]
-    return any(span and f" {span} " in f" {normalize(text)} " for span in spans)
+    spans = [re.sub(r"^(yes|no)\b", "", normalize_answer(answer)).strip() for answer in question.answers]
+    return any(span and f" {span} " in f" {normalize_answer(text)} " for span in spans)
 
 
 def score_answer(question: Question, answer: Answer) -> dict:
@@ -136,7 +34,7 @@ def score_answer(question: Question, answer: Answer) -> dict:
     passages = [cited.document.page_content for cited in answer.passages]
     cited = [supports(cited.document.page_content, question) for cited in answer.citations]
     citable = answerable and not answer.refused and any(supports(passage, question) for passage in passages)
-    found = any(f" {normalize(text)} " in f" {normalize(passage)} " for passage in passages)
+    found = any(f" {normalize_answer(text)} " in f" {normalize_answer(passage)} " for passage in passages)
     f1 = token_f1(text, question.answers) * (not answer.refused)
     return {
         "em": exact_match(text, question.answers) * (not answer.refused) if answerable else None,
@@ -173,19 +71,6 @@ def summarize(scores: Sequence[dict]) -> dict:
     }
 
 
-def ratio(part: float, whole: float) -> float | None:
-    return round(part / whole, 4) if whole else None
-
-
-def total(scores: Sequence[dict], key: str) -> float:
-    return sum(score[key] for score in scores if score[key] is not None)
-
-
-def mean(scores: Sequence[dict], key: str) -> float | None:
-    """The mean over the scores that are not None."""
-    return ratio(total(scores, key), sum(score[key] is not None for score in scores))
-
-
 def search_all(search, questions: Sequence[Question], depth: int = max(RANKS)) -> list[list]:
     """The `depth` best passages of every question, at least ten, by `search(question, k)`."""
     with progress() as bar:
@@ -205,19 +90,6 @@ def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence], ra
     return {**rank_metrics(by_span, ranks), "by_source": rank_metrics(by_source, ranks)}
 
 
-def rank_metrics(relevance: Sequence[Sequence[bool]], ranks: Sequence[int] = RANKS) -> dict:
-    """Metrics of ranked lists of relevant or not; nDCG takes all relevant passages found as the ideal."""
-    if not relevance:
-        return {}
-    gains = [sum(hit / math.log2(n + 2) for n, hit in enumerate(row)) for row in relevance]
-    ideals = [sum(1 / math.log2(n + 2) for n in range(sum(row))) for row in relevance]
-    return {
-        **{f"recall@{k}": ratio(sum(any(row[:k]) for row in relevance), len(relevance)) for k in ranks},
-        "mrr": ratio(sum(next((1 / n for n, hit in enumerate(row, 1) if hit), 0) for row in relevance), len(relevance)),
-        "ndcg@10": ratio(sum(g / i for g, i in zip(gains, ideals, strict=True) if i), len(relevance)),
-    }
-
-
 # ------------------------------------------------------------------------------- run
 
 
@@ -232,7 +104,7 @@ def calibrate(questions: Sequence[Question], found: Sequence[Sequence], scores: 
     plain = [scores[n] for n in reporting]
     gated = [
         score_answer(questions[n], refuse(found[n])) | {"seconds": 0.0}
-        if threshold is not None and confidences[n] < threshold
+        if refuses_unread(found[n], threshold)
         else scores[n]
         for n in reporting
     ]
@@ -275,17 +147,18 @@ def answer_cells(log, modes: dict, contexts: dict[str, list], complete, threshol
     for model, mode in modes.items():
         with mode():
             for context, asked in contexts.items():
-                gate = threshold if context == "retrieved" else None
-                keys[model, context] = answer_cell(log, model, context, asked, complete, gate, batch, advance)
+                keys[model, context] = answer_cell(log, model, context, asked, complete, threshold, batch, advance)
     log.close([(key, context) for (_, context), cell_keys in keys.items() for key in cell_keys])
     return {cell: [log.known[key]["scores"] for key in cell_keys] for cell, cell_keys in keys.items()}
 
 
-def answer_cell(log, model: str, context: str, asked: list[tuple], complete, gate, batch: int, advance) -> list[str]:
+def answer_cell(
+    log, model: str, context: str, asked: list[tuple], complete, threshold, batch: int, advance
+) -> list[str]:
     """The log's keys of one cell's answers; what the log does not know yet is generated, longest prompts first."""
     keys, missing = [], []
     for question, documents in asked:
-        refused = gate is not None and best_score(documents) < gate
+        refused = context == "retrieved" and refuses_unread(documents, threshold)
         passages = [(document.metadata["source"], document.page_content) for document in documents]
         keys.append(log.key(model, question.question, question.answers, passages, refused))
         if keys[-1] in log.known:
@@ -299,7 +172,7 @@ def answer_cell(log, model: str, context: str, asked: list[tuple], complete, gat
     for at in range(0, len(missing), batch):
         part = missing[at : at + batch]
         started = time.perf_counter()
-        answers = complete([pair for _, pair in part])
+        answers = complete([(question.question, documents) for _, (question, documents) in part])
         seconds = round((time.perf_counter() - started) / len(part), 3)
         for (key, (question, _)), answer in zip(part, answers, strict=True):
             log.add(key, describe_answer(model, context, question, answer, seconds))

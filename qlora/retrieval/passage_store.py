@@ -12,9 +12,8 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
-from qlora.retrieval import metadata_filter, searching
+from qlora.retrieval import metadata_filter, search_modes
 from qlora.retrieval.metadata_filter import Condition
-from qlora.retrieval.searching import Hit
 
 ADDED_AS_TEXT = "added as text"  # the fingerprint of what came through LangChain's add_texts
 
@@ -38,6 +37,24 @@ class Passage:
     id: str
     document: Document
     vector: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage that a search found; `dense` and `lexical` are its ranks."""
+
+    id: str
+    text: str
+    metadata: dict
+    score: float
+    dense: int | None
+    lexical: int | None
+    embedding: Sequence[float]
+
+    def as_document(self):
+        """A LangChain Document with the score and the ranks in its metadata."""
+        found = {"score": round(self.score, 4), "ranks": {"dense": self.dense, "lexical": self.lexical}}
+        return Document(self.text, metadata={**self.metadata, **found}, id=self.id)
 
 
 Prepared = tuple[Entry, Sequence[Document], Sequence]  # a document, its passages, their vectors
@@ -117,9 +134,9 @@ class PassageStore(VectorStore):
         self,
         question: str,
         k: int = 3,
-        mode: str = searching.DEFAULT_MODE,
+        mode: str = search_modes.DEFAULT_MODE,
         where: Sequence[Condition] = (),
-        fetch_k: int = searching.FETCH,
+        fetch_k: int = search_modes.FETCH,
         diversity: float = 0.0,
     ) -> list[Document]:
         """The `k` best passages, best first; their metadata has `score`, the cosine similarity (-1 to 1),

@@ -17,7 +17,7 @@ from pgvector import HalfVector
 from psycopg2 import sql
 
 from qlora.console import fail, note
-from qlora.retrieval import metadata_filter, searching
+from qlora.retrieval import passage_store, search_sql
 from qlora.retrieval.database import PASSAGES, Database, migrate
 from qlora.retrieval.documents import embedded_text
 from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
@@ -229,22 +229,27 @@ class PgVectorStore(PassageStore):
 
     # ----------------------------------------------------------------------- search
 
-    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[searching.Hit]:
-        condition, values = metadata_filter.as_sql(where)
-        values |= {"question": question, "vector": HalfVector(vector), "k": k, "fetch": fetch_k}
-        values |= {"enough": INDEXED_FROM, "words": searching.WORDS, "common": searching.COMMON}
-        values["lexical_weight"] = searching.LEXICAL_WEIGHT
+    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[passage_store.Hit]:
+        condition, values = search_sql.as_sql(where)
+        values |= {
+            "question": question,
+            "vector": HalfVector(vector),
+            "k": k,
+            "nearest": k if mode == "dense" else fetch_k,
+        }
+        values |= {"enough": INDEXED_FROM, "words": search_sql.WORDS, "common": search_sql.COMMON}
+        values["lexical_weight"] = search_sql.LEXICAL_WEIGHT
         parts = {"table": self.collection.table, "condition": condition}
-        with self.database.transaction(searching.SECONDS) as cursor:
+        with self.database.transaction(search_sql.SECONDS) as cursor:
             values["candidates"] = min(1000, max(100, fetch_k))
-            settings = sql.SQL(searching.SETTINGS)
+            settings = sql.SQL(search_sql.SETTINGS)
             if where:
                 # HNSW finds its way through neighbours that the filter rejects: where few fulfil it, all are compared.
-                cursor.execute(sql.SQL(searching.COUNT).format(**parts), values)
+                cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)
                 if cursor.fetchone()[0] <= INDEXED_FROM:
                     settings += sql.SQL("SET LOCAL enable_indexscan = off;")
-            cursor.execute(settings + sql.SQL(searching.STATEMENTS[mode]).format(**parts), values)
-            return [searching.Hit(*row, embedding.to_numpy()) for *row, embedding in cursor.fetchall()]
+            cursor.execute(settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts), values)
+            return [passage_store.Hit(*row, embedding.to_numpy()) for *row, embedding in cursor.fetchall()]
 
 
 def encode_rows(document: int, passages: Sequence[Passage]) -> BytesIO:

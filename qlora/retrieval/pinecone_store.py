@@ -21,10 +21,9 @@ from pinecone.errors import exceptions
 
 from qlora import settings
 from qlora.console import UserError, fail, note
-from qlora.retrieval import metadata_filter
 from qlora.retrieval.documents import embedded_text
-from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore, Prepared
-from qlora.retrieval.searching import Hit
+from qlora.retrieval.metadata_filter import LANGCHAIN, NUMBER, Condition
+from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Hit, Passage, PassageStore, Prepared
 
 REQUEST_BYTES, METADATA_BYTES = 2_000_000, 40_960  # docs.pinecone.io, "Database limits"
 REQUEST_RECORDS, LISTED = 200, 100
@@ -261,7 +260,7 @@ class PineconeStore(PassageStore):
                 top_k=k,
                 vector=[float(x) for x in vector],
                 namespace=self.collection,
-                filter=metadata_filter.as_pinecone(where),
+                filter=as_pinecone(where),
                 include_metadata=True,
                 include_values=True,
             )
@@ -345,3 +344,39 @@ def explain(error: exceptions.PineconeError, what: str) -> UserError:
     fix = next((fix for kind, fix in fixes if isinstance(error, kind)), "run it again, or see status.pinecone.io")
     said = " ".join(str(error).split()).replace(settings.get("PINECONE_API_KEY") or "\0", "PINECONE_API_KEY")[:200]
     return fail(f"Pinecone: {said}", what, fix)
+
+
+def as_pinecone(conditions: Sequence[Condition]) -> dict | None:
+    """The conditions in Pinecone's filter language (docs.pinecone.io, "Filter by metadata").
+
+    Its values have types: a value that reads as a number or a truth value is looked for as text, too. Raises ValueError
+    for < and > with text, which Pinecone does not compare.
+    """
+    parts = []
+    for condition in conditions:
+        key, operator = condition.key, condition.operator
+        if operator == "!=":
+            parts += [
+                {"$or": [{key: {"$exists": False}}, {"$and": [{key: {"$ne": v}} for v in read_values(text)]}]}
+                for text in condition.values
+            ]
+        elif operator == "=":
+            values = [value for text in condition.values for value in read_values(text)]
+            # Not $in, whose values have one type. Nothing is equal to none of them.
+            parts.append({"$or": [{key: {"$eq": value}} for value in values]} if values else {key: {"$in": []}})
+        elif NUMBER.fullmatch(condition.values[0]):
+            names = {ours: theirs for theirs, ours in LANGCHAIN.items()}
+            parts.append({key: {names[operator]: float(condition.values[0])}})
+        else:
+            raise ValueError(f"Pinecone compares numbers only: {condition}")
+    return {"$and": parts} if parts else None
+
+
+def read_values(text: str) -> list[str | float | bool]:
+    """What the text may have been in a passage's metadata."""
+    values: list[str | float | bool] = [text]
+    if NUMBER.fullmatch(text):
+        values.append(float(text))
+    if text in ("true", "false"):
+        values.append(text == "true")
+    return values

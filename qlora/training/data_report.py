@@ -17,10 +17,11 @@ from itertools import groupby
 from pathlib import Path
 
 from qlora import machine, settings
-from qlora.console import fail, stderr
+from qlora.console import fail, shorten_text, stderr
 from qlora.prompt import IGNORED
-from qlora.training.dataset import Example
-from qlora.training.row_filters import Dropped, is_refusal, shorten_text
+from qlora.refusal import is_refusal
+from qlora.training.examples import Example, collate, count_labels, count_tokens
+from qlora.training.row_filters import Dropped
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MARKS = "⟦", "⟧"  # around the trained tokens, where there is no colour
@@ -44,7 +45,9 @@ def build_report(
     plan: dict,
     rate: float | None = None,
 ) -> dict:
-    """The report as JSON-able data; `rate` are FLOP a second of this machine, measured when None.
+    """The report as JSON-able data; `rate` are FLOP per second of this machine, measured when None.
+
+    `training` are the rows of the first epoch.
 
     Raises UserError for examples that would train nothing, or not to stop (`check_examples`).
     """
@@ -103,15 +106,6 @@ def check_examples(tokenizer, examples: Sequence[Example], name: str) -> None:
 # ------------------------------------------------------------------------------- count
 
 
-def count_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in examples)
-
-
-def count_labels(example: Example) -> int:
-    """How many tokens of the row are trained."""
-    return sum(label != IGNORED for label in example.labels)
-
-
 def describe_dropped(dropped: Dropped) -> dict[str, dict]:
     """Reason -> number of rows and up to three examples."""
     return {reason: {"rows": n, "examples": dropped.examples.get(reason, [])} for reason, n in dropped.items()}
@@ -147,21 +141,23 @@ def measure_lengths(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
 
 
 def is_refused(tokenizer, example: Example) -> bool:
-    trained = [label for label in example.labels if label != IGNORED]
-    return is_refusal(tokenizer.decode(trained, skip_special_tokens=True))
+    return is_refusal(tokenizer.decode(example.response_ids, skip_special_tokens=True))
 
 
 # ------------------------------------------------------------------------------- estimate
 
 
-def plan_costs(schedule, training: Sequence[Example], model) -> dict:
+def plan_costs(schedule, batches: Sequence[Sequence[Example]], model) -> dict:
     """The schedule's fields, and what else decides how long it takes and how much memory: all that is estimated from.
 
-    `model` has its LoRA; it may be on the meta device, without weights. `training` are the rows of the first epoch.
+    `model` has its LoRA; it may be on the meta device, without weights. `batches` are those of the first epoch; what
+    counts is their tokens that are computed: without padding, common beginnings once.
     """
-    batches = measure_batches(training, schedule)
-    longest = max(len(example.input_ids) for example in training)
-    sizes = {"batches": batches, "longest": longest, "processes": settings.process_count()}
+    from qlora.model import packing
+
+    computed = [packing.count_tokens(collate(batch)) for batch in batches]
+    longest = max(len(example.input_ids) for batch in batches for example in batch)
+    sizes = {"batches": computed, "longest": longest, "processes": settings.process_count()}
     return {**asdict(schedule), **describe_model(model), **sizes}
 
 
@@ -187,17 +183,6 @@ def measure_rate(seconds: float = 0.5) -> float:
     matrix = torch.randn(size, size, dtype=compute_dtype(), device=device)
     timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
     return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
-
-
-def measure_batches(training: Sequence[Example], schedule) -> list[int]:
-    """The tokens that are computed for every batch of an epoch: without padding, common beginnings once."""
-    from qlora.model import packing
-    from qlora.training import trainer
-
-    sizes = []
-    for batch in trainer.make_batches(training, schedule.micro_batch, schedule.seed):
-        sizes.append(packing.count_tokens(trainer.collate([vars(example) for example in batch])))
-    return sizes
 
 
 def estimate_seconds(plan: dict, rate: float) -> float:

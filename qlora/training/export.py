@@ -6,10 +6,10 @@ from pathlib import Path
 
 from qlora import machine, settings
 from qlora.console import UserError, fail, note
+from qlora.machine import check_disk
 from qlora.model.adapter import Adapter, existing_parent, load_adapter
-from qlora.model.base_model import check_disk, load_base_model, load_tokenizer, resolve_base_model
-from qlora.prompt import IGNORED
-from qlora.training.dataset import Example
+from qlora.model.base_model import load_base_model, load_tokenizer, resolve_base_model
+from qlora.training.examples import Example
 
 CHECKED_ROWS, CHECKED_TOKENS = 8, 32
 # Logits nearer than this share of their standard deviation are a tie. Right merges of SmolLM2-135M were off by at
@@ -34,7 +34,7 @@ def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> in
     tokenizer = load_tokenizer(str(adapter.folder))
     tokenizer.chat_template = adapter.prompt.chat_template
     spread = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
-    prompts = [row.input_ids[: row.labels.count(IGNORED)] for row in spread]
+    prompts = [row.prompt_ids for row in spread]
     write_model(folder, merge_in_memory(adapter, tokenizer, prompts, may_move=True), tokenizer, adapter)
     return len(prompts)
 

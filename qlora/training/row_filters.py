@@ -7,26 +7,18 @@ Texts are compared as sequences of whole words (`normalize`), so that "9" stands
 """
 
 import hashlib
+import random
 import re
-import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from qlora.console import Invalid, Problems, number
-from qlora.prompt import Prompt
+from qlora.console import Invalid, Problems, fail, number, shorten_text
+from qlora.refusal import is_refusal
+from qlora.training.rows import COLUMNS, REQUIRED, Row
+from qlora.words import answer_span, normalize, pad_words
 
-if TYPE_CHECKING:
-    from qlora.training.dataset import Row
-
-COLUMNS = ("instruction", "response", "context", "category", "source")
-REQUIRED = ("instruction", "response")
-EXAMPLES, SHOWN = 3, 80  # rows shown for every reason, characters of a cell
-# 9.10 and 4,915 are one word each; Chinese and Japanese are written without spaces: a character is a word.
-WORD = re.compile(r"\d+(?:[.,:]\d+)+|[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
-ARTICLES = {"a", "an", "the"}
-CITATIONS = re.compile(r"(?<!\s)\s+(\[\d+\]\s*)+\.?$")  # `a[0]` is code
+EXAMPLES = 3  # rows shown for every reason
 
 
 @dataclass(frozen=True)
@@ -53,17 +45,11 @@ class Dropped(Counter):
         super().__init__(*counts)
         self.examples: dict[str, list[dict[str, str]]] = {}
 
-    def add(self, reason: str, row: "Row") -> None:
+    def add(self, reason: str, row: Row) -> None:
         self[reason] += 1
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
             shown.append({name: shorten_text(getattr(row, name)) for name in REQUIRED})
-
-
-def shorten_text(text: str, width: int = SHOWN) -> str:
-    """The text on one line of at most `width` characters, without control characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 # ------------------------------------------------------------------------------- command line
@@ -74,9 +60,6 @@ def read_selection(
     min_words: Sequence[str],
     max_words: Sequence[str],
     problems: Problems,
-    max_rows: int | None = None,
-    extractive: bool = False,
-    refusal_share: float = 1.0,
 ) -> Selection:
     """The selection that the words of --filter, --min-words and --max-words describe.
 
@@ -96,7 +79,7 @@ def read_selection(
         if fewest[name] > most[name]:
             what = f"--min-words {name}={fewest[name]} is above --max-words {name}={most[name]}"
             problems.add(what, "command line", "give a smaller --min-words")
-    return Selection(equal, unequal, fewest, most, max_rows, extractive, refusal_share)
+    return Selection(equal, unequal, fewest, most)
 
 
 def read_word_counts(texts: Sequence[str], flag: str, problems: Problems) -> dict[str, int]:
@@ -122,12 +105,12 @@ def check_column(name: str, flag: str, problems: Problems) -> bool:
 # ------------------------------------------------------------------------------- select
 
 
-def reason_to_drop(row: "Row", selection: Selection) -> str:
+def reason_to_drop(row: Row, selection: Selection) -> str:
     """Why a row is not trained on, or an empty string."""
     return reason_by_value(row, selection) or reason_by_words(row, selection)
 
 
-def reason_by_value(row: "Row", selection: Selection) -> str:
+def reason_by_value(row: Row, selection: Selection) -> str:
     """A reason when a column has a value that is not selected, or a needed column has none."""
     for name, values in selection.equal.items():
         if getattr(row, name) not in values:
@@ -138,7 +121,7 @@ def reason_by_value(row: "Row", selection: Selection) -> str:
     return next((f"empty {name}" for name in REQUIRED if not getattr(row, name)), "")
 
 
-def reason_by_words(row: "Row", selection: Selection) -> str:
+def reason_by_words(row: Row, selection: Selection) -> str:
     """A reason when a column is too short or too long, or the response stands not in the context."""
     for name, fewest in selection.min_words.items():
         if len(getattr(row, name).split()) < fewest:
@@ -163,7 +146,7 @@ def is_extractive(response: str, context: str) -> bool:
     return letters and (not normalize(span) or pad_words(span) in pad_words(context))
 
 
-def limit_refusals(rows: Sequence["Row"], share: float, seed: int) -> list["Row"]:
+def limit_refusals(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     """The rows in their order, with so many of the refusing ones that they are at most `share` of all."""
     refusing = [row for row in rows if is_refusal(row.response)]
     most = len(rows) if share == 1 else round(share / (1 - share) * (len(rows) - len(refusing)))
@@ -171,7 +154,7 @@ def limit_refusals(rows: Sequence["Row"], share: float, seed: int) -> list["Row"
     return [row for row in rows if row not in left_out]
 
 
-def sample_rows(rows: Sequence["Row"], count: int | None, seed: int) -> list["Row"]:
+def sample_rows(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
     """At most `count` different rows in their order: those whose hash with the seed is lowest.
 
     Depends on the rows' content and the seed alone, and a smaller sample is a part of a larger one.
@@ -179,7 +162,7 @@ def sample_rows(rows: Sequence["Row"], count: int | None, seed: int) -> list["Ro
     if count is None or len(rows) <= count:
         return list(rows)
 
-    def rank(row: "Row") -> bytes:
+    def rank(row: Row) -> bytes:
         cells = [str(seed), *(getattr(row, name) for name in COLUMNS)]
         return hashlib.sha256("\0".join(cells).encode()).digest()
 
@@ -187,26 +170,81 @@ def sample_rows(rows: Sequence["Row"], count: int | None, seed: int) -> list["Ro
     return [row for row in rows if row in chosen]
 
 
-# ------------------------------------------------------------------------------- compare texts
+TEMPLATE = 5  # contexts from which on an instruction is a task for any text ("Summarise this"), no question
+EVERY_ROW = Selection()
 
 
-def normalize(text: str) -> str:
-    """The words, lower case and one space apart, without punctuation and articles."""
-    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(word.replace(",", "") for word in words if word not in ARTICLES)
+def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int = 0) -> tuple[list[Row], Dropped]:
+    """The rows that pass, in their order, and how many were dropped for which reason, with examples.
+
+    Rows with an empty instruction or response and repeated rows go too; `seed` decides which rows stay
+    within `max_rows`. Raises UserError when nothing is left.
+    """
+    passed: dict[Row, None] = {}
+    dropped = Dropped()
+    for row in rows:
+        reason = reason_to_drop(row, selection) or ("duplicate" if row in passed else "")
+        if reason:
+            dropped.add(reason, row)
+        else:
+            passed[row] = None
+    if not passed:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise fail("no row is left after filtering", reasons, "loosen --filter or give other rows")
+    limited = limit_refusals(list(passed), selection.refusal_share, seed)
+    kept = sample_rows(limited, selection.max_rows, seed)
+    for reason, rows, chosen in (("--refusal-share", passed, set(limited)), ("--max-rows", limited, set(kept))):
+        for row in rows:
+            if row not in chosen:
+                dropped.add(f"over {reason}", row)
+    return kept, dropped
 
 
-def pad_words(text: str) -> str:
-    """The normalised words with a space on both sides: whole words stand in it with theirs."""
-    return f" {normalize(text)} "
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and evaluation rows without a document in common; about `share` of the rows are held out.
+
+    Raises UserError when all rows come from one document.
+    """
+    by_document = defaultdict(list)
+    for row in rows:
+        by_document[row.document].append(row)
+    if len(by_document) < 2:
+        raise fail("all rows come from one document", "dataset", "give rows of two documents, to hold one out")
+    documents = sorted(by_document)
+    random.Random(seed).shuffle(documents)
+    held: set[str] = set()
+    count = 0
+    for document in documents[:-1]:
+        if count >= share * len(rows):
+            break
+        held.add(document)
+        count += len(by_document[document])
+    training = [row for row in rows if row.document not in held]
+    return training, [row for row in rows if row.document in held]
 
 
-def answer_span(response: str) -> str:
-    """The response without its citation, a leading "Yes," or "No," and the full stop: what the context holds."""
-    answer = CITATIONS.sub("", response)
-    return re.sub(r"^(yes|no)\b[,.:;]?\s*", "", answer, flags=re.IGNORECASE).rstrip(".")
+def drop_leaked(training: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], Dropped]:
+    """Training rows whose question and context no held-out row has, and what was dropped.
 
-
-def is_refusal(response: str, refusal: str = Prompt.refusal) -> bool:
-    """Whether the response says, in the words of the refusal, that the passages don't hold the answer."""
-    return normalize(response) == normalize(refusal)
+    `hold_out` keeps documents apart, but two documents may share a paragraph, or answer one question.
+    Compared are whole words (`normalize`). An instruction for any text ("Summarise this"), which stands
+    with `TEMPLATE` contexts or more, is no question. Raises UserError when no training row is left.
+    """
+    contexts_of = defaultdict(set)
+    for row in [*training, *held_out]:
+        contexts_of[normalize(row.instruction)].add(normalize(row.context))
+    templates = {question for question, contexts in contexts_of.items() if len(contexts) >= TEMPLATE}
+    questions = {normalize(row.instruction) for row in held_out} - templates - {""}
+    contexts = {normalize(row.context) for row in held_out} - {""}
+    kept, dropped = [], Dropped()
+    for row in training:
+        if normalize(row.instruction) in questions:
+            dropped.add("question also held out", row)
+        elif normalize(row.context) in contexts:
+            dropped.add("context also held out", row)
+        else:
+            kept.append(row)
+    if not kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise fail("no training row is left apart from the held-out ones", reasons, "give rows of more documents")
+    return kept, dropped

@@ -12,56 +12,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import datasets
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import load_file, save_file
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, TrainerState, set_seed
+from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from qlora import console, machine, settings
-from qlora.evaluation.comparison import fit_refusal_bias
 from qlora.model import packing
 from qlora.model.lean_layers import make_lean
 from qlora.prompt import IGNORED, Prompt
+from qlora.refusal import fit_refusal_bias
 from qlora.training import checkpoints
-from qlora.training.data_report import count_tokens
-from qlora.training.dataset import Example, batch_groups
+from qlora.training.examples import Epochs, Example, collate, count_tokens, make_batches, split_rows, unbatch
 
 AT_ONCE = 1024  # tokens of a batch that the CPU computes at once; of those with more, some rows after the others
-
-
-def add_lora(model, rank: int, alpha: int, dropout: float, seed: int, targets="all-linear", rslora=False, dora=False):
-    """The model with trainable low-rank adapters, the rest frozen.
-
-    `targets` names the linear layers (all but the head by default). `rslora` scales by alpha / sqrt(rank)
-    (arXiv 2312.03732), `dora` trains the magnitudes, too (arXiv 2402.09353). Raises UserError for unknown layers.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    set_seed(seed)  # the A matrices start random
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        use_rslora=rslora,
-        use_dora=dora,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if "Linear" in type(layer).__name__}
-        fix = f"name some of {', '.join(sorted(linear))}"
-        raise console.fail(f"no layer is called that ({targets})", "--target-modules", fix) from error
-
-
-def count_parameters(model) -> tuple[int, int, int]:
-    """(trainable, in 4-bit, all) weights; a 4-bit weight counts as one although two share a byte."""
-    weights = list(model.parameters())
-    packed = sum(weight.quant_state.shape.numel() for weight in weights if hasattr(weight, "quant_state"))
-    return sum(weight.numel() for weight in weights if weight.requires_grad), packed, model.num_parameters()
 
 
 @dataclass(frozen=True)
@@ -90,65 +57,12 @@ class Schedule:
         return self.micro_batch * self.accumulation * settings.process_count()
 
 
-def plan_schedule(args, training: Sequence[Example]) -> Schedule:
-    """The schedule of a run whose first epoch takes these rows; --max-steps goes before --epochs.
-
-    With --gradient-checkpointing auto it recomputes nothing: `data_report.fits` says whether it must.
-    """
-    batches = len(make_batches(training, args.batch_size, args.seed))
-    batches_a_step = args.accumulation * settings.process_count()
-    steps = args.max_steps or max(1, math.ceil(args.epochs * batches / batches_a_step))
-    return Schedule(
-        learning_rate=args.learning_rate,
-        micro_batch=args.batch_size,
-        accumulation=args.accumulation,
-        steps=steps,
-        eval_steps=args.eval_steps or math.ceil(steps / 2),
-        save_steps=args.save_steps or math.ceil(steps / 10),
-        warmup_steps=math.ceil(args.warmup * steps),
-        scheduler=args.scheduler,
-        checkpointing=args.gradient_checkpointing == "on",
-        patience=args.patience,
-        keep_checkpoints=args.keep_checkpoints,
-        eval_answers=args.eval_answers,
-        neftune=args.neftune,
-        report_to=args.report_to,
-        seed=args.seed,
-    )
-
-
-def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list[Example]]:
-    """The rows in random order, up to `size` together, where those with the same passages stay together."""
-    numbers = batch_groups([example.group for example in examples], size, seed)
-    return [[examples[n] for n in batch] for batch in numbers]
-
-
-def collate(examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels."""
-
-    def pad(key: str, value: int) -> torch.Tensor:
-        rows = [torch.tensor(example[key]) for example in examples]
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-
-    # The labels say where a row begins; the mask hides what stands before, so any id will do there.
-    mask = pad_sequence(
-        [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples],
-        batch_first=True,
-        padding_side="left",
-    )
-    return {
-        "input_ids": pad("input_ids", 0),
-        "attention_mask": mask,
-        "labels": pad("labels", IGNORED),
-    }
-
-
 def label_logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits for every label, row by row: (labels, vocabulary).
 
     The head, a third of the work of a small Llama, runs over the labelled positions only.
     """
-    batch = packing.pack(inputs["input_ids"], inputs["attention_mask"])
+    batch = inputs.get("packed") or packing.pack(inputs["input_ids"], inputs["attention_mask"])
     labelled = inputs["labels"] != IGNORED
     return model(
         input_ids=batch.input_ids,
@@ -208,30 +122,25 @@ class Progress:
 class ResponseTrainer(SFTTrainer):
     """SFTTrainer over batches of our own token ids and labels; see the module's docstring.
 
-    `training` holds the rows of every epoch. Batches are made here, in the order in which they are trained, since
-    a batch has as many rows as share their passages.
+    A batch has as many rows as share their passages, so that TRL's dataset holds the numbers of batches alone.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        training: Sequence[Sequence[Example]],
-        held_out: Sequence[Example],
-        plan: Schedule,
-        folder: Path,
-    ):
-        epochs = [make_batches(rows, plan.micro_batch, plan.seed + n) for n, rows in enumerate(training)]
-        batches = [batch for epoch in epochs for batch in epoch]
-        held_out_batches = make_batches(held_out, plan.micro_batch, plan.seed)
+    def __init__(self, model, tokenizer, training: Epochs, held_out: Sequence[Example], plan: Schedule, folder: Path):
+        # Longest first: the peak of memory comes at once.
+        asked = sorted(make_batches(held_out, plan.micro_batch, plan.seed), key=count_tokens, reverse=True)
+        sources = {"training": training, "held out": asked}
+
+        def fetch(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+            return collate(unbatch(sources[name][number] for item in items for name, number in item.items()))
+
+        batches = plan.steps * plan.accumulation * settings.process_count()
         super().__init__(
             model=model,
             args=trainer_config(plan, folder),
             processing_class=tokenizer,
-            data_collator=lambda batches: collate([row for batch in batches for row in batch["rows"]]),
-            train_dataset=as_dataset(batches),
-            # Longest first: the peak of memory comes at once.
-            eval_dataset=as_dataset(sorted(held_out_batches, key=count_tokens, reverse=True)),
+            data_collator=fetch,
+            train_dataset=datasets.Dataset.from_dict({"training": range(batches)}),
+            eval_dataset=datasets.Dataset.from_dict({"held out": range(len(asked))}),
         )
         self.remove_callback(PrinterCallback)
         self.plan, self.folder = plan, folder
@@ -257,7 +166,7 @@ class ResponseTrainer(SFTTrainer):
         progress, count = self.progress, settings.process_count()
         progress.useful_tokens += int(inputs["attention_mask"].sum()) * count
         progress.labelled_tokens += int((inputs["labels"] != IGNORED).sum()) * count
-        progress.computed_tokens += packing.count_tokens(inputs) * count
+        progress.computed_tokens += inputs["packed"].input_ids.numel() * count
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -269,15 +178,15 @@ class ResponseTrainer(SFTTrainer):
         gradients = [None if weight.grad is None else weight.grad.clone() for weight in weights]
         progress = replace(self.progress)
         while True:
-            loss, parts = 0.0, self.count_parts(inputs)
+            loss, parts = 0.0, self.split(self._prepare_inputs(inputs))
             try:
-                for part in split_rows(inputs, parts):
+                for part in parts:
                     loss = loss + super().training_step(model, part, num_items_in_batch)
                 return loss
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not ran_out_of_memory(error):
                     raise
-                rows = math.ceil(len(inputs["labels"]) / parts)
+                rows = len(parts[0]["labels"])
                 if rows == 1 or settings.process_count() > 1:
                     fix = "lower --batch-size or --max-length, or give --gradient-checkpointing on"
                     raise console.RunError(
@@ -286,17 +195,19 @@ class ResponseTrainer(SFTTrainer):
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient if gradient is None else gradient.clone()
             self.progress = replace(progress)
-            self.parts = 2 * parts
+            self.parts = 2 * len(parts)
             console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
 
-    def count_parts(self, inputs: dict[str, torch.Tensor]) -> int:
-        """In how many parts a batch is computed: on the CPU in parts of AT_ONCE tokens at most, or of one row."""
-        parts = self.parts
-        while parts < len(inputs["labels"]) and not torch.cuda.is_available():
-            if all(packing.count_tokens(part) <= AT_ONCE for part in split_rows(inputs, parts)):
-                break
-            parts *= 2
-        return parts
+    def split(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
+        """The batch in parts, packed: on the CPU of AT_ONCE tokens at most, or of one row."""
+        count = self.parts
+        while True:
+            parts = split_rows(inputs, count)
+            packed = [packing.pack(part["input_ids"], part["attention_mask"]) for part in parts]
+            fits = torch.cuda.is_available() or all(part.input_ids.numel() <= AT_ONCE for part in packed)
+            if fits or len(parts) == len(inputs["labels"]):
+                return [part | {"packed": batch} for part, batch in zip(parts, packed, strict=True)]
+            count *= 2
 
     # ----------------------------------------------------------------------- evaluate
 
@@ -334,12 +245,11 @@ class ResponseTrainer(SFTTrainer):
         """Exact match and F1 of greedy answers to the sample, without their citations."""
         if not self.sample:
             return {}
-        from qlora.answering.citations import MARK
         from qlora.answering.generator import Generator
-        from qlora.evaluation.evaluation import exact_match, token_f1
+        from qlora.metrics import exact_match, token_f1
+        from qlora.words import MARK
 
-        prompts = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == IGNORED] for e in self.sample]
-        wanted = [[label for label in example.labels if label != IGNORED] for example in self.sample]
+        prompts, wanted = [e.prompt_ids for e in self.sample], [e.response_ids for e in self.sample]
         longest = max(map(len, wanted)) + 8  # a longer answer is wrong in any case
         generator = Generator(model=self.model, tokenizer=self.processing_class, max_new_tokens=longest)
         made = [ids for prompt in chunk(prompts, self.plan.micro_batch) for ids in generator.generate_ids(prompt)]
@@ -440,26 +350,10 @@ def checkpointing_field() -> str:
     return name if name in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
 
 
-def split_rows(inputs: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
-    """The batch in `parts` of about as many rows each."""
-    size = math.ceil(len(inputs["labels"]) / parts)
-    starts = range(0, len(inputs["labels"]), size)
-    return [{key: value[at : at + size] for key, value in inputs.items()} for at in starts]
-
-
 def chunk(values: Sequence, size: int) -> list[Sequence]:
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA's own exception, or what torch's CPU allocator raises."""
-    words = ("can't allocate memory", "not enough memory", "std::bad_alloc")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
-def as_dataset(batches: Sequence[Sequence[Example]]):
-    """A datasets.Dataset of the batches, each a list of rows with input_ids and labels."""
-    import datasets
-
-    rows = [[{"input_ids": row.input_ids, "labels": row.labels} for row in batch] for batch in batches]
-    return datasets.Dataset.from_dict({"rows": rows})
+    """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "std::bad_alloc" in str(error)

@@ -1,0 +1,174 @@
+"""The command line of instruct_train_qlora.py: its flags, with every value resolved and checked."""
+
+import argparse
+import importlib.util
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+
+from qlora import console, machine, presets, settings
+from qlora.model import adapter, base_model
+from qlora.training import checkpoints, export
+from qlora.training.row_filters import Selection, keep_usable, read_selection
+from qlora.training.rows import BUILDERS, load_rows
+
+REPORTERS = ("tensorboard", "wandb", "trackio")
+
+
+def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...]) -> argparse.Namespace:
+    """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
+    settings.load_dotenv_once()
+    args, problems = console.parse_arguments(build_parser(description, steps), argv)
+    named = args.base_model or (None if args.preset else settings.get("QLORA_BASE_MODEL"))
+    preset = presets.PRESETS["laptop"]
+    with problems.collecting():
+        args.preset = presets.choose_preset(args.preset, detect=not problems.found)
+        preset = presets.PRESETS[args.preset]
+    for field in fields(preset):
+        if getattr(args, field.name, "") is None:
+            setattr(args, field.name, getattr(preset, field.name))
+    args.base_model = named or preset.base_model
+    args.output = choose_output(args.output, args.base_model)
+    args.alpha = args.alpha or 2 * args.rank
+    args.columns = read_pairs(args.columns, "--columns", problems)
+    if settings.launcher_failed():
+        fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
+        problems.add("one process was started instead of several", "accelerate launch", fix)
+    args.filter = args.filter or (list(preset.filters) if args.dataset == preset.dataset else [])
+    with problems.collecting():
+        choose_selection(args)
+    check_inputs(args, problems)
+    problems.raise_if_any()
+    return args
+
+
+def choose_selection(args) -> Selection:
+    """What --filter, --min-words, --max-words, --max-rows, --require-extractive and --refusal-share select.
+
+    Raises UserError for words that are not filters.
+    """
+    problems = console.Problems()
+    selection = read_selection(args.filter, args.min_words, args.max_words, problems)
+    problems.raise_if_any()
+    return replace(
+        selection, max_rows=args.max_rows, extractive=args.require_extractive, refusal_share=args.refusal_share
+    )
+
+
+def check_inputs(args, problems: console.Problems) -> None:
+    """Adds what is wrong with the files that the arguments name."""
+    if not args.dry_run:
+        with problems.collecting():
+            checkpoints.check_unfinished(adapter.partial_folder(args.output), args.resume, args.overwrite)
+            adapter.check_output(args.output, args.overwrite or (args.resume and adapter.is_finished(args.output)))
+            machine.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(args.rank))
+    if args.merge:
+        with problems.collecting():
+            export.check_target(Path(args.merge))
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        problems.add(f"{args.report_to} is not installed", "--report-to", f"pip install {args.report_to}")
+    if args.base_model != presets.EMBEDDED:
+        with problems.collecting():
+            base_model.resolve_base_model(args.base_model)
+    if problems.found and Path(args.dataset).suffix in BUILDERS:
+        with problems.collecting():  # a broken call: name what is wrong with the rows, too
+            keep_usable(load_rows(args.dataset, args.columns))
+
+
+def choose_output(flag: str | None, base: str) -> Path:
+    """The adapter folder: flag > QLORA_ADAPTER (unless it is none) > adapters/NAME-OF-BASE."""
+    setting = settings.get("QLORA_ADAPTER")
+    folder = Path(flag or (setting if setting != "none" else None) or f"adapters/{Path(base).name}").expanduser()
+    return folder if folder.name else folder.resolve()
+
+
+def read_pairs(texts: list[str], flag: str, problems: console.Problems) -> dict[str, str]:
+    """`name=value` words as a dict; a problem for each that is no pair."""
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            problems.add(f"{flag} {text} is no pair", "command line", f"write {flag} NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The parser, its flags grouped by the steps of the script."""
+    title, _, text = description.partition("\n\n")
+    parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
+    flag = parser.add_argument
+    flag("--preset", help="auto (default), laptop, llama2-7b or llama2-13b-chat; auto looks for a CUDA GPU")
+    flag("--seed", type=console.number(int, 0), default=0, help="order, split, LoRA start (0)")
+    add_dataset_flags(parser.add_argument_group(steps[0]).add_argument)
+    add_model_flags(parser.add_argument_group(steps[1]).add_argument)
+    add_training_flags(parser.add_argument_group(steps[2]).add_argument)
+    flag = parser.add_argument_group(steps[3]).add_argument
+    flag("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
+    flag("--overwrite", action="store_true", help="replace the adapter, or the unfinished run, that is there")
+    flag(
+        "--merge",
+        metavar="FOLDER",
+        help="also write base + adapter as one model (with --resume, too)",
+    )
+    flag(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="also upload the adapter, private; needs HF_TOKEN",
+    )
+    return parser
+
+
+def add_dataset_flags(flag) -> None:
+    """Which rows are trained on."""
+    share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
+    held_out = console.number(float, 0, 0.9, above=True)
+    flag("--dataset", help="hub id, or .jsonl, .json, .csv or .parquet file (preset's)")
+    flag("--columns", metavar="OURS=THEIRS", help="names of the dataset's columns", **pairs)
+    flag("--filter", metavar="COLUMN=A,B", help="keep rows with these values; COLUMN!=A,B: without them", **pairs)
+    flag("--min-words", metavar="COLUMN=N", help="keep rows with at least N words there", **pairs)
+    flag("--max-words", metavar="COLUMN=N", help="keep rows with at most N words there", **pairs)
+    flag("--max-rows", type=console.number(int, 2), help="a sample of so many rows, the same for the same --seed")
+    flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
+    flag("--require-extractive", action="store_true", help="keep rows whose response stands in the context")
+    flag("--refusal-share", type=share, default=0.2, help='rows that say "I don\'t know.", at most (0.2)')
+    flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
+    flag("--distractors", type=console.number(int, 0, 20), help="other passages a row, at most (preset's)")
+    flag("--gold-probability", type=share, help="rows that keep the right passage (preset's)")
+    flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
+
+
+def add_model_flags(flag) -> None:
+    """Which base model, and the shape of the adapter."""
+    choice = console.choice("auto", "on", "off")
+    flag("--base-model", help="hub id or folder of a Llama-family model (preset's)")
+    flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
+    flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank (16)")
+    flag("--alpha", type=console.number(int, 1), help="LoRA alpha (twice the rank)")
+    flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout (0)")
+    flag("--target-modules", nargs="+", default="all-linear", help="names of the layers to adapt (all linear ones)")
+    flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
+    flag("--dora", action="store_true", help="train magnitudes, too: slower, sometimes better at low ranks")
+    text = "recompute activations, less memory but slower: auto, on, off (auto: where it would not fit otherwise)"
+    flag("--gradient-checkpointing", type=choice, default="auto", help=text)
+
+
+def add_training_flags(flag) -> None:
+    """How it is trained, measured and stopped."""
+    count, steps = console.number(int, 1), console.number(int, 0)
+    schedulers = ("cosine", "linear", "constant_with_warmup")
+    flag("--batch-size", type=count, help="rows a forward pass (preset's)")
+    flag("--accumulation", type=count, help="forward passes an optimizer step (preset's)")
+    flag("--epochs", type=console.number(float, 0, 1000, above=True), help="passes over the rows (preset's)")
+    flag("--max-steps", type=steps, default=0, help="optimizer steps; above 0 it goes before --epochs")
+    flag("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
+    flag("--warmup", type=console.number(float, 0, 1), default=0.05, help="share of steps with rising rate (0.05)")
+    flag("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
+    flag("--neftune", type=console.number(float, 0, 100), default=0.0, help="noise on embeddings, 5 is usual (0: none)")
+    flag("--eval-steps", type=steps, default=0, help="held-out loss and answers every N steps (0: twice a run)")
+    flag("--eval-answers", type=steps, default=8, help="held-out rows to answer at each evaluation (8; 0: none)")
+    flag("--patience", type=steps, default=0, help="stop after N evaluations without a lower loss (0: never)")
+    flag("--save-steps", type=steps, default=0, help="checkpoint every N steps (0: ten times a run)")
+    flag("--keep-checkpoints", type=count, default=1, help="checkpoints to keep during the run (1)")
+    flag("--resume", action="store_true", help="go on with a run that was stopped or killed")
+    flag("--report-to", type=console.choice("none", *REPORTERS), default="none", help=f"none, {', '.join(REPORTERS)}")

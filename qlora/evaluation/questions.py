@@ -1,0 +1,82 @@
+"""Questions with known answers: ours, dataset rows, or SQuAD's."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora.console import Problems, fail
+from qlora.refusal import is_refusal
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its right answers (none: the documents don't answer it) and where they stand."""
+
+    question: str
+    answers: tuple[str, ...]
+    source: str | None = None
+    context: str | None = None
+
+
+def load_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
+
+    With `limit` a deterministic sample, spread evenly over answerable and unanswerable ones. Raises
+    UserError that names each bad line.
+    """
+    if not path.is_file():
+        raise fail("question file not found", str(path), "check --questions")
+    questions = read_squad(path) if path.suffix == ".json" else read_lines(path)
+    if not questions:
+        raise fail("no questions in the file", str(path), "write one JSON object a line: question, answers")
+    if limit and limit < len(questions):
+        ordered = sorted(range(len(questions)), key=lambda n: bool(questions[n].answers))
+        chosen = sorted(ordered[n * len(ordered) // limit] for n in range(limit))
+        questions = [questions[n] for n in chosen]
+    return questions
+
+
+def read_lines(path: Path) -> list[Question]:
+    """The questions of a .jsonl file; all bad lines are told together."""
+    problems, questions = Problems(), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(read_question(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"no question ({type(error).__name__}: {error})"
+            fix = '{"question": "...", "answers": ["..."], "source": null, "context": null}'
+            problems.add(what, f"{path}:{number}", f"write {fix}")
+    problems.raise_if_any()
+    return questions
+
+
+def read_question(row: dict) -> Question:
+    """One of our questions, or a dataset row, whose response is the answer."""
+    if "question" not in row and "instruction" in row:
+        refused = row.get("category") == "unanswerable" or is_refusal(row["response"])
+        row = {**row, "question": row["instruction"], "answers": [] if refused else [row["response"]]}
+    texts = [row["question"], *row["answers"]]
+    if isinstance(row["answers"], str) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("question and answers must be text")
+    return Question(row["question"], tuple(row["answers"]), row.get("source") or None, row.get("context") or None)
+
+
+def read_squad(path: Path) -> list[Question]:
+    """The questions of SQuAD's own format; the article's title, as a Markdown file, is the source."""
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [
+            Question(
+                entry["question"].strip(),
+                tuple(dict.fromkeys(answer["text"] for answer in entry["answers"])),
+                f"{article['title']}.md",
+                paragraph["context"],
+            )
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for entry in paragraph["qas"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise fail(f"no SQuAD file ({error})", str(path), "give SQuAD v1 or v2 JSON, or .jsonl") from error

@@ -1,0 +1,74 @@
+"""What a refusal is, and when to refuse: one definition for training, answering and evaluation."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from qlora.prompt import Prompt
+from qlora.words import MARK, SENTENCE_END, normalize
+
+CONTRAST = {"but", "however", "though", "although"}
+
+ASKED = 0.2  # share of questions that the documents don't answer
+NOISE = 0.01  # of a mean over some hundred rows: resampled, the best bias wanders by half a nat
+FEW = 10  # rows that refuse, or that don't, from which on something can be fitted
+
+
+def is_refusal(text: str, refusal: str = Prompt.refusal) -> bool:
+    """Whether a response or an answer refuses: it begins with the words of the refusal, and no "but" follows.
+
+    "I don't know who signs." refuses, "I don't know who signs, but the form is B7." answers. Case, citations and the
+    kind of apostrophe do not matter. A text without words refuses, too.
+    """
+    first = normalize(SENTENCE_END.split(MARK.sub("", text).strip())[0]).split()
+    wanted = normalize(refusal).split()
+    return not first or (first[: len(wanted)] == wanted and not CONTRAST & set(first))
+
+
+# ------------------------------------------------------------------------------- fit
+
+
+def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float | None:
+    """The retrieval score below which refusing unread gives the best overall F1; None when it never helps.
+
+    SQuAD 2.0's own rule (find_best_thresh in evaluate-v2.0.py), with the best passage's similarity as confidence.
+    Of equally good thresholds the lowest, which refuses least.
+    """
+    ordered = sorted(zip(confidences, scores, strict=True), key=lambda pair: pair[0])
+    gain = best = 0.0
+    threshold = None
+    for (here, score), (after, _) in zip(ordered, [*ordered[1:], (float("inf"), None)], strict=True):
+        gain += float(not score["answerable"]) - score["overall_f1"]
+        if gain > best + 1e-9 and after > here:
+            best, threshold = gain, here + 1e-4 if after == float("inf") else (here + after) / 2
+    return threshold and round(threshold, 5)
+
+
+def fit_refusal_bias(
+    odds: Sequence[float], refused: Sequence[bool], right: Sequence[float]
+) -> tuple[float, float | None]:
+    """What to add to the log-odds of refusing, so that above 0 means to refuse, and the F1 of refusals with it.
+
+    A model knows better which question is the likelier to have no answer than how likely that is. `right` is how good
+    the answer is where a row is not refused, 0 to 1. As SQuAD 2.0's threshold (find_best_thresh in evaluate-v2.0.py)
+    the bias gives the best mean of answers and right refusals, and of those within `NOISE` of it is the nearest to 0.
+    Rows that refuse count as `ASKED` of all at most: there may be more of them in training than among what people
+    ask. (0, None) with fewer than `FEW` rows of either kind.
+    """
+    rows = sorted(zip(odds, refused, right, strict=True), reverse=True)
+    refusing = sum(refused)
+    answering = len(rows) - refusing
+    if min(refusing, answering) < FEW:
+        return 0.0, None
+    weight = min(1.0, ASKED / (1 - ASKED) * answering / refusing)
+    gained = found = wrong = 0.0
+    cuts = [(0.0, 0.0, -rows[0][0] - 0.5)]  # what refusing so many gains over refusing none, F1, bias
+    for (here, is_right, score), (after, *_) in pairwise([*rows, (rows[-1][0] - 1, False, 0.0)]):
+        found += weight * is_right
+        wrong += not is_right
+        gained += weight if is_right else -score
+        if after < here:
+            f1 = 2 * found / (found + wrong + weight * refusing)
+            cuts.append((gained / (answering + weight * refusing), f1, -(here + after) / 2))
+    least = max(cuts)[0] - NOISE
+    _, f1, bias = min((cut for cut in cuts if cut[0] >= least), key=lambda cut: abs(cut[2]))
+    return round(bias, 4), round(f1, 4)

@@ -1,0 +1,174 @@
+"""Rows as token ids, and the batches that they are trained in, epoch by epoch."""
+
+import hashlib
+import math
+import random
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from qlora.console import fail
+from qlora.prompt import IGNORED, Prompt, defuse, encode_row, fit_passages
+from qlora.training.rows import Row
+from qlora.words import answer_span
+
+INT32 = "i"  # a list of Python's integers takes five times the memory
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row: `labels` equals `input_ids` where there is loss and is -100 elsewhere.
+
+    Both are arrays of INT32. Rows of one `group` have the same passages, or none.
+    """
+
+    input_ids: array
+    labels: array
+    group: int = 0
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What stands before the response."""
+        return self.input_ids[: self.labels.count(IGNORED)].tolist()
+
+    @property
+    def response_ids(self) -> list[int]:
+        """What is trained: the response with its EOS."""
+        return self.input_ids[self.labels.count(IGNORED) :].tolist()
+
+
+def make_example(input_ids: Sequence[int], labels: Sequence[int], group: int = 0) -> Example:
+    return Example(array(INT32, input_ids), array(INT32, labels), group)
+
+
+class Epochs:
+    """The batches of one epoch after the other, by number; an epoch is drawn when its first batch is asked for.
+
+    `batches` are those of the first; `draw(epoch)` gives those of any, the same ones each time. One is in memory.
+    """
+
+    def __init__(self, batches: list[list[Example]], draw: Callable[[int], list[list[Example]]]):
+        self.batches, self.draw = batches, draw
+        self.epoch = self.start = 0  # of the batches in memory, and the number of the first of them
+
+    def __getitem__(self, number: int) -> list[Example]:
+        if number < self.start:
+            self.epoch, self.start, self.batches = 0, 0, self.draw(0)
+        while number >= self.start + len(self.batches):
+            self.start += len(self.batches)
+            self.epoch += 1
+            self.batches = self.draw(self.epoch)
+        return self.batches[number - self.start]
+
+
+def tokenize_rows(
+    tokenizer, prompt: Prompt, rows: Sequence[Row], max_length: int
+) -> tuple[list[Example], dict[str, int]]:
+    """Examples of at most `max_length` tokens, and how many rows were shortened or were too long.
+
+    Only passages are shortened, the one with the answer last and around it; a row whose instruction
+    and response alone exceed `max_length` is left out.
+    """
+    examples = []
+    counts = {"shortened": 0, "too long": 0}
+    groups = {}
+    for row in rows:
+        group = groups.setdefault(row.passages, len(groups))
+        instruction, response = defuse(tokenizer, row.instruction), defuse(tokenizer, row.response)
+        passages = [defuse(tokenizer, text) for text in row.passages]
+        input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
+        if len(input_ids) > max_length and passages:
+            trained = sum(label >= 0 for label in labels)
+            gold = row.passages.index(row.context) if row.context in row.passages else None
+            budget = max_length - trained
+            passages = fit_passages(
+                tokenizer, prompt, instruction, passages, budget, last=gold, keep=answer_span(response)
+            )
+            input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
+            counts["shortened"] += len(input_ids) <= max_length
+        if len(input_ids) > max_length:
+            counts["too long"] += 1
+        else:
+            examples.append(make_example(input_ids, labels, group))
+    if not examples:
+        raise fail("every row is too long", f"--max-length {max_length}", "raise --max-length")
+    return examples, counts
+
+
+def batch_groups(groups: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Row numbers in batches of at most `size` in random order; rows of a group come together, as far as they fit.
+
+    `groups` are those of the rows.
+    """
+    members = defaultdict(list)
+    for number, group in enumerate(groups):
+        members[group].append(number)
+    chance = random.Random(seed)
+    parts = []
+    for numbers in members.values():
+        chance.shuffle(numbers)
+        count = math.ceil(len(numbers) / size)  # of about equal length
+        parts += [numbers[n::count] for n in range(count)]
+    chance.shuffle(parts)
+    batches = [[]]
+    for part in parts:
+        if len(batches[-1]) + len(part) > size:
+            batches.append([])
+        batches[-1] += part
+    return batches
+
+
+def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list[Example]]:
+    """The rows in random order, up to `size` together, where those with the same passages stay together."""
+    numbers = batch_groups([example.group for example in examples], size, seed)
+    return [[examples[n] for n in batch] for batch in numbers]
+
+
+def collate(examples: Sequence[Example]) -> dict:
+    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels, tensors of int64."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    def pad(rows: list[array], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
+
+    return {
+        # The labels say where a row begins; the mask hides what stands before, so any id will do there.
+        "input_ids": pad([example.input_ids for example in examples], 0),
+        "attention_mask": pad([array(INT32, [1]) * len(example.input_ids) for example in examples], 0),
+        "labels": pad([example.labels for example in examples], IGNORED),
+    }
+
+
+def split_rows(inputs: dict, parts: int) -> list[dict]:
+    """A collated batch in `parts` of about as many rows each."""
+    size = math.ceil(len(inputs["labels"]) / parts)
+    starts = range(0, len(inputs["labels"]), size)
+    return [{key: value[at : at + size] for key, value in inputs.items()} for at in starts]
+
+
+# ------------------------------------------------------------------------------- count
+
+
+def unbatch(batches: Iterable[Sequence[Example]]) -> list[Example]:
+    return list(chain.from_iterable(batches))
+
+
+def count_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def count_labels(example: Example) -> int:
+    """How many tokens of the row are trained."""
+    return len(example.labels) - example.labels.count(IGNORED)
+
+
+def digest_examples(examples: Sequence[Example]) -> str:
+    """The sha256 of their tokens and labels, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{len(example.input_ids)} ".encode() + example.input_ids.tobytes() + example.labels.tobytes())
+    return digest.hexdigest()
