@@ -168,9 +168,7 @@ def set_up(bench: Bench, name: str, rows: list[Row]) -> Setup:
     """The folder that both recipes read."""
     folder = bench.work / name
     folder.mkdir(exist_ok=True)
-    setup = Setup(str(folder), bench.large, bench.sizes.batch, bench.sizes.rows)
-    train_speed.write_inputs(setup, train_speed.choose_rows(rows, setup.rows))
-    return setup
+    return train_speed.write_setup(folder, bench.large, bench.sizes.batch, rows, bench.sizes.rows)
 
 
 def large_adapter(bench: Bench) -> Path:

@@ -31,6 +31,7 @@ from qlora.training.examples import tokenize_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+PADDED = ("input_ids", "attention_mask", "labels")
 SCALE = 1024  # of an fp16 loss, whose gradients would be too small for the type
 
 
@@ -92,7 +93,7 @@ def take_step(step: Namespace, dtype, ours: bool, packed: bool):
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     inputs = {name: tensor.to(step.device) for name, tensor in collate(step.examples).items()}
     with torch.autocast(step.device, dtype=dtype, enabled=dtype != torch.float32):
-        loss = trainer.response_loss(model, inputs) if packed else model(**inputs).loss
+        loss = trainer.response_loss(model, inputs) if packed else model(**{name: inputs[name] for name in PADDED}).loss
     scale = SCALE if dtype == torch.float16 else 1
     (loss * scale).backward()
     return loss.item(), torch.cat([weight.grad.float().flatten().cpu() / scale for weight in weights])

@@ -83,10 +83,8 @@ def compare_recipes(args) -> dict:
     This process never imports torch: on Linux a child's ru_maxrss starts from its parent's.
     """
     rows, _ = keep_usable(load_rows(args.dataset))
-    sample = choose_rows(rows, args.rows)
     with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
-        setup = Setup(folder, args.base_model, args.batch_size, args.rows)
-        write_inputs(setup, sample)
+        setup = write_setup(Path(folder), args.base_model, args.batch_size, rows, args.rows)
         run_recipe("prepare", setup)
         runs = {variant: [] for variant in VARIANTS}
         for number in range(args.rounds):
@@ -101,28 +99,34 @@ def compare_recipes(args) -> dict:
     return summarise(setup, runs, losses)
 
 
-def choose_rows(rows: list[Row], wanted: int) -> list[Row]:
-    """A seeded sample of the contexts with all their rows, of which the split leaves exactly `wanted` to train on.
+def write_setup(folder: Path, base_model: str, batch_size: int, rows: list[Row], wanted: int) -> Setup:
+    """The files that all processes read; each splits and shapes the rows itself, with the same seed."""
+    sample, trained = choose_rows(rows, wanted)
+    setup = Setup(str(folder), base_model, batch_size, trained)
+    lines = [json.dumps({name: getattr(row, name) for name in COLUMNS}) for row in sample]
+    setup.path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    setup.path("setup.json").write_text(json.dumps(asdict(setup)), encoding="utf-8")
+    return setup
 
-    Raises UserError when there is none.
+
+def choose_rows(rows: list[Row], wanted: int) -> tuple[list[Row], int]:
+    """A seeded sample of the contexts with all their rows, and how many the split leaves to train on.
+
+    It is the sample of at most twice as many rows that comes nearest to `wanted`; raises UserError when there is none.
     """
     short = [row for row in rows if len(row.instruction + row.context + row.response) <= recipe.MAX_CHARACTERS]
     chance = random.Random(recipe.SEED)
     place = {text: chance.random() for text in sorted({row.context for row in short})}
     short.sort(key=lambda row: place[row.context])
-    for count in range(math.ceil(wanted / (1 - recipe.EVAL_SHARE)), len(short) + 1):
+    left = {}
+    for count in range(math.ceil(wanted / (1 - recipe.EVAL_SHARE)), min(2 * wanted, len(short)) + 1):
         with contextlib.suppress(console.UserError):  # a single document, or every question held out, too
-            if len(recipe.split_rows(short[:count])[0]) == wanted:
-                return short[:count]
-    what = f"{len(short)} rows of at most {recipe.MAX_CHARACTERS} characters don't leave {wanted} to train on"
-    raise console.fail(what, "--rows, --dataset", "ask for fewer rows, or give more or shorter ones")
-
-
-def write_inputs(setup: Setup, sample: list[Row]) -> None:
-    """The files that all processes read; each splits and shapes the rows itself, with the same seed."""
-    lines = [json.dumps({name: getattr(row, name) for name in COLUMNS}) for row in sample]
-    setup.path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    setup.path("setup.json").write_text(json.dumps(asdict(setup)), encoding="utf-8")
+            left[count] = len(recipe.split_rows(short[:count])[0])
+    if not left:
+        what = f"{len(short)} rows of at most {recipe.MAX_CHARACTERS} characters don't leave {wanted} to train on"
+        raise console.fail(what, "--rows, --dataset", "ask for fewer rows, or give more or shorter ones")
+    count = min(left, key=lambda count: abs(left[count] - wanted))
+    return short[:count], left[count]
 
 
 def order_of_round(number: int) -> list[str]:

@@ -20,7 +20,8 @@ from qlora.training.row_filters import (
     read_selection,
     sample_rows,
 )
-from qlora.training.rows import Row, answer_span, load_rows
+from qlora.training.rows import Row, load_rows
+from qlora.words import answer_span
 
 ROWS = [Row(f"Question {n}?", f"answer{n}", f"Context with answer{n}.", "qa", f"doc{n // 3}.md") for n in range(30)]
 

@@ -3,10 +3,10 @@
 import json
 import shutil
 
-import build
 import pytest
 from conftest import PROJECT
 
+from notebooks import build
 from qlora import console
 
 NAME = "rag_qlora"

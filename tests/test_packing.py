@@ -91,7 +91,7 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
 
 def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
     batch = collate(BATCHES["common beginning"])
-    packed = packing.pack(batch["input_ids"], batch["attention_mask"])
+    packed = batch["packed"]
     assert packed.pieces == [(5, ()), (4, (0,)), (8, (0,)), (2, (0,))] and packed.input_ids.shape == (1, 19)
     assert packed.position_ids[0].tolist() == [*range(5), *range(5, 9), *range(5, 13), 5, 6]
     check_index(batch, packed)
@@ -99,7 +99,7 @@ def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
 
 def test_passages_that_neighbours_share_are_computed_once():
     batch = collate(BATCHES["passages in common"])
-    packed = packing.pack(batch["input_ids"], batch["attention_mask"])
+    packed = batch["packed"]
     assert [before for _, before in packed.pieces] == [(), (0,), (0, 1), (0, 1), (0,), (0,), (0, 5), (0, 5)]
     assert [length for length, _ in packed.pieces] == [5, 37, 4, 4, 3, 38, 4, 3]
     check_index(batch, packed)

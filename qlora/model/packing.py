@@ -5,7 +5,7 @@ in a row changes nothing before it: one copy of a beginning serves every row tha
 backward, to the same loss. `register_attention` gives transformers the attention that such a sequence needs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
@@ -30,9 +30,17 @@ class PackedBatch:
     pieces: list[tuple[int, tuple[int, ...]]]  # tokens of each, and the numbers of the pieces that it goes on from
     index: torch.Tensor  # (rows, longest): where a token of the padded batch stands
 
+    def to(self, device, non_blocking: bool = False) -> "PackedBatch":
+        """The batch on a device; accelerate moves what has such a method."""
+        names = "input_ids", "position_ids", "index"
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+
 
 def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
-    """A batch padded on the left, (rows, longest) of ids and of 1 where a row is, without what repeats."""
+    """A batch padded on the left, (rows, longest) of ids and of 1 where a row is, without what repeats.
+
+    It is made on the CPU: on a GPU the CPU would wait for each row.
+    """
     rows = [ids[kept] for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     start = count_common(rows)
     tokens, positions, pieces = [rows[0][:start]], [torch.arange(start)], [(start, ())]
@@ -56,13 +64,8 @@ def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
             where = [torch.arange(offsets[piece], offsets[piece] + pieces[piece][0]) for piece in path]
             index[done, -len(row) :] = torch.cat(where)
             done += 1
-    ids, places = torch.cat(tokens)[None], torch.cat(positions)[None].to(mask.device)
+    ids, places = torch.cat(tokens)[None], torch.cat(positions)[None]
     return PackedBatch(input_ids=ids, position_ids=places, pieces=pieces, index=index)
-
-
-def count_tokens(inputs: dict[str, torch.Tensor]) -> int:
-    """Tokens that are computed for a padded batch."""
-    return pack(inputs["input_ids"], inputs["attention_mask"]).input_ids.numel()
 
 
 def count_common(rows: list[torch.Tensor]) -> int:

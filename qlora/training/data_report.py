@@ -153,9 +153,7 @@ def plan_costs(schedule, batches: Sequence[Sequence[Example]], model) -> dict:
     `model` has its LoRA; it may be on the meta device, without weights. `batches` are those of the first epoch; what
     counts is their tokens that are computed: without padding, common beginnings once.
     """
-    from qlora.model import packing
-
-    computed = [packing.count_tokens(collate(batch)) for batch in batches]
+    computed = [collate(batch)["packed"].input_ids.numel() for batch in batches]
     longest = max(len(example.input_ids) for batch in batches for example in batch)
     sizes = {"batches": computed, "longest": longest, "processes": settings.process_count()}
     return {**asdict(schedule), **describe_model(model), **sizes}

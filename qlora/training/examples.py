@@ -127,27 +127,39 @@ def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list
 
 
 def collate(examples: Sequence[Example]) -> dict:
-    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels, tensors of int64."""
+    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels, tensors of int64; and `packed`.
+
+    The packed batch is the same without padding, common beginnings once.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
+
+    from qlora.model import packing
 
     def pad(rows: list[array], value: int) -> torch.Tensor:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
-    return {
+    batch = {
         # The labels say where a row begins; the mask hides what stands before, so any id will do there.
         "input_ids": pad([example.input_ids for example in examples], 0),
         "attention_mask": pad([array(INT32, [1]) * len(example.input_ids) for example in examples], 0),
         "labels": pad([example.labels for example in examples], IGNORED),
     }
+    return batch | {"packed": packing.pack(batch["input_ids"], batch["attention_mask"])}
 
 
 def split_rows(inputs: dict, parts: int) -> list[dict]:
-    """A collated batch in `parts` of about as many rows each."""
-    size = math.ceil(len(inputs["labels"]) / parts)
-    starts = range(0, len(inputs["labels"]), size)
-    return [{key: value[at : at + size] for key, value in inputs.items()} for at in starts]
+    """A collated batch in `parts` of about as many rows each, on the same device."""
+    from qlora.model import packing
+
+    labels, tensors = inputs["labels"], [name for name in inputs if name != "packed"]
+    size, found = math.ceil(len(labels) / parts), []
+    for at in range(0, len(labels), size):
+        part = {name: inputs[name][at : at + size] for name in tensors}
+        packed = packing.pack(part["input_ids"].cpu(), part["attention_mask"].cpu())
+        found.append(part | {"packed": packed.to(labels.device)})
+    return found
 
 
 # ------------------------------------------------------------------------------- count

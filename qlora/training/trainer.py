@@ -21,7 +21,6 @@ from transformers import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from qlora import console, machine, settings
-from qlora.model import packing
 from qlora.model.lean_layers import make_lean
 from qlora.prompt import IGNORED, Prompt
 from qlora.refusal import fit_refusal_bias
@@ -57,12 +56,12 @@ class Schedule:
         return self.micro_batch * self.accumulation * settings.process_count()
 
 
-def label_logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def label_logits(model, inputs: dict) -> torch.Tensor:
     """Logits for every label, row by row: (labels, vocabulary).
 
     The head, a third of the work of a small Llama, runs over the labelled positions only.
     """
-    batch = inputs.get("packed") or packing.pack(inputs["input_ids"], inputs["attention_mask"])
+    batch = inputs["packed"]
     labelled = inputs["labels"] != IGNORED
     return model(
         input_ids=batch.input_ids,
@@ -81,7 +80,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.zeros(labels.shape, device=labels.device).masked_scatter(labelled, losses)
 
 
-def response_loss(model, inputs: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
+def response_loss(model, inputs: dict, items: int | None = None) -> torch.Tensor:
     """Summed cross-entropy of the labelled tokens over `items` (default: their number)."""
     losses = token_losses(label_logits(model, inputs), inputs["labels"])
     return losses.sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
@@ -130,7 +129,7 @@ class ResponseTrainer(SFTTrainer):
         asked = sorted(make_batches(held_out, plan.micro_batch, plan.seed), key=count_tokens, reverse=True)
         sources = {"training": training, "held out": asked}
 
-        def fetch(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        def fetch(items: list[dict[str, int]]) -> dict:
             return collate(unbatch(sources[name][number] for item in items for name, number in item.items()))
 
         batches = plan.steps * plan.accumulation * settings.process_count()
@@ -198,15 +197,14 @@ class ResponseTrainer(SFTTrainer):
             self.parts = 2 * len(parts)
             console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
 
-    def split(self, inputs: dict[str, torch.Tensor]) -> list[dict]:
-        """The batch in parts, packed: on the CPU of AT_ONCE tokens at most, or of one row."""
+    def split(self, inputs: dict) -> list[dict]:
+        """The batch in parts: on the CPU of AT_ONCE tokens at most, or of one row."""
         count = self.parts
         while True:
-            parts = split_rows(inputs, count)
-            packed = [packing.pack(part["input_ids"], part["attention_mask"]) for part in parts]
-            fits = torch.cuda.is_available() or all(part.input_ids.numel() <= AT_ONCE for part in packed)
+            parts = [inputs] if count == 1 else split_rows(inputs, count)
+            fits = torch.cuda.is_available() or all(part["packed"].input_ids.numel() <= AT_ONCE for part in parts)
             if fits or len(parts) == len(inputs["labels"]):
-                return [part | {"packed": batch} for part, batch in zip(parts, packed, strict=True)]
+                return parts
             count *= 2
 
     # ----------------------------------------------------------------------- evaluate
