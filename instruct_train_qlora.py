@@ -171,7 +171,7 @@ def report_data(args, tokenizer, training, held_out, counts, plan) -> dict:
     """What would be trained on, and what it would take. Raises UserError for rows that would train nothing."""
     from qlora.training import data_report
 
-    report = data_report.build_report(tokenizer, unbatch(training.batches), held_out, counts, plan)
+    report = data_report.build_data_report(tokenizer, unbatch(training.batches), held_out, counts, plan)
     estimate = report["estimate"]
     if not args.dry_run:
         console.note(f"about {data_report.show_seconds(estimate['seconds'])}, {estimate['memory_gb']['all']} GB")
@@ -242,9 +242,9 @@ def describe_start(args, training, held_out) -> dict:
     free = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"}
     rows = {"training": digest_examples(unbatch(training.batches)), "held out": digest_examples(held_out)}
     return {
-        "arguments": {name: printable(value) for name, value in vars(args).items() if name not in free},
+        "arguments": {name: jsonable(value) for name, value in vars(args).items() if name not in free},
         "sha256 of rows": rows,
-        "base model": base_model.fingerprint(base_model.resolve_base_model(args.base_model)),
+        "base model": base_model.fingerprint_model(base_model.resolve_base_model(args.base_model)),
         "processes": settings.process_count(),
         "precision": str(machine.compute_dtype()),
         "threads": torch.get_num_threads(),
@@ -299,7 +299,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
         },
-        "arguments": {name: printable(value) for name, value in vars(args).items()},
+        "arguments": {name: jsonable(value) for name, value in vars(args).items()},
         "result": result,
         "versions": library_versions(),
         "git_commit": git_commit(),
@@ -312,10 +312,10 @@ def rebuild_hint(name: str) -> str:
     return f"AutoModelForCausalLM.from_pretrained({name!r}) in the quantisation below"
 
 
-def printable(value):
+def jsonable(value):
     """The value as JSON keeps it: paths as text, sets as sorted lists."""
     if isinstance(value, dict):
-        return {key: printable(inner) for key, inner in value.items()}
+        return {key: jsonable(inner) for key, inner in value.items()}
     return sorted(value) if isinstance(value, set) else str(value) if isinstance(value, Path) else value
 
 

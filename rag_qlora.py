@@ -177,10 +177,10 @@ def open_pinecone(embeddings, embedding_model: str, name: str):
 
 
 def ingest(args, store) -> int:
-    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.ingest import choose_splitting, put_files
 
-    splitting = args.embedding_model, args.passage_tokens, args.overlap
-    put_files(store, args.paths, *splitting, args.prune, args.dry_run)
+    splitting = choose_splitting(store, args.embedding_model, args.passage_tokens, args.overlap)
+    put_files(store, args.paths, splitting, args.prune, args.dry_run)
     note(f'Next: python rag_qlora.py ask {same_places(args)} "Your question?"')
     return 0
 
@@ -222,14 +222,15 @@ def fill_if_empty(args, store) -> None:
 
     Raises UserError when other questions are to be evaluated on it.
     """
-    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.ingest import choose_splitting, put_files
 
     if store.count() == 0:
         if args.command in ("evaluate", "sweep") and args.questions != SAMPLE_QUESTIONS:
             fix = f"python rag_qlora.py ingest PATH --collection {args.collection}"
             raise console.fail(f"collection {args.collection} is empty", "--collection", fix)
         note(f"Collection {args.collection} is empty: filling it with the sample documents")
-        put_files(store, [str(SAMPLE_DOCUMENTS)], args.embedding_model, args.passage_tokens, args.overlap)
+        splitting = choose_splitting(store, args.embedding_model, args.passage_tokens, args.overlap)
+        put_files(store, [str(SAMPLE_DOCUMENTS)], splitting)
 
 
 def search(args, store) -> int:
@@ -381,10 +382,8 @@ def evaluate(args, store, prompt, generator) -> int:
     threshold = None if args.calibrate else store.refusal_threshold
     with console.progress() as bar:
         task = bar.add_task("answers", total=len(modes) * sum(map(len, contexts.values())))
-        cells = evaluation.answer_cells(
+        asking = evaluation.Asking(
             log,
-            modes,
-            contexts,
             complete=partial(
                 answer_batch, fill=make_fill(prompt, generator), generator=generator, refusal=prompt.refusal
             ),
@@ -392,8 +391,9 @@ def evaluate(args, store, prompt, generator) -> int:
             batch=args.batch_size,
             advance=lambda count: bar.advance(task, count),
         )
+        cells = evaluation.answer_cells(asking, modes, contexts)
     values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": threshold}
-    result = evaluation.build_report(questions, found, cells, values, args.seed)
+    result = evaluation.build_result(questions, found, cells, values, args.seed)
     if args.calibrate:
         scores = cells["tuned" if args.adapter else "base", "retrieved"]
         result["calibration"] = evaluation.calibrate(questions, [d[: args.top_k] for d in found], scores, args.seed)
@@ -410,14 +410,14 @@ def sweep(args, store) -> int:
     """Retrieval metrics for every value of each swept setting, best first; loads no language model."""
     from qlora.evaluation import sweep
     from qlora.evaluation.questions import load_questions
-    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.ingest import choose_splitting, put_files
 
     fill_if_empty(args, store)
     questions = load_questions(args.questions, args.limit)
 
     def open_trial(tokens: int):
         trial = open_store(args, f"sweep {args.collection} {tokens}", store.embeddings)
-        put_files(trial, args.documents, args.embedding_model, tokens, tokens // 5)
+        put_files(trial, args.documents, choose_splitting(trial, args.embedding_model, tokens, tokens // 5))
         return trial
 
     search = make_search(args, store)

@@ -22,7 +22,7 @@ from qlora.words import CITATIONS
 
 PICTURE = trials.PROJECT / "learning_curve.png"
 QUESTIONS = ("questions.jsonl", "second_questions.jsonl")
-COLUMNS = ["F1 (of each seed)", "oracle F1", "refusal F1", "citation P"]
+TABLE_COLUMNS = ["F1 (of each seed)", "oracle F1", "refusal F1", "citation P"]
 
 # name -> (flags, the function that takes the part away)
 PARTS = {
@@ -121,7 +121,7 @@ def measure_parts(seeds: list[int]) -> str:
     """A Markdown table: the recipe, and the recipe without each part."""
     records = [[run(*part, seed) for part in PARTS.values()] for seed in seeds]  # a seed complete before the next
     rows = [[name, *describe(of_part)] for name, *of_part in zip(PARTS, *records, strict=True)]
-    return as_markdown_table([["", *COLUMNS, "minutes"], *rows])
+    return as_markdown_table([["", *TABLE_COLUMNS, "minutes"], *rows])
 
 
 def measure_curve(seeds: list[int]) -> str:
@@ -135,7 +135,7 @@ def measure_curve(seeds: list[int]) -> str:
         rows.append((count, [run(flags, "", seed) for seed in seeds]))
     draw_curve(rows, PICTURE)
     table = [[str(count), *describe(records)] for count, records in rows]
-    return as_markdown_table([["rows", *COLUMNS, "minutes"], *table])
+    return as_markdown_table([["rows", *TABLE_COLUMNS, "minutes"], *table])
 
 
 def run(flags: dict, without: str, seed: int) -> dict:

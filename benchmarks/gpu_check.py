@@ -9,7 +9,7 @@
 It runs what users run: instruct_train_qlora.py, what rag_qlora.py loads and answers with, and TRL's SFTTrainer beside
 them; on the embedded model, and on random weights of Llama-2-7B's shape. Each part has its own time limit, and the
 results are written after each. On a machine without a network: make gpu-wheels DIR=wheels elsewhere, and there
-pip install --no-index --no-deps wheels/*.whl
+pip install --no-index --no-deps wheels/*.whl && PYTHONPATH=. python benchmarks/gpu_check.py
 """
 
 import contextlib
@@ -56,11 +56,11 @@ PARTS = {  # the most valuable first
     "ours": Part(TRAINING, "train_ours", 60),
     "plain": Part(TRAINING, "train_plain", 60),
     "unshared": Part(TRAINING, "train_unshared", 75),
+    "profile": Part(ANSWERING, "profile", 40),
     "decode": Part(ANSWERING, "time_answers", 60),
     "memory": Part(TRAINING, "check_memory", 90),
     "merge": Part(ANSWERING, "merge", 45),
     "ingest": Part(ANSWERING, "ingest", 45),
-    "profile": Part(ANSWERING, "profile", 40),
 }
 
 

@@ -240,7 +240,7 @@ def short_of_memory(bench: Bench, whole: Trained):
 
         def refuse(model, inputs):
             if len(inputs["labels"]) > 2 and torch.is_grad_enabled():
-                raise torch.OutOfMemoryError("made believe")
+                raise torch.OutOfMemoryError("CUDA out of memory. (made believe)")
             return ordinary(model, inputs)
 
         with patch.object(trainer, "label_logits", refuse):

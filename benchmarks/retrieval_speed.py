@@ -63,7 +63,7 @@ def measure_embedding(args, url: str) -> dict:
 
     from qlora.retrieval import documents
     from qlora.retrieval.database import Database
-    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.ingest import choose_splitting, put_files
     from qlora.retrieval.pgvector_store import PgVectorStore
 
     plain, ours = load_plain(), load_ours()
@@ -79,7 +79,7 @@ def measure_embedding(args, url: str) -> dict:
         runs = {
             "plain": lambda: plain.encode(texts),
             "ours": lambda: ours.embed_documents(texts),
-            "ingest": lambda store=store: put_files(store, [args.documents], "ours", 200, 40),
+            "ingest": lambda store=store: put_files(store, [args.documents], choose_splitting(store, "ours", 200, 40)),
         }
         for name in list(runs)[:: -1 if number % 2 else 1]:
             times[name].append(stopwatch(runs[name]))

@@ -11,9 +11,9 @@ prompt is a strict prefix of the training sequence, because the response is toke
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 
 from qlora.console import fail
 
@@ -141,7 +141,8 @@ def fill_prompt(
     while history and len(encode_prompt(tokenizer, prompt.messages(question, (), history))) > budget // 2:
         history = history[2:]
     passages = [defuse(tokenizer, text) for text in passages]
-    messages = prompt.messages(question, fit_passages(tokenizer, prompt, question, passages, budget, history), history)
+    ask = partial(prompt.messages, question, history=history)
+    messages = ask(fit_passages(tokenizer, ask, passages, budget))
     if len(encode_prompt(tokenizer, messages)) > budget:
         raise fail("the question fills the whole window", f"{budget} tokens", "ask a shorter question")
     return messages
@@ -149,24 +150,22 @@ def fill_prompt(
 
 def fit_passages(
     tokenizer,
-    prompt: Prompt,
-    instruction: str,
+    messages: Callable[[Sequence[str]], list[dict]],
     passages: Sequence[str],
     budget: int,
-    history: Sequence[dict] = (),
     last: int | None = None,
     keep: str = "",
 ) -> list[str]:
     """The passages, shortened from the end of the list on until the prompt has at most `budget` tokens.
 
-    Passage number `last` (the one with the answer) is shortened after all others, and around `keep`.
-    Rules and instruction are never cut: the caller checks whether the rest fits. Passages shortened
-    to nothing stay as empty strings, so that numbers keep their meaning.
+    `messages` makes the prompt's messages of passages. Passage number `last` (the one with the answer) is
+    shortened after all others, and around `keep`. Rules and instruction are never cut: the caller checks
+    whether the rest fits. Passages shortened to nothing stay as empty strings, so that numbers keep their meaning.
     """
     passages = list(passages)
 
     def excess() -> int:
-        return len(encode_prompt(tokenizer, prompt.messages(instruction, passages, history))) - budget
+        return len(encode_prompt(tokenizer, messages(passages))) - budget
 
     order = sorted(range(len(passages)), key=lambda n: (n == last, -n))
     for n in order:

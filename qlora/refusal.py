@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qlora.prompt import Prompt
-from qlora.words import MARK, SENTENCE_END, normalize
+from qlora.words import MARK, SENTENCE_END, WORD, normalize
 
 CONTRAST = {"but", "however", "though", "although"}
 
@@ -19,9 +19,9 @@ def is_refusal(text: str, refusal: str = Prompt.refusal) -> bool:
     "I don't know who signs." refuses, "I don't know who signs, but the form is B7." answers. Case, citations and the
     kind of apostrophe do not matter. A text without words refuses, too.
     """
-    first = normalize(SENTENCE_END.split(MARK.sub("", text).strip())[0]).split()
-    wanted = normalize(refusal).split()
-    return not first or (first[: len(wanted)] == wanted and not CONTRAST & set(first))
+    bare = MARK.sub("", text).strip()
+    first, wanted = normalize(SENTENCE_END.split(bare)[0]).split(), normalize(refusal).split()
+    return not WORD.search(bare) or (first[: len(wanted)] == wanted and not CONTRAST & set(first))
 
 
 # ------------------------------------------------------------------------------- fit

@@ -167,12 +167,13 @@ def test_follow_ups_find_what_they_ask_for(database):
     import rag_qlora
     from qlora import presets
     from qlora.retrieval.database import Database
-    from qlora.retrieval.ingest import put_files
+    from qlora.retrieval.ingest import choose_splitting, put_files
     from qlora.retrieval.pgvector_store import PgVectorStore
 
     embeddings = rag_qlora.load_embeddings(argparse.Namespace(embedding_model=presets.EMBEDDED_EMBEDDER))
     store = PgVectorStore(Database(database), embeddings, presets.EMBEDDED_EMBEDDER, "follow-ups")
-    put_files(store, [str(PROJECT / "sample_data" / "documents")], presets.EMBEDDED_EMBEDDER, 200, 40)
+    splitting = choose_splitting(store, presets.EMBEDDED_EMBEDDER, 200, 40)
+    put_files(store, [str(PROJECT / "sample_data" / "documents")], splitting)
 
     def is_found(question: str, wanted: str) -> bool:
         return any(wanted.lower() in document.page_content.lower() for document in store.find(question, 3))

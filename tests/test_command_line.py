@@ -7,12 +7,14 @@ import shutil
 import pytest
 from conftest import QUICK, SAMPLE, process, rag, train, without_network
 
+import instruct_train_qlora
 from qlora import settings
+from qlora.cli import training_flags
 
 read_dotenv = settings.load_dotenv_once  # before conftest puts it away
 
 SHAPE = {"question", "answer", "refused", "supported", "unsupported", "citations", "passages", "timings", "tokens"}
-SHAPE |= {"model"}
+SHAPE |= {"model", "collection", "prompt_digest"}
 
 
 @pytest.fixture
@@ -77,21 +79,22 @@ def test_gated_or_unreachable_model_names_both_ways_out(rows_file, tmp_path):
 
 
 def test_precedence_is_flag_environment_dotenv_default(tiny_base, tmp_path, monkeypatch):
-    import instruct_train_qlora as script
+    def resolve(*words):
+        return training_flags.resolve_arguments(list(map(str, words)), "", instruct_train_qlora.STEPS)
 
     monkeypatch.setattr(settings, "load_dotenv_once", read_dotenv)
     monkeypatch.setenv("QLORA_PRESET", "laptop")
-    assert script.resolve_arguments(["--output", str(tmp_path / "x")]).base_model == "SmolLM2-135M-Instruct"
+    assert resolve("--output", tmp_path / "x").base_model == "SmolLM2-135M-Instruct"
     (tmp_path / ".env").write_text(f"QLORA_BASE_MODEL={tiny_base}\nQLORA_ADAPTER={tmp_path}/from-dotenv\n")
     monkeypatch.chdir(tmp_path)
     read_dotenv.cache_clear()
     monkeypatch.setenv("QLORA_ADAPTER", str(tmp_path / "from-environment"))
     monkeypatch.setenv("QLORA_BASE_MODEL", "")
     del os.environ["QLORA_BASE_MODEL"]  # what .env sets here, monkeypatch removes
-    args = script.resolve_arguments([])
+    args = resolve()
     assert args.base_model == str(tiny_base) and args.output.name == "from-environment"
-    assert script.resolve_arguments(["--output", str(tmp_path / "flag")]).output.name == "flag"
-    assert script.resolve_arguments(["--preset", "laptop"]).base_model == "SmolLM2-135M-Instruct"
+    assert resolve("--output", tmp_path / "flag").output.name == "flag"
+    assert resolve("--preset", "laptop").base_model == "SmolLM2-135M-Instruct"
     read_dotenv.cache_clear()
 
 

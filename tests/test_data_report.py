@@ -1,7 +1,6 @@
 """The data report: what it counts and estimates, what it shows, and the examples it refuses."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE
@@ -12,9 +11,9 @@ from qlora.model.base_model import load_tokenizer
 from qlora.model.lora import Lora
 from qlora.prompt import IGNORED, Prompt, choose_prompt
 from qlora.training import data_report
-from qlora.training.data_report import build_report, check_examples, describe_model, print_report, write_report
+from qlora.training.data_report import build_data_report, check_examples, describe_model, print_report, write_report
 from qlora.training.distractors import add_distractors
-from qlora.training.examples import Example, make_example, tokenize_rows
+from qlora.training.examples import Example, collate, make_batches, make_example, tokenize_rows
 from qlora.training.row_filters import Dropped
 from qlora.training.rows import Row, load_rows
 
@@ -60,8 +59,9 @@ def example(tokenizer, prompt: int = 10, response: int = 3) -> Example:
 
 def report_on(tokenizer, examples, held_out=None, rate=1e9, plan=PLAN, **changes) -> dict:
     held_out = [example(tokenizer)] if held_out is None else held_out
-    plan = {**plan, "batches": data_report.measure_batches(examples, SimpleNamespace(**plan))}
-    return build_report(tokenizer, examples, held_out, counts(**changes), plan, rate)
+    batches = make_batches(examples, plan["micro_batch"], plan["seed"])
+    plan = {**plan, "batches": [collate(batch)["packed"].input_ids.numel() for batch in batches]}
+    return build_data_report(tokenizer, examples, held_out, counts(**changes), plan, rate)
 
 
 # ------------------------------------------------------------------------------- numbers

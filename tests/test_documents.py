@@ -9,7 +9,7 @@ from qlora import presets
 from qlora.console import UserError
 from qlora.model import base_model
 from qlora.retrieval import documents
-from qlora.retrieval.documents import embedded_text, find_files, fingerprint, load_passages, place
+from qlora.retrieval.documents import embedded_text, find_files, fingerprint_file, load_passages, place
 
 FACT = "The gale flag is hoisted at force seven."
 
@@ -166,7 +166,7 @@ def test_too_large_and_too_long_files_are_refused(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr(documents, "MOST_PAGES", 0)
     (tmp_path / "large.txt").write_text("x" * 101)
     with pytest.raises(UserError, match="too large"):
-        fingerprint(tmp_path / "large.txt", 1)
+        fingerprint_file(tmp_path / "large.txt", 1)
     make_pdf(tmp_path / "long.pdf", "A page.")
     with pytest.raises(UserError, match="too many"):
         load(tmp_path / "long.pdf", tokenizer)
@@ -186,7 +186,11 @@ def test_nothing_outside_the_folder_is_taken(tmp_path):
 def test_fingerprint_depends_on_content_and_splitting(tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("x")
-    assert fingerprint(tmp_path / "a", 200) == fingerprint(tmp_path / "b", 200) != fingerprint(tmp_path / "a", 100)
+    assert (
+        fingerprint_file(tmp_path / "a", 200)
+        == fingerprint_file(tmp_path / "b", 200)
+        != fingerprint_file(tmp_path / "a", 100)
+    )
 
 
 def test_odd_text_goes_in(tmp_path, tokenizer):

@@ -12,11 +12,11 @@ from qlora.answering.citations import check_answer
 from qlora.console import UserError
 from qlora.evaluation import comparison as c
 from qlora.evaluation import evaluation as e
-from qlora.evaluation import questions
+from qlora.evaluation.questions import Question, load_questions
 from qlora.evaluation.report import compare_files, describe_answers
 from qlora.presets import EMBEDDED_EMBEDDER
 
-QUESTION = questions.Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
+QUESTION = Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
 HOLDS = Document("It costs nine crowns a day.", metadata={"source": "fees.md", "score": 0.9})
 OTHER = Document("Dogs are welcome.", metadata={"source": "dogs.md", "score": 0.8})
 
@@ -48,7 +48,7 @@ def test_scores_of_one_answer():
     assert (refused["f1"], refused["refused"], refused["faithful"], refused["cited_support"]) == (0, True, None, None)
     made_up = e.score_answer(QUESTION, check_answer("twelve", [HOLDS], "I don't know."))
     assert (made_up["f1"], made_up["faithful"], made_up["cited_support"]) == (0, 0, 0)
-    none = e.score_answer(questions.Question("Why?", ()), check_answer("because [1]", [OTHER], "I don't know."))
+    none = e.score_answer(Question("Why?", ()), check_answer("because [1]", [OTHER], "I don't know."))
     assert (none["em"], none["f1"], none["answerable"], none["citations"]) == (None, None, False, None)
 
 
@@ -82,14 +82,14 @@ def test_retrieval_by_hand():
     assert found["recall@1"] == 0.25 and found["recall@3"] == 0.5 and found["recall@10"] == 0.75
     assert found["mrr"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 5) / 4, abs=1e-4)
     assert found["ndcg@10"] == pytest.approx((1 + 0.5 + 0 + 1 / 2.584963) / 4, abs=1e-4)
-    found = e.score_retrieval([QUESTION, questions.Question("Why?", ())], [[OTHER, HOLDS], [OTHER]])
+    found = e.score_retrieval([QUESTION, Question("Why?", ())], [[OTHER, HOLDS], [OTHER]])
     assert found["recall@1"] == 0 and found["recall@3"] == 1 and found["by_source"]["mrr"] == 0.5
 
 
 def test_support_ignores_yes_and_no_and_needs_whole_words():
-    assert e.supports("The hut is closed on Mondays.", questions.Question("Open?", ("No, closed on Mondays", "No")))
-    assert not e.supports("No idea.", questions.Question("Open?", ("No",)))
-    assert not e.supports("It costs 19 crowns.", questions.Question("How much?", ("9 crowns",)))
+    assert e.supports("The hut is closed on Mondays.", Question("Open?", ("No, closed on Mondays", "No")))
+    assert not e.supports("No idea.", Question("Open?", ("No",)))
+    assert not e.supports("It costs 19 crowns.", Question("How much?", ("9 crowns",)))
 
 
 def score_of(answerable, f1=0.0, refused=False):
@@ -139,7 +139,7 @@ def test_calibration_reports_on_questions_it_was_not_fitted_on():
     for n in range(40):
         answers = () if n % 4 == 0 else ("nine crowns",)
         document = Document("It costs nine crowns.", metadata={"source": "a.md", "score": 0.6 if answers else 0.2})
-        questions.append(questions.Question(f"{n}?", answers))
+        questions.append(Question(f"{n}?", answers))
         found.append([document])
         answer = check_answer("nine crowns [1]", [document], "I don't know.")
         scores.append({**e.score_answer(questions[-1], answer), "seconds": 1.0})
@@ -180,27 +180,25 @@ def test_questions_of_all_formats(tmp_path):
         {"instruction": "Q4?", "response": "I don't know.", "context": "e"},
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = questions.load_questions(tmp_path / "q.jsonl")
+    found = load_questions(tmp_path / "q.jsonl")
     assert [q.answers for q in found] == [("a",), (), ("c",), ()] and found[0].source == "x.md"
-    assert questions.load_questions(tmp_path / "q.jsonl", limit=2) == [found[0], found[1]]  # one of each kind
+    assert load_questions(tmp_path / "q.jsonl", limit=2) == [found[0], found[1]]  # one of each kind
     entry = {"question": " Q? ", "answers": [{"text": "a"}, {"text": "a"}, {"text": "b"}], "id": "1"}
     squad = {"data": [{"title": "Force", "paragraphs": [{"context": "a b", "qas": [entry]}]}]}
     (tmp_path / "squad.json").write_text(json.dumps(squad))
-    assert questions.load_questions(tmp_path / "squad.json") == [
-        questions.Question("Q?", ("a", "b"), "Force.md", "a b")
-    ]
+    assert load_questions(tmp_path / "squad.json") == [Question("Q?", ("a", "b"), "Force.md", "a b")]
 
 
 def test_bad_question_files_name_the_line(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "ok", "answers": []}\n{oops\n{"question": "x"}\n{"question": "x", "answers": "y"}\n')
     with pytest.raises(UserError) as error:
-        questions.load_questions(path)
+        load_questions(path)
     assert all(f"q.jsonl:{n}" in str(error.value) for n in (2, 3, 4)) and "q.jsonl:1" not in str(error.value)
     (tmp_path / "bad.json").write_text("{}")
     for name, message in (("gone.jsonl", "not found"), ("bad.json", "no SQuAD file")):
         with pytest.raises(UserError, match=message):
-            questions.load_questions(tmp_path / name)
+            load_questions(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------- the command
@@ -279,7 +277,7 @@ def read_pairs(lines):
 
 
 def sample_questions(limit):
-    return questions.load_questions(SAMPLE / "questions.jsonl", limit)
+    return load_questions(SAMPLE / "questions.jsonl", limit)
 
 
 def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
@@ -399,7 +397,7 @@ def test_readme_shows_answers_of_every_kind_and_every_question_file(tmp_path):
     for question, answers, tuned in facts:
         for model, text in (("base", "It is 4."), ("tuned", tuned)):
             answer = check_answer(text, [], "I don't know.")
-            scores = e.score_answer(questions.Question(question, tuple(answers)), answer)
+            scores = e.score_answer(Question(question, tuple(answers)), answer)
             row = {"model": model, "context": "retrieved", "question": question, "answers": answers, "answer": text}
             lines.append(json.dumps({**row, "scores": scores}))
     (tmp_path / "answers.jsonl").write_text("\n".join(lines))

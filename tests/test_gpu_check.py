@@ -21,10 +21,9 @@ def test_all_parts_run_on_the_cpu(tmp_path):
     assert list(found["parts"]) == list(gpu_check.PARTS) and {p["result"] for p in found["parts"].values()} == {"pass"}
     measures = {name: {m["name"]: m["value"] for m in part["measures"]} for name, part in found["parts"].items()}
     assert measures["small"]["answers equal to the CPU's"] == "8 of 8"
-    assert (
-        measures["ours"]["ours: of the tokens shared"] > 0.3
-        and measures["plain"]["rows with equal tokens"] == "12 of 12"
-    )
+    assert measures["ours"]["ours: of the tokens shared"] > 0.3
+    equal, rows = measures["plain"]["rows with equal tokens"].split(" of ")
+    assert equal == rows != "0"
     assert measures["memory"]["out of memory: parts of a batch"] == 8  # two rows of 16 at a time
     assert measures["ingest"]["written to PostgreSQL"] == 64
     assert found["machine"]["versions"]["torch"] and "(--tiny)" in found["machine"]["card"]

@@ -22,7 +22,8 @@ sys.path[:0] = [{project!r}, {tests!r}]
 from test_ingest import open_store
 from qlora.retrieval import ingest
 ingest.BATCH = 8
-ingest.put_files(open_store({url!r}, {name!r}, pause={pause}), [{folder!r}], "fake", 60, 10)
+store = open_store({url!r}, {name!r}, pause={pause})
+ingest.put_files(store, [{folder!r}], ingest.choose_splitting(store, "fake", 60, 10))
 """
 
 
@@ -59,7 +60,7 @@ def open_store(url, name, pause=0.0) -> PgVectorStore:
 
 
 def put(store, folder, **options) -> None:
-    ingest.put_files(store, [str(folder)], "fake", 60, 10, **options)
+    ingest.put_files(store, [str(folder)], ingest.choose_splitting(store, "fake", 60, 10), **options)
 
 
 def passages_of(store) -> dict[str, int]:

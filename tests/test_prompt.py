@@ -1,5 +1,7 @@
 """The prompt contract, token by token, for a ChatML tokenizer and for one like Llama-2's."""
 
+from functools import partial
+
 import pytest
 
 from qlora.console import UserError
@@ -81,7 +83,9 @@ def test_long_passages_are_shortened_from_the_last_and_around_the_answer(tokeniz
     long = ["word " * 150 + "the copper kettle " + "word " * 150, "other " * 300]
     whole = len(encode_prompt(tokenizer, Prompt().messages("Where?", long)))
     for budget in (whole - 50, whole // 2, 150):
-        fitted = fit_passages(tokenizer, Prompt(), "Where?", long, budget, last=0, keep="The Copper Kettle")
+        fitted = fit_passages(
+            tokenizer, partial(Prompt().messages, "Where?"), long, budget, last=0, keep="The Copper Kettle"
+        )
         assert len(encode_prompt(tokenizer, Prompt().messages("Where?", fitted))) <= budget
         assert "the copper kettle" in fitted[0]
         assert fitted[0] == long[0] or fitted[1] == ""

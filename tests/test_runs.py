@@ -118,7 +118,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(words, tmp_
     def scarce(model, inputs, items):
         if len(inputs["labels"]) > 1:
             real(model, inputs).backward()  # a half-done pass leaves a gradient
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(model, inputs, items)
 
     monkeypatch.setattr(trainer, "response_loss", scarce)

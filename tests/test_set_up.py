@@ -70,7 +70,7 @@ def test_a_stopped_set_up_goes_on_and_a_done_one_does_nothing(place, monkeypatch
     assert set_up.main() == 2 and "it goes on from there" in capsys.readouterr().err
     assert not (place / ".venv" / "ready").exists() and "--require-hashes --no-deps" in ran[0]
     fails, ran[:] = False, []
-    assert set_up.main() == 0 and len(ran) == 4
+    assert set_up.main() == 0 and len(ran) == 5
     assert re.search(r"Ready: Python 3\.\d+, torch 2\.13\.0, without CUDA", capsys.readouterr().err)
     ran.clear()
     assert set_up.main() == 0 and not ran

@@ -7,7 +7,9 @@ them, refusals, citations, faithfulness; retrieval metrics; paired bootstrap int
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from qlora.answering.chain import best_score, refuses_unread
 from qlora.answering.citations import Answer, refuse
@@ -135,48 +137,59 @@ def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], to
     return {context: asked for context, asked in pairs.items() if asked}
 
 
-def answer_cells(log, modes: dict, contexts: dict[str, list], complete, threshold, batch: int, advance) -> dict:
+@dataclass(frozen=True)
+class Asking:
+    """How questions are answered and their answers kept.
+
+    `complete(pairs)` gives an Answer for each (question, documents), `batch` of them at a time. Retrieved passages that
+    all score below `threshold` are refused unread, as `ask` does. `advance(n)` moves the progress bar.
+    """
+
+    log: Any  # report.AnswerLog
+    complete: Callable[[list[tuple]], list[Answer]]
+    threshold: float | None
+    batch: int
+    advance: Callable[[int], None]
+
+
+def answer_cells(asking: Asking, modes: dict, contexts: dict[str, list]) -> dict:
     """The scores of every answer, by (model, context).
 
-    `modes` maps a model's name to the context manager under which `complete(pairs)` answers with it, an
-    Answer for each (question, documents). Retrieved passages that all score below `threshold` are refused
-    unread, as `ask` does. Passages that two contexts share (the right one is often the best found) are read
-    once. `advance(n)` moves the progress bar. The log is closed with all.
+    `modes` maps a model's name to the context manager under which it answers. Passages that two contexts share (the
+    right one is often the best found) are read once. The log is closed with all.
     """
-    keys = {}
+    keys, log = {}, asking.log
     for model, mode in modes.items():
         with mode():
             for context, asked in contexts.items():
-                keys[model, context] = answer_cell(log, model, context, asked, complete, threshold, batch, advance)
+                keys[model, context] = answer_cell(asking, model, context, asked)
     log.close([(key, context) for (_, context), cell_keys in keys.items() for key in cell_keys])
     return {cell: [log.known[key]["scores"] for key in cell_keys] for cell, cell_keys in keys.items()}
 
 
-def answer_cell(
-    log, model: str, context: str, asked: list[tuple], complete, threshold, batch: int, advance
-) -> list[str]:
+def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple]) -> list[str]:
     """The log's keys of one cell's answers; what the log does not know yet is generated, longest prompts first."""
-    keys, missing = [], []
+    keys, missing, log = [], [], asking.log
     for question, documents in asked:
-        refused = context == "retrieved" and refuses_unread(documents, threshold)
+        refused = context == "retrieved" and refuses_unread(documents, asking.threshold)
         passages = [(document.metadata["source"], document.page_content) for document in documents]
         keys.append(log.key(model, question.question, question.answers, passages, refused))
         if keys[-1] in log.known:
-            advance(1)
+            asking.advance(1)
         elif refused:
             log.add(keys[-1], describe_answer(model, context, question, refuse(documents), 0.0))
-            advance(1)
+            asking.advance(1)
         else:
             missing.append((keys[-1], (question, documents)))
     missing.sort(key=lambda entry: -sum(len(document.page_content) for document in entry[1][1]))
-    for at in range(0, len(missing), batch):
-        part = missing[at : at + batch]
+    for at in range(0, len(missing), asking.batch):
+        part = missing[at : at + asking.batch]
         started = time.perf_counter()
-        answers = complete([(question.question, documents) for _, (question, documents) in part])
+        answers = asking.complete([(question.question, documents) for _, (question, documents) in part])
         seconds = round((time.perf_counter() - started) / len(part), 3)
         for (key, (question, _)), answer in zip(part, answers, strict=True):
             log.add(key, describe_answer(model, context, question, answer, seconds))
-        advance(len(part))
+        asking.advance(len(part))
     return keys
 
 
@@ -195,7 +208,7 @@ def describe_answer(model: str, context: str, question: Question, answer: Answer
     }
 
 
-def build_report(questions, found, cells: dict[tuple[str, str], list[dict]], settings: dict, seed: int) -> dict:
+def build_result(questions, found, cells: dict[tuple[str, str], list[dict]], settings: dict, seed: int) -> dict:
     """evaluation.json: every cell, retrieval, differences and the verdict."""
     rows = []
     for (model, context), scores in cells.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qlora.evaluation.comparison import METRICS, MODELS, describe_interval
 
-COLUMNS = {  # key in a cell -> heading of the table
+CELL_COLUMNS = {  # key in a cell -> heading of the table
     "em": "exact match",
     "f1": "F1",
     "overall_f1": "overall F1",
@@ -82,8 +82,10 @@ def show(value: float | None) -> str:
 
 def table_rows(report: dict) -> list[list[str]]:
     """Headings, then one row a cell."""
-    rows = [["model", "context", *COLUMNS.values()]]
-    return rows + [[cell["model"], cell["context"], *(show(cell[key]) for key in COLUMNS)] for cell in report["cells"]]
+    rows = [["model", "context", *CELL_COLUMNS.values()]]
+    return rows + [
+        [cell["model"], cell["context"], *(show(cell[key]) for key in CELL_COLUMNS)] for cell in report["cells"]
+    ]
 
 
 def describe_difference(difference: dict) -> str:

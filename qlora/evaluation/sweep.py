@@ -9,8 +9,8 @@ from qlora.evaluation.evaluation import score_retrieval, search_all
 from qlora.evaluation.report import as_markdown_table, as_text_table, show
 from qlora.retrieval.search_modes import MODES
 
-SETTINGS = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
-COLUMNS = {
+SWEPT = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
+SWEEP_COLUMNS = {
     "given": "answered",  # among the top-k passages, which is all that the model sees
     "recall@1": "recall@1",
     "recall@3": "recall@3",
@@ -24,7 +24,7 @@ COLUMNS = {
 def read_setting(text: str) -> tuple[str, list] | Invalid:
     """An argparse type: `passages=120,200` -> ("passages", [120, 200])."""
     name, _, values = text.partition("=")
-    read = [SETTINGS[name](value) for value in values.split(",")] if name in SETTINGS else []
+    read = [SWEPT[name](value) for value in values.split(",")] if name in SWEPT else []
     if not read or any(isinstance(value, Invalid) for value in read):
         expected = "passages=120,200,256 (tokens, 16 or more), top-k=1,3,5 (at most 50) or search=dense,lexical,hybrid"
         return Invalid(text, expected)
@@ -75,8 +75,8 @@ def score_passages(questions, found, top_k: int) -> dict:
 
 def table_of(result: dict) -> list[list[str]]:
     """Headings, then one row a value."""
-    rows = [[str(row["value"]), *(show(row[key]) for key in COLUMNS)] for row in result["rows"]]
-    return [[result["setting"], *COLUMNS.values()], *rows]
+    rows = [[str(row["value"]), *(show(row[key]) for key in SWEEP_COLUMNS)] for row in result["rows"]]
+    return [[result["setting"], *SWEEP_COLUMNS.values()], *rows]
 
 
 def title_of(result: dict) -> str:
@@ -109,7 +109,7 @@ def plot_values(results: list[dict], picture: Path) -> None:
         rows = sorted(result["rows"], key=lambda row: row["value"])
         values = [str(row["value"]) for row in rows]
         for key in ("given", "mrr", "ndcg@10"):
-            axes.plot(values, [row[key] or 0 for row in rows], "o-", label=COLUMNS[key])
+            axes.plot(values, [row[key] or 0 for row in rows], "o-", label=SWEEP_COLUMNS[key])
         axes.set(xlabel=result["setting"], ylim=(0, 1.02), title=f"n={result['answerable']} questions")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, loc="lower right")

@@ -125,7 +125,7 @@ def load_tokenizer(source: str):
     return tokenizer
 
 
-def fingerprint(source: str) -> str:
+def fingerprint_model(source: str) -> str:
     """What tells base models apart: a digest of a folder's file names, sizes and config, or the hub's commit."""
     folder = Path(source)
     if not folder.is_dir():

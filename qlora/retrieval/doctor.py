@@ -121,7 +121,7 @@ def measure_recall(store: PgVectorStore, k: int) -> float:
     with store.database.transaction() as cursor:
         cursor.execute(sample, (SAMPLE,))
         vectors = [row[0] for row in cursor.fetchall()]
-        cursor.execute(search_sql.SETTINGS, {"candidates": 100})
+        cursor.execute(search_sql.INDEX_SETTINGS, {"candidates": 100})
         for vector in vectors:
             nearest = []
             for scan in ("on", "off"):

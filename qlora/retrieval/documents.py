@@ -77,7 +77,7 @@ def is_document(file: Path, root: Path) -> bool:
     return not file.is_symlink() and file.resolve().is_relative_to(root.resolve())
 
 
-def fingerprint(file: Path, splitting: object) -> str:
+def fingerprint_file(file: Path, splitting: object) -> str:
     """sha256 of the content and of how it is split and embedded: equal means nothing to do.
 
     Raises UserError for a file that is too large or cannot be read.

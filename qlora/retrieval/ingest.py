@@ -37,15 +37,17 @@ class Plan:
     known: frozenset[str]
 
 
-def put_files(
-    store, paths: list[str], embedding_model: str, passage_tokens: int, overlap: int, prune=False, dry_run=False
-) -> None:
+def choose_splitting(store, embedding_model: str, passage_tokens: int, overlap: int) -> Splitting:
+    """How files become passages that fit the window of the store's embedder."""
+    return Splitting(embedding_model, store.embeddings._client.max_seq_length, passage_tokens, overlap)
+
+
+def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False, dry_run: bool = False) -> None:
     """Syncs the collection with the files; with `prune` it forgets documents whose files are gone from the folders.
 
     Raises UserError with the files that could not be read, when all others are in.
     """
-    embedder = store.embeddings._client  # the SentenceTransformer: its tokenizer and its window
-    splitting = Splitting(embedding_model, embedder.max_seq_length, passage_tokens, overlap)
+    embedder = store.embeddings._client  # the SentenceTransformer
     problems = Problems()
     plan = make_plan(store, documents.find_files(paths), splitting, prune, problems)
     if dry_run:
@@ -68,7 +70,7 @@ def make_plan(store, files: list[SourceFile], splitting: Splitting, prune: bool,
     put, unchanged = [], 0
     for file in files:
         with problems.collecting():
-            fingerprint = documents.fingerprint(file.path, splitting)
+            fingerprint = documents.fingerprint_file(file.path, splitting)
             entry = Entry(file.source, fingerprint, file.folder, file.path.stat().st_size)
             if file.source in known and known[file.source].fingerprint == fingerprint:
                 unchanged += 1

@@ -23,7 +23,7 @@ from qlora.retrieval.documents import embedded_text
 from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
 
 INDEXED_FROM = 20_000  # passages; below, a scan takes a few milliseconds and finds everything
-COLUMNS = "id, document, text, metadata, embedding"
+PASSAGE_COLUMNS = "id, document, text, metadata, embedding"
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_TRAILER = struct.pack("!h", -1)
 
@@ -176,7 +176,7 @@ class PgVectorStore(PassageStore):
         cursor.execute(
             sql.SQL(
                 "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} LIMIT 0"
-            ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(COLUMNS), self.collection.table)
+            ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(PASSAGE_COLUMNS), self.collection.table)
         )
         incoming = sql.Identifier(f"incoming_{self.collection.id}")
         rows = encode_rows(document, passages)
@@ -186,7 +186,7 @@ class PgVectorStore(PassageStore):
                 "INSERT INTO {table} ({columns}) SELECT {columns} FROM {incoming} ON CONFLICT (id) DO UPDATE SET "
                 "(document, text, metadata, embedding) = "
                 "(excluded.document, excluded.text, excluded.metadata, excluded.embedding)"
-            ).format(table=self.collection.table, columns=sql.SQL(COLUMNS), incoming=incoming)
+            ).format(table=self.collection.table, columns=sql.SQL(PASSAGE_COLUMNS), incoming=incoming)
         )
 
     def forget(self, sources: Sequence[str]) -> int:
@@ -242,7 +242,7 @@ class PgVectorStore(PassageStore):
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(search_sql.SECONDS) as cursor:
             values["candidates"] = min(1000, max(100, fetch_k))
-            settings = sql.SQL(search_sql.SETTINGS)
+            settings = sql.SQL(search_sql.INDEX_SETTINGS)
             if where:
                 # HNSW finds its way through neighbours that the filter rejects: where few fulfil it, all are compared.
                 cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)

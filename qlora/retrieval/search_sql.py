@@ -18,7 +18,7 @@ LEXICAL_WEIGHT = 0.6
 SECONDS = 60  # that a search may take
 
 # strict_order: without it a search under a filter returns too few rows. jit compiles for longer than a search takes.
-SETTINGS = """
+INDEX_SETTINGS = """
 SET LOCAL jit = off;
 SET LOCAL hnsw.ef_search = %(candidates)s;
 SET LOCAL hnsw.iterative_scan = strict_order;

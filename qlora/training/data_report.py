@@ -1,6 +1,6 @@
 """What a run would train on, and what it would cost: shown before the first step, and written as JSON.
 
-    report = build_report(tokenizer, training, held_out, counts, plan)
+    report = build_data_report(tokenizer, training, held_out, counts, plan)
     print_report(report)
     write_report(Path("data_report.json"), report)
 
@@ -37,7 +37,7 @@ LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 1.9e9
 FULL = 0.9  # share of the free memory that an estimate may take; most estimates are too high
 
 
-def build_report(
+def build_data_report(
     tokenizer,
     training: Sequence[Example],
     held_out: Sequence[Example],

@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from qlora.console import fail
@@ -83,9 +84,8 @@ def tokenize_rows(
             trained = sum(label >= 0 for label in labels)
             gold = row.passages.index(row.context) if row.context in row.passages else None
             budget = max_length - trained
-            passages = fit_passages(
-                tokenizer, prompt, instruction, passages, budget, last=gold, keep=answer_span(response)
-            )
+            ask = partial(prompt.messages, instruction)
+            passages = fit_passages(tokenizer, ask, passages, budget, last=gold, keep=answer_span(response))
             input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
             counts["shortened"] += len(input_ids) <= max_length
         if len(input_ids) > max_length:
