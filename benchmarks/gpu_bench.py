@@ -45,7 +45,7 @@ class Sizes:
     passages: int
 
 
-CARD = Sizes("llama2-7b", None, rows=48, batch=4, tokens=64, askers=16, passages=50_000)
+CARD = Sizes("llama2-7b", None, rows=48, batch=4, tokens=32, askers=16, passages=20_000)
 TINY = Sizes("tiny", "tiny", rows=12, batch=4, tokens=8, askers=2, passages=64)
 
 
@@ -154,6 +154,8 @@ def reset_memory() -> None:
 
     clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # one of them keeps gigabytes of a model that is gone
+        clear_device_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

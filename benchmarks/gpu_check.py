@@ -51,15 +51,15 @@ class Part:
 
 TRAINING, ANSWERING = "benchmarks.gpu_training", "benchmarks.gpu_answering"
 PARTS = {  # the most valuable first
-    "small": Part(TRAINING, "check_small", 90),
-    "prepare": Part(TRAINING, "prepare", 60),
-    "ours": Part(TRAINING, "train_ours", 60),
-    "plain": Part(TRAINING, "train_plain", 60),
-    "unshared": Part(TRAINING, "train_unshared", 75),
+    "small": Part(TRAINING, "check_small", 60),
+    "prepare": Part(TRAINING, "prepare", 15),
+    "ours": Part(TRAINING, "train_ours", 55),
+    "plain": Part(TRAINING, "train_plain", 40),
+    "unshared": Part(TRAINING, "train_unshared", 50),
     "profile": Part(ANSWERING, "profile", 40),
-    "decode": Part(ANSWERING, "time_answers", 60),
-    "memory": Part(TRAINING, "check_memory", 90),
-    "merge": Part(ANSWERING, "merge", 45),
+    "decode": Part(ANSWERING, "time_answers", 75),
+    "memory": Part(TRAINING, "check_memory", 110),
+    "merge": Part(ANSWERING, "merge", 40),
     "ingest": Part(ANSWERING, "ingest", 45),
 }
 

@@ -185,7 +185,7 @@ def measure_plain(setup: Setup) -> list[Measure]:
 
 def check_memory(bench: Bench) -> list[Measure]:
     """Checkpointing, the paged optimizer, a batch that is too large, and a run that is stopped and resumed."""
-    return [*compare_checkpointing(bench), *run_out_of_memory(bench), *stop_and_resume(bench)]
+    return [*run_out_of_memory(bench), *stop_and_resume(bench), *compare_checkpointing(bench)]
 
 
 def compare_checkpointing(bench: Bench) -> list[Measure]:

@@ -128,6 +128,19 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(words, tmp_
     norms = [losses(tmp_path / name, "grad_norm") for name in ("scarce", "plain")]
     assert norms[0] == pytest.approx(norms[1], rel=5e-2)  # bf16: an added half gradient would be 50 % off
 
+    def scarce_scores(logits, labels, refusal):
+        if len(labels) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return scores(logits, labels, refusal)
+
+    scores = trainer.score_rows
+    monkeypatch.setattr(trainer, "response_loss", real)
+    monkeypatch.setattr(trainer, "score_rows", scarce_scores)
+    assert train(*words, "--output", tmp_path / "scarce scores") == 0
+    found = [json.loads((tmp_path / name / "run.json").read_text())["result"] for name in ("scarce scores", "plain")]
+    assert found[0]["eval_loss_before"] == pytest.approx(found[1]["eval_loss_before"], rel=2e-3)
+    monkeypatch.setattr(trainer, "score_rows", scores)
+
     def hopeless(model, inputs, items):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
 

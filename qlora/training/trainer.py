@@ -183,19 +183,22 @@ class ResponseTrainer(SFTTrainer):
                     loss = loss + super().training_step(model, part, num_items_in_batch)
                 return loss
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                if not ran_out_of_memory(error):
-                    raise
-                rows = len(parts[0]["labels"])
-                if rows == 1 or settings.process_count() > 1:
-                    fix = "lower --batch-size or --max-length, or give --gradient-checkpointing on"
-                    raise console.RunError(
-                        console.Problem(f"out of memory with {rows} rows at a time", "training", fix)
-                    ) from error
+                self.halve(parts, error)
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient if gradient is None else gradient.clone()
             self.progress = replace(progress)
-            self.parts = 2 * len(parts)
-            console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
+
+    def halve(self, parts: list[dict], error: Exception) -> None:
+        """Makes two of each part from here on. Raises what is not a lack of memory, and RunError where one can't."""
+        if not ran_out_of_memory(error):
+            raise error
+        rows = len(parts[0]["labels"])
+        if rows == 1 or settings.process_count() > 1:
+            fix = "lower --batch-size or --max-length, or give --gradient-checkpointing on"
+            problem = console.Problem(f"out of memory with {rows} rows at a time", "training", fix)
+            raise console.RunError(problem) from error
+        self.parts = 2 * len(parts)
+        console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
 
     def split(self, inputs: dict) -> list[dict]:
         """The batch in parts: on the CPU of AT_ONCE tokens at most, or of one row."""
@@ -222,7 +225,7 @@ class ResponseTrainer(SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(inputs)
-                rows = score_rows(label_logits(self.model, inputs), inputs["labels"], refusal).tolist()
+                rows = self.score(inputs, refusal)
                 batches += self.accelerator.gather_for_metrics([rows], use_gather_object=True)
             losses, labels, ends, *refusing = zip(*(row for batch in batches for row in batch), strict=True)
             metrics = {"eval_loss": sum(losses) / sum(labels), "eval_ends": sum(ends) / len(ends)}
@@ -238,6 +241,16 @@ class ResponseTrainer(SFTTrainer):
             console.note(f"no better for {self.progress.stale} evaluations: stopping early")
             self.control.should_training_stop = True
         return metrics
+
+    def score(self, inputs: dict, refusal: list[int]) -> list[list[float]]:
+        """`score_rows` of every row, fewer rows at a time where memory runs out."""
+        while True:
+            parts = [inputs] if self.parts == 1 else split_rows(inputs, self.parts)
+            try:
+                scored = [score_rows(label_logits(self.model, part), part["labels"], refusal) for part in parts]
+                return torch.cat(scored).tolist()
+            except (RuntimeError, MemoryError) as error:
+                self.halve(parts, error)
 
     def answer_sample(self) -> dict[str, float]:
         """Exact match and F1 of greedy answers to the sample, without their citations."""
