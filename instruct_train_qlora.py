@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qlora import console, machine, presets, settings
-from qlora.cli.training_flags import choose_selection, resolve_arguments
+from qlora.cli.training_flags import build_parser, choose_selection, resolve_arguments
 from qlora.model import adapter, base_model
 from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export
@@ -31,6 +31,7 @@ from qlora.training.examples import Epochs, digest_examples, make_batches, token
 from qlora.training.row_filters import drop_leaked, hold_out, keep_usable
 from qlora.training.rows import load_rows
 
+CHOSEN = ("preset", "base_model", "dataset", "output")
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
@@ -38,7 +39,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets",
 def main(argv: list[str]) -> int:
     args = resolve_arguments(argv, __doc__, STEPS)
     settings.quieten_libraries()
-    console.print_settings("QLoRA fine-tuning", vars(args))
+    console.print_settings("QLoRA fine-tuning", args, argv, build_parser(__doc__, STEPS), CHOSEN)
     console.note(f"Computes on {machine.describe()}")
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
@@ -239,7 +240,9 @@ def describe_start(args, training, held_out) -> dict:
     """The manifest: what a resumed run must have in common with the one that stopped."""
     import torch
 
-    free = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"}
+    free = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"} | {
+        "verbose"
+    }
     rows = {"training": digest_examples(unbatch(training.batches)), "held out": digest_examples(held_out)}
     return {
         "arguments": {name: jsonable(value) for name, value in vars(args).items() if name not in free},

@@ -21,17 +21,26 @@ from dataclasses import asdict
 from functools import partial
 
 from qlora import console, machine, presets, settings
-from qlora.cli.rag_flags import SAMPLE_DOCUMENTS, SAMPLE_QUESTIONS, WITHOUT_MODEL, WITHOUT_STORE, resolve_arguments
+from qlora.cli.rag_flags import (
+    SAMPLE_DOCUMENTS,
+    SAMPLE_QUESTIONS,
+    WITHOUT_MODEL,
+    WITHOUT_STORE,
+    build_parser,
+    resolve_arguments,
+)
 from qlora.console import note, printable
 from qlora.model import adapter, base_model
 
+CHOSEN = ("base_model", "adapter", "collection")
 STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
 
 
 def main(argv: list[str]) -> int:
     args = resolve_arguments(argv, __doc__, STEPS)
     settings.quieten_libraries()
-    console.print_settings(f"RAG: {args.command}", vars(args))
+    parser = build_parser(__doc__, STEPS)[1][args.command]
+    console.print_settings(f"RAG: {args.command}", args, argv, parser, CHOSEN)
     if args.command in WITHOUT_STORE:
         return COMMANDS[args.command](args)
     if args.command in WITHOUT_MODEL:

@@ -1,7 +1,7 @@
-"""What a person sees: steps and notes on stderr, and every mistake of a call reported at once.
+"""What a person sees: help, steps and notes, and all mistakes of a call reported together.
 
 A mistake is a `Problem` with three parts: what is wrong, where it came from, what to do. Checks add
-theirs to a `Problems` list, so that one run tells the user everything there is to mend.
+theirs to a `Problems` list, so that one run reports everything that the user has to fix.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qlora import settings
 
@@ -31,7 +32,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Raised when the user has something to mend; ends the program with exit code 2, no traceback."""
+    """Raised when the user has something to fix; ends the program with exit code 2, no traceback."""
 
     def __init__(self, *problems: Problem):
         super().__init__("\n".join(map(str, problems)))
@@ -39,12 +40,12 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """Raised when a run failed in a way that we know, through no mistake in the call; exit code 1, no traceback."""
+    """Raised when a run fails in a known way, without a mistake in the call; exit code 1, no traceback."""
 
 
 @dataclass
 class Problems:
-    """Mistakes found so far in one call."""
+    """The mistakes of one call that were found so far."""
 
     found: list[Problem] = field(default_factory=list)
 
@@ -53,7 +54,7 @@ class Problems:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Keeps the `UserError` of the block, so that the next check runs too."""
+        """Keeps the `UserError` of the block, so that the next check runs as well."""
         try:
             yield
         except UserError as error:
@@ -72,7 +73,7 @@ def fail(what: str, where: str, fix: str) -> UserError:
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """The exit code of `main(argv)`: 0 done, 2 the user's mistakes, 1 a failed run (both printed), 130 interrupted.
 
-    Other exceptions pass through: they are ours, and their traceback is wanted.
+    Other exceptions are our own mistakes: they pass through, with their traceback.
     """
     try:
         if sys.platform == "win32":
@@ -87,7 +88,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 
 
 def print_problems(problems: tuple[Problem, ...]) -> None:
-    count = f"{len(problems)} things to mend" if len(problems) > 1 else "One thing to mend"
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     stderr().print(f"\n[bold red]{count}[/]:")
     for problem in problems:
         stderr().print(f"  * {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -98,7 +99,7 @@ def print_problems(problems: tuple[Problem, ...]) -> None:
 
 @dataclass(frozen=True)
 class Invalid:
-    """A flag's text that could not be read; argparse alone would stop at the first of them."""
+    """A flag's text that could not be read. argparse alone would stop at the first of them."""
 
     text: str
     expected: str
@@ -119,19 +120,61 @@ def number(kind: type, minimum: float, maximum: float = float("inf"), above: boo
         inside = minimum < value <= maximum if above else minimum <= value <= maximum
         return value if inside else Invalid(text, expected)
 
+    parse.metavar = "N" if kind is int else "X"
     return parse
 
 
 def choice(*names: str) -> Callable[[str], object]:
     """An argparse type for one of some words."""
-    return lambda text: text if text in names else Invalid(text, f"one of {', '.join(names)}")
+
+    def parse(text: str) -> object:
+        return text if text in names else Invalid(text, f"one of {', '.join(names)}")
+
+    parse.metavar = "|".join(names)
+    return parse
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with short names of values, choices, and the default of each flag that has one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+        self._action_max_length = 14  # argparse forgets the indentation of commands
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(action)
+
+    def _format_args(self, action, default_metavar):
+        text = super()._format_args(action, default_metavar)
+        return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..." if action.nargs == "+" else text
+
+    def _get_help_string(self, action):
+        default = action.default
+        if not action.option_strings or default is None or default is False or default in (argparse.SUPPRESS, []):
+            return action.help
+        return f"{action.help} ({show_default(default)})".replace("%", "%%")
+
+
+def show_default(value: object) -> str:
+    """A default as help shows it: the same on every machine."""
+    if isinstance(value, Path) and value.is_relative_to(settings.PROJECT):
+        return str(value.relative_to(settings.PROJECT))
+    if isinstance(value, list | tuple):
+        return " ".join(map(show_default, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose own errors look like all others; flags are never abbreviated."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
+        self._positionals.title, self._optionals.title = "Arguments", "Options"
+
+    def group(self, title: str):
+        """The group of flags with this title, made where it is missing."""
+        found = [group for group in self._action_groups if group.title == title]
+        return found[0] if found else self.add_argument_group(title)
 
     def error(self, message: str):
         raise fail(message, "command line", "see --help")
@@ -142,7 +185,7 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, Problems]:
     """The parsed arguments, and a problem for every unknown flag and every value out of range.
 
-    An invalid value gives way to the flag's default, so that the other arguments can be checked, too.
+    The flag's default replaces an invalid value, so that the other arguments can still be checked.
     """
     args, unknown = parser.parse_known_args(argv)
     parser = commands[args.command] if commands else parser
@@ -169,9 +212,9 @@ def parse_arguments(
 
 
 def stderr():
-    """A rich console on stderr, made anew so that redirection of sys.stderr is respected.
+    """A rich console on stderr, made anew on each call so that a redirected sys.stderr is respected.
 
-    Of several processes only the first is heard. In a notebook lines stay lines, not a table each.
+    Only the first of several processes prints. In a notebook, lines stay lines instead of one table each.
     """
     from rich.console import Console
 
@@ -185,7 +228,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def step(steps: tuple[str, ...], name: str) -> Iterator[None]:
-    """Prints `[2/4] Model Setup` before the block and how long it took after it."""
+    """Prints `[2/4] Model Setup` before the block, and its duration after it."""
     console = stderr()
     console.print(f"\n[bold cyan]\\[{steps.index(name) + 1}/{len(steps)}] {name}[/]")
     started = time.perf_counter()
@@ -193,13 +236,26 @@ def step(steps: tuple[str, ...], name: str) -> Iterator[None]:
     console.print(f"  [dim]{name}: {time.perf_counter() - started:.1f} s[/]")
 
 
-def print_settings(title: str, values: dict[str, object]) -> None:
-    """Every resolved value of a run as an aligned list on stderr."""
+def print_settings(
+    title: str, args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser, chosen: tuple[str, ...]
+) -> None:
+    """What the command line sets and what was `chosen` for it, as an aligned list on stderr; --verbose: all."""
+    words = {word.partition("=")[0] for word in argv}
+    given = {a.dest for a in parser._actions if not a.option_strings or words & set(a.option_strings)}
+    shown = {name: value for name, value in vars(args).items() if args.verbose or name in {*given, *chosen}}
     console = stderr()
     console.print(f"\n[bold]{title}[/]")
-    width = max(map(len, values))
-    for name, value in values.items():
-        console.print(f"  {name:<{width}}  {value}", markup=False)
+    width = max(map(len, shown), default=0)
+    for name, value in shown.items():
+        console.print(f"  {name.replace('_', ' '):<{width}}  {show_value(value)}", markup=False)
+
+
+def show_value(value: object) -> str:
+    """A setting as people write it: a path relative to the current folder where it lies in it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(show_value, value))
+    path = Path(value) if isinstance(value, Path) or str(value).startswith("/") else None
+    return str(path.relative_to(Path.cwd())) if path and path.is_relative_to(Path.cwd()) else str(value)
 
 
 def progress():
@@ -231,5 +287,5 @@ def shorten_text(text: str, width: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: a document could hold escape sequences."""
+    """The text without control characters: a document could hold escape sequences for the terminal."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)

@@ -31,7 +31,7 @@ def test_all_mistakes_of_one_call_are_told_together(words, tmp_path, capsys):
     err = capsys.readouterr().err
     assert code == 2
     for text in (
-        "5 things to mend",
+        "5 problems",
         "--rank 0 is not valid - command line - give a whole number of at least 1",
         "--learning-rate -1 is not valid",
         "unknown argument --lerning-rate=2 - command line - did you mean --learning-rate?",
@@ -153,7 +153,7 @@ def test_a_bad_file_is_reported_and_the_rest_goes_in(collection, documents, caps
     (documents / "empty.md").write_text("\n")
     assert rag("ingest", documents) == 2
     err = capsys.readouterr().err
-    assert "5 added" in err and "broken.pdf" in err and "empty.md" in err and "2 things to mend" in err
+    assert "5 added" in err and "broken.pdf" in err and "empty.md" in err and "2 problems" in err
     assert rag("search", "When does the ferry leave?") == 0
 
 
@@ -176,7 +176,7 @@ def test_mistakes_in_answering(collection, tiny_adapter, capsys, tmp_path):
     assert rag("ask", "--adapter", tiny_adapter, "--base-model", "other", "Who?") == 2
     assert "not for other" in capsys.readouterr().err
     assert rag("ask") == 2
-    assert "required: question" in capsys.readouterr().err
+    assert "required: QUESTION" in capsys.readouterr().err
     assert rag("aks", "Who?") == 2
     assert "invalid choice: 'aks'" in capsys.readouterr().err
 

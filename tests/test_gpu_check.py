@@ -114,7 +114,7 @@ def test_wrong_arguments_and_no_gpu_are_told_in_a_sentence_each(capsys, monkeypa
         assert console.run(gpu_check.main, words) == 2
         said.append(capsys.readouterr().err)
     assert "there is no part foo - --only - give some of small, prepare" in said[0] and "--minutes" in said[0]
-    assert said[1].startswith("\nOne thing to mend:") and "Traceback" not in said[1] and "--tiny" in said[1]
+    assert said[1].startswith("\n1 problem:") and "Traceback" not in said[1] and "--tiny" in said[1]
 
 
 # ------------------------------------------------------------------------------- GPUs that can't be used

@@ -15,14 +15,13 @@ from conftest import PROJECT, SAMPLE, sample_rows
 
 import instruct_train_qlora
 import rag_qlora
-from benchmarks import ablation, gpu_check, recipe_search
+from benchmarks import ablation, gpu_check, recipe_search, train_speed
 from qlora import settings
 from qlora.cli import rag_flags, training_flags
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
 MODULES = sorted((PROJECT / "qlora").rglob("*.py"))
 CODE = [*MODULES, *(Path(script.__file__) for script in SCRIPTS)]
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def tree(path: Path) -> ast.Module:
@@ -112,7 +111,7 @@ def test_step_names_are_the_same_everywhere(script):
     assert tuple(banners[:4]) == script.STEPS and banners[4:] in ([], ["Command line"])
     for name in script.STEPS:
         assert f'console.step(STEPS, "{name}")' in text
-        assert name in README
+        assert name in PAGES["design.md"]
 
 
 def test_only_settings_touches_the_environment():
@@ -181,27 +180,57 @@ def test_nothing_names_this_machine():
 # ------------------------------------------------------------------------------- README
 
 
-def test_readme_shows_only_commands_and_flags_that_exist():
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_docs_show_only_commands_and_flags_that_exist(page):
+    text = PAGES[page]
     helps = {
         name: command.format_help()
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
-    benchmarks = "".join(script.build_parser().format_help() for script in (recipe_search, ablation, gpu_check))
-    vllm = {"--enable-lora", "--lora-modules", "--chat-template"}
-    flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", README)  # ours have no underscores, launchers' do
-    for flag in set(flags) - vllm:
+    scripts = (recipe_search, ablation, gpu_check, train_speed)
+    benchmarks = "".join(script.build_parser().format_help() for script in scripts)
+    foreign = {"--enable-lora", "--lora-modules", "--chat-template", "--check"}
+    flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
+    for flag in set(flags) - foreign:
         assert flag in training + benchmarks + "".join(helps.values()), flag
-    for script, command, rest in re.findall(r"^\$ python (\w+)\.py ?(\w*)(.*)$", README, re.M):
+    for script, command, rest in re.findall(r"^\$ python (\w+)\.py ?(\w*)(.*)$", text, re.M):
         known = helps[command] if script == "rag_qlora" else training
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split("#")[0]):
             assert flag in known, f"{command} {flag}"
     targets = set(re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M))
-    assert set(re.findall(r"(?:`|\$ )make ([\w-]+)", README)) <= targets
+    assert set(re.findall(r"(?:`|\$ )make ([\w-]+)", text)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_docs_lead_somewhere(page):
+    folder = PROJECT if page == "README.md" else PROJECT / "docs"
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        if not path.startswith("http"):
+            assert not path or (folder / path).exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", PAGES[Path(path).name if path else page], re.M)
+                assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, target
+
+
+def test_the_readme_is_short_and_the_design_page_names_every_module():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
     for path in (path for path in MODULES if path.name != "__init__.py"):
-        assert path.name in README, f"{path.name} has no gloss"
-    for key in settings.KEYS:
-        assert key in README
+        assert path.stem in PAGES["design.md"], f"{path.name} has no gloss"
+
+
+def test_the_reference_is_that_of_the_parsers():
+    done = subprocess.run(
+        [sys.executable, "tools/reference.py", "--check"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------- sample data

@@ -94,9 +94,9 @@ def test_when_to_refuse_is_fitted_on_held_out_rows_and_used_in_answering(tiny_ba
     (best,) = (line for line in lines if "eval_loss" in line and line["step"] == result["best_step"])
     assert result["refusal_bias"] == best["eval_refusal_bias"] != 0
     assert result["eval_refusal_f1_after"] == best["eval_refusal_f1"]
-    ask = "ask", "?", "--adapter", tmp_path / "mine", "--top-k", 1, "--max-new-tokens", 4
+    ask = "ask", "?", "--adapter", tmp_path / "mine", "--top-k", 1, "--max-new-tokens", 4, "--verbose"
     assert rag(*ask) == rag(*ask, "--refusal-bias", -2) == 0
-    shown = re.findall(r"refusal_bias +(\S+)", capsys.readouterr().err)
+    shown = re.findall(r"refusal bias +(\S+)", capsys.readouterr().err)
     assert [float(value) for value in shown] == [result["refusal_bias"], -2]
 
 

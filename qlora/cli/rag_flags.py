@@ -145,98 +145,94 @@ def build_parser(description: str, steps: tuple[str, ...]):
     """The parser, and the parser of each command by name."""
     title, _, text = description.partition("\n\n")
     parser = console.Parser(usage="rag_qlora.py [command] [flags]", description=title, epilog=text)
-    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands = parser.add_subparsers(title="Commands", dest="command", metavar="command")
     setup, generation, storage, answering = steps
-    database, searching = database_flags(storage), search_flags(storage)
-    model, answers = model_flags(setup, generation), answer_flags(answering)
 
-    def add(name: str, parents: list, purpose: str, words: str = "") -> argparse.ArgumentParser:
+    def add(name: str, purpose: str, words: str = "") -> console.Parser:
         usage = f"rag_qlora.py {name} [flags] {words}".rstrip()
-        return commands.add_parser(name, parents=parents, usage=usage, description=purpose, help=purpose)
+        return commands.add_parser(name, usage=usage, description=purpose, help=purpose)
 
-    add_ingest_flags(add("ingest", [database], "put files and folders into the collection", "PATH ..."))
-    add("documents", [database], "list what is in the collection")
-    one = add("forget", [database], "remove documents from the collection", "SOURCE ...")
-    one.add_argument("sources", nargs="+", metavar="SOURCE", help="as `documents` lists them")
-    one = add("search", [database, searching, answers], "show the nearest passages", "question")
-    one.add_argument("question")
+    one = add("ingest", "Put files and folders into the collection.", "PATH ...")
+    add_ingest_flags(one)
+    add("documents", "List the documents of the collection.")
+    one = add("forget", "Remove documents from the collection.", "SOURCE ...")
+    one.add_argument("sources", nargs="+", metavar="SOURCE", help="a document, as `documents` lists it")
+    one = add("search", "Show the nearest passages, without a language model.", "QUESTION")
+    one.add_argument("question", metavar="QUESTION")
     one.add_argument("--explain", action="store_true", help="show the rank of each passage in each leg of the search")
-    answered = [model, database, searching, answers]
-    one = add("ask", answered, "answer questions, citing passages", "question ...")
-    one.add_argument("questions", nargs="+", metavar="question")
-    text = "refuse answers that no passage supports, and end with exit code 3 when a question was refused"
-    one.add_argument("--strict", action="store_true", help=text)
-    add("chat", answered, "several turns")
-    one = add("demo", answered, "answer three questions on the sample documents")
+    one = add("ask", "Answer questions and cite passages.", "QUESTION ...")
+    one.add_argument("questions", nargs="+", metavar="QUESTION")
+    add("chat", "Answer questions one after the other; later ones may refer to earlier ones.")
+    one = add("demo", "Answer three questions on the sample documents.")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
+    add_evaluation_flags(add("evaluate", "Score the base and the tuned model on questions with known answers."))
+    add_sweep_flags(add("sweep", "Compare retrieval for several values of a setting.", "SETTING=A,B ..."))
+    add_comparison_flags(add("compare", "Show the paired difference of two evaluations.", "FIRST SECOND"))
+    add("doctor", "Check the machine, the server, indexes and embeddings; measure the recall of the index.")
+    for name in ("ask", "chat", "demo", "evaluate"):
+        add_model_flags(commands.choices[name], setup)
+        add_generation_flags(commands.choices[name], generation)
+    for name in commands.choices:
+        if name != "compare":
+            add_database_flags(commands.choices[name].group(storage).add_argument, commands.choices[name])
+    for name in ("search", "ask", "chat", "demo", "evaluate", "sweep"):
+        add_search_flags(commands.choices[name].group(storage).add_argument)
     for name in ("ask", "chat", "demo"):
-        add_serving_flags(commands.choices[name])
-    add_evaluation_flags(add("evaluate", answered, "score base and tuned model on questions with known answers"))
-    text = "compare retrieval for several values of a setting"
-    add_sweep_flags(add("sweep", [database, searching, answers], text, "SETTING=A,B ..."))
-    add_comparison_flags(add("compare", [], "show the paired difference of two evaluations", "FIRST SECOND"))
-    add("doctor", [database], "check machine, server, indexes and embeddings, and measure what the index finds")
+        add_serving_flags(commands.choices[name], setup)
+        add_trace_flags(commands.choices[name].group(answering).add_argument, strict=name == "ask")
     for name in ("documents", "search", "ask", "demo", "evaluate", "sweep", "compare", "doctor"):
-        commands.choices[name].add_argument("--json", action="store_true", help="JSON on stdout")
+        commands.choices[name].add_argument("--json", action="store_true", help="print JSON on stdout")
+    for one in commands.choices.values():
+        one.add_argument("--verbose", action="store_true", help="show all settings, also those with their default")
     return parser, commands.choices
 
 
-def add_ingest_flags(one: argparse.ArgumentParser) -> None:
+def add_ingest_flags(one: console.Parser) -> None:
     """Which files become passages, and of what length."""
-    text = "files, folders: .txt .md .html .pdf .docx .csv .json .jsonl"
+    text = "files and folders: .txt .md .html .pdf .docx .csv .json .jsonl"
     one.add_argument("paths", nargs="+", metavar="PATH", help=text)
-    one.add_argument("--passage-tokens", type=console.number(int, 16), default=120, help="tokens per passage (120)")
-    one.add_argument("--overlap", type=console.number(int, 0), default=24, help="tokens two passages share (24)")
-    text = "also forget documents whose files are gone from the folders"
-    one.add_argument("--prune", action="store_true", help=text)
-    one.add_argument("--dry-run", action="store_true", help="show what would be done (+ new, ~ changed, - forgotten)")
+    flag = one.add_argument
+    flag("--passage-tokens", type=console.number(int, 16), default=120, help="tokens per passage, at most")
+    flag("--overlap", type=console.number(int, 0), default=24, help="tokens that neighbouring passages share")
+    flag("--prune", action="store_true", help="also remove documents whose files are gone from the folders")
+    flag("--dry-run", action="store_true", help="show what would be done: + new, ~ changed, - removed")
 
 
-def add_serving_flags(one: argparse.ArgumentParser) -> None:
-    """Where the model runs, and what is kept of its answers: flags of ask, chat and demo."""
-    text = "add the adapter to the weights in 16 bit: faster, more memory; checked on eight prompts first"
-    one.add_argument("--merge-for-speed", action="store_true", help=text)
-    text = "let an OpenAI-compatible server answer: http://HOST:PORT/v1; its key goes into QLORA_API_KEY"
-    one.add_argument("--base-url", metavar="URL", help=text)
-    one.add_argument("--model", metavar="NAME", help="of the server's models (its only one)")
-    text = "append question, passages, answer, tokens and timings to this file, a line of JSON an answer"
-    one.add_argument("--trace", type=Path, metavar="FILE.jsonl", help=text)
-
-
-def add_question_flags(one: argparse.ArgumentParser) -> None:
+def add_question_flags(flag) -> None:
     """Which questions are asked: flags of evaluate and sweep."""
-    one.add_argument("--questions", type=Path, default=SAMPLE_QUESTIONS, help="ours, dataset rows, or SQuAD (sample's)")
-    one.add_argument("--limit", type=console.number(int, 1), help="so many of the questions, evenly spread (all)")
+    text = "questions in our format, dataset rows, or a SQuAD file"
+    flag("--questions", type=Path, metavar="FILE", default=SAMPLE_QUESTIONS, help=text)
+    flag("--limit", type=console.number(int, 1), help="only N questions, evenly spread (all)")
 
 
-def add_evaluation_flags(one: argparse.ArgumentParser) -> None:
+def add_evaluation_flags(one: console.Parser) -> None:
     """What is asked of which models, and where the report goes."""
-    add_question_flags(one)
-    one.add_argument("--batch-size", type=console.number(int, 1), default=8, help="answers at a time (8)")
-    for flag, names in (("--models", MODELS), ("--contexts", CONTEXTS)):
-        one.add_argument(
-            flag, nargs="+", type=console.choice(*names), default=names, help=f"of {', '.join(names)} (all)"
-        )
-    one.add_argument("--output", type=Path, help="folder of the report (evaluations/NAME-OF-ADAPTER)")
+    flag = one.add_argument
+    add_question_flags(flag)
+    flag("--batch-size", type=console.number(int, 1), default=8, help="answers per batch")
+    for name, names in (("--models", MODELS), ("--contexts", CONTEXTS)):
+        flag(name, nargs="+", type=console.choice(*names), metavar="NAME", default=names, help="some of them")
+    flag("--output", type=Path, metavar="FOLDER", help="folder of the report (evaluations/NAME-OF-ADAPTER)")
     text = "fit the collection's refusal threshold on half of the questions, report on the other half"
-    one.add_argument("--calibrate", action="store_true", help=text)
+    flag("--calibrate", action="store_true", help=text)
 
 
-def add_sweep_flags(one: argparse.ArgumentParser) -> None:
+def add_sweep_flags(one: console.Parser) -> None:
     """Which values are compared, on which questions and documents."""
-    add_question_flags(one)
     text = "search=dense,lexical,hybrid, passages=120,200,256 or top-k=1,3,5"
     one.add_argument("settings", type=read_sweep, nargs="+", metavar="SETTING=A,B", help=text)
-    text = "files and folders that passages=... splits (sample's)"
-    one.add_argument("--documents", nargs="+", default=[], metavar="PATH", help=text)
-    one.add_argument("--output", type=Path, default=Path("evaluations/sweep"), help="folder (evaluations/sweep)")
+    flag = one.add_argument
+    add_question_flags(flag)
+    text = "files and folders that passages=... splits (the sample's)"
+    flag("--documents", nargs="+", default=[], metavar="PATH", help=text)
+    flag("--output", type=Path, metavar="FOLDER", default=Path("evaluations/sweep"), help="folder of the report")
 
 
-def add_comparison_flags(one: argparse.ArgumentParser) -> None:
+def add_comparison_flags(one: console.Parser) -> None:
     """Which evaluations are compared."""
     text = "evaluation.json of each, with its answers.jsonl beside it"
     one.add_argument("evaluations", type=Path, nargs=2, metavar="EVALUATION", help=text)
-    one.add_argument("--seed", type=console.number(int, 0), default=0, help="of the bootstrap (0)")
+    one.add_argument("--seed", type=console.number(int, 0), default=0, help="of the bootstrap")
 
 
 def read_sweep(text: str):
@@ -245,54 +241,69 @@ def read_sweep(text: str):
     return read_setting(text)
 
 
-def model_flags(setup: str, generation: str) -> argparse.ArgumentParser:
-    """Which model answers, and how its words are chosen."""
-    flags = argparse.ArgumentParser(add_help=False)
-    share = console.number(float, 0, 1, above=True)
-    group = flags.add_argument_group(setup)
-    group.add_argument("--preset", help="auto (default), laptop, llama2-7b or llama2-13b-chat")
-    group.add_argument("--base-model", help="hub id or folder (the adapter's own)")
-    group.add_argument("--adapter", help="adapter folder, or none for the base model (adapters/NAME-OF-BASE)")
+def add_model_flags(one: console.Parser, setup: str) -> None:
+    """Which model answers."""
+    flag = one.group(setup).add_argument
+    flag("--preset", metavar="NAME", help="auto, laptop, llama2-7b or llama2-13b-chat (auto)")
+    flag("--base-model", metavar="MODEL", help="hub id or folder (the adapter's own)")
+    flag("--adapter", metavar="FOLDER", help="adapter, or `none` for the base model (adapters/NAME-OF-BASE)")
     text = "do not keep the base model in 4-bit for the next start"
-    group.add_argument("--no-cache", action="store_true", help=text)
-    flags.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`
-    group = flags.add_argument_group(generation)
-    group.add_argument("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy (0)")
-    group.add_argument("--top-p", type=share, default=1.0, help="share of probability to sample from (1)")
-    tokens = console.number(int, 1, 4096)
-    group.add_argument("--max-new-tokens", type=tokens, default=96, help="length of an answer (96)")
-    group.add_argument("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is none (1)")
-    group.add_argument("--seed", type=console.number(int, 0), default=0, help="of the sampling (0)")
-    text = 'added to the log-odds of saying "I don\'t know.": above 0 more often, below less (as training fitted it)'
-    group.add_argument("--refusal-bias", type=console.number(float, -100, 100), help=text)
-    return flags
+    flag("--no-cache", action="store_true", help=text)
+    one.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`
 
 
-def database_flags(storage: str) -> argparse.ArgumentParser:
+def add_generation_flags(one: console.Parser, generation: str) -> None:
+    """How the words of an answer are chosen."""
+    flag, share = one.group(generation).add_argument, console.number(float, 0, 1, above=True)
+    flag("--temperature", type=console.number(float, 0, 5), default=0.0, help="0 is greedy")
+    flag("--top-p", type=share, default=1.0, help="share of the probability to sample from")
+    flag("--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="tokens per answer, at most")
+    flag("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is no penalty")
+    flag("--seed", type=console.number(int, 0), default=0, help="of the sampling")
+    text = "added to the log-odds of a refusal: above 0 refuses more often (fitted in training)"
+    flag("--refusal-bias", type=console.number(float, -100, 100), help=text)
+
+
+def add_serving_flags(one: console.Parser, setup: str) -> None:
+    """Where the model runs: flags of ask, chat and demo."""
+    flag = one.group(setup).add_argument
+    text = "add the adapter to the 16-bit weights: faster, more memory; checked first"
+    flag("--merge-for-speed", action="store_true", help=text)
+    text = "an OpenAI-compatible server answers: http://HOST:PORT/v1 (key: QLORA_API_KEY)"
+    flag("--base-url", metavar="URL", help=text)
+    flag("--model", metavar="NAME", help="the server's name of the model (its only one)")
+
+
+def add_trace_flags(flag, strict: bool) -> None:
+    """What is kept of answers, and when an answer is refused."""
+    if strict:
+        text = "refuse an answer that no passage supports; exit code 3 after any refusal"
+        flag("--strict", action="store_true", help=text)
+    text = "append every answer with passages, tokens and timings, one JSON object per line"
+    flag("--trace", type=Path, metavar="FILE.jsonl", help=text)
+
+
+def add_database_flags(flag, one: console.Parser) -> None:
     """Where the passages are."""
-    flags = argparse.ArgumentParser(add_help=False)
-    group = flags.add_argument_group(storage)
     stores = console.choice("pgvector", "pinecone")
-    group.add_argument("--store", type=stores, help="pgvector (PostgreSQL) or pinecone (pgvector)")
-    group.add_argument("--collection", help="name of the collection (documents)")
-    group.add_argument("--embedding-model", help=f"sentence-transformers model ({presets.EMBEDDED_EMBEDDER})")
-    flags.set_defaults(passage_tokens=120, overlap=24)  # for the sample documents in an empty collection
-    return flags
+    flag("--store", type=stores, help="PostgreSQL or Pinecone (pgvector)")
+    flag("--collection", metavar="NAME", help="name of the collection (documents)")
+    text = f"sentence-transformers model ({presets.EMBEDDED_EMBEDDER.partition('/')[2]})"
+    flag("--embedding-model", metavar="MODEL", help=text)
+    if one.get_default("passage_tokens") is None:  # for the sample documents in an empty collection
+        one.set_defaults(passage_tokens=120, overlap=24)
 
 
-def search_flags(storage: str) -> argparse.ArgumentParser:
+def add_search_flags(flag) -> None:
     """How passages are found."""
-    flags = argparse.ArgumentParser(add_help=False)
-    group = flags.add_argument_group(f"{storage}: search")
-    text = f"dense (meaning), lexical (words) or hybrid (both, added up) ({DEFAULT_MODE}; Pinecone: dense)"
-    group.add_argument("--search", type=console.choice(*MODES), dest="mode", help=text)
-    text = f"passages that each leg ranks ({FETCH})"
-    group.add_argument("--fetch-k", type=console.number(int, 1, 1000), default=FETCH, help=text)
-    text = "0 to 1: how much passages that repeat a better one give way (0)"
-    group.add_argument("--diversity", type=console.number(float, 0, 1), default=0.0, help=text)
-    text = "only passages whose metadata fulfil it: source=a.md, 'page>=3'; may be repeated"
-    group.add_argument("--where", type=read_where, action="append", default=[], metavar="KEY=VALUE", help=text)
-    return flags
+    flag("--top-k", type=console.number(int, 1, 50), help="passages per question (as in training, else 3)")
+    text = f"meaning, words, or both ({DEFAULT_MODE}; Pinecone: dense)"
+    flag("--search", type=console.choice(*MODES), dest="mode", help=text)
+    flag("--fetch-k", type=console.number(int, 1, 1000), default=FETCH, help="passages that each leg ranks")
+    text = "0 to 1: how far passages that repeat a better one move down"
+    flag("--diversity", type=console.number(float, 0, 1), default=0.0, help=text)
+    text = "only passages with such metadata: source=a.md, 'page>=3'; may be repeated"
+    flag("--where", type=read_where, action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def read_where(text: str):
@@ -302,12 +313,3 @@ def read_where(text: str):
         return read_condition(text)
     except ValueError:
         return console.Invalid(text, "KEY=VALUE, or != < <= > >= between them")
-
-
-def answer_flags(answering: str) -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(add_help=False)
-    group = flags.add_argument_group(answering)
-    group.add_argument(
-        "--top-k", type=console.number(int, 1, 50), help="passages a question (as many as in training, else 3)"
-    )
-    return flags

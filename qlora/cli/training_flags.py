@@ -83,12 +83,12 @@ def choose_output(flag: str | None, base: str) -> Path:
 
 
 def read_pairs(texts: list[str], flag: str, problems: console.Problems) -> dict[str, str]:
-    """`name=value` words as a dict; a problem for each that is no pair."""
+    """NAME=VALUE words as a dict; a problem for each that is not one."""
     pairs = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
-            problems.add(f"{flag} {text} is no pair", "command line", f"write {flag} NAME=VALUE")
+            problems.add(f"{flag} {text}: expected NAME=VALUE", "command line", f"write {flag} NAME=VALUE")
         pairs[name] = value
     return pairs
 
@@ -98,24 +98,17 @@ def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentP
     title, _, text = description.partition("\n\n")
     parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
-    flag("--preset", help="auto (default), laptop, llama2-7b or llama2-13b-chat; auto looks for a CUDA GPU")
-    flag("--seed", type=console.number(int, 0), default=0, help="order, split, LoRA start (0)")
+    flag("--preset", metavar="NAME", help="auto, laptop, llama2-7b or llama2-13b-chat (auto: by the GPU)")
+    flag("--seed", type=console.number(int, 0), default=0, help="of row order, split and LoRA weights")
     add_dataset_flags(parser.add_argument_group(steps[0]).add_argument)
     add_model_flags(parser.add_argument_group(steps[1]).add_argument)
     add_training_flags(parser.add_argument_group(steps[2]).add_argument)
     flag = parser.add_argument_group(steps[3]).add_argument
-    flag("--output", help="adapter folder (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
-    flag("--overwrite", action="store_true", help="replace the adapter, or the unfinished run, that is there")
-    flag(
-        "--merge",
-        metavar="FOLDER",
-        help="also write base + adapter as one model (with --resume, too)",
-    )
-    flag(
-        "--push-to-hub",
-        metavar="USER/NAME",
-        help="also upload the adapter, private; needs HF_TOKEN",
-    )
+    flag("--output", metavar="FOLDER", help="the adapter (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
+    flag("--overwrite", action="store_true", help="replace an adapter or an unfinished run there")
+    flag("--merge", metavar="FOLDER", help="also write base + adapter as one model (also with --resume)")
+    flag("--push-to-hub", metavar="USER/NAME", help="also upload the adapter, private; needs HF_TOKEN")
+    flag("--verbose", action="store_true", help="show all settings, also those with their default")
     return parser
 
 
@@ -123,33 +116,33 @@ def add_dataset_flags(flag) -> None:
     """Which rows are trained on."""
     share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
     held_out = console.number(float, 0, 0.9, above=True)
-    flag("--dataset", help="hub id, or .jsonl, .json, .csv or .parquet file (preset's)")
-    flag("--columns", metavar="OURS=THEIRS", help="names of the dataset's columns", **pairs)
-    flag("--filter", metavar="COLUMN=A,B", help="keep rows with these values; COLUMN!=A,B: without them", **pairs)
-    flag("--min-words", metavar="COLUMN=N", help="keep rows with at least N words there", **pairs)
-    flag("--max-words", metavar="COLUMN=N", help="keep rows with at most N words there", **pairs)
-    flag("--max-rows", type=console.number(int, 2), help="a sample of so many rows, the same for the same --seed")
+    flag("--dataset", metavar="ROWS", help="hub id, or .jsonl, .json, .csv or .parquet file (the preset's)")
+    flag("--columns", metavar="OURS=THEIRS", help="the dataset's names of our columns", **pairs)
+    flag("--filter", metavar="COLUMN=A,B", help="only rows with these values; COLUMN!=A,B: without", **pairs)
+    flag("--min-words", metavar="COLUMN=N", help="only rows with at least N words there", **pairs)
+    flag("--max-words", metavar="COLUMN=N", help="only rows with at most N words there", **pairs)
+    flag("--max-rows", type=console.number(int, 2), help="a sample of N rows, by --seed")
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
-    flag("--require-extractive", action="store_true", help="keep rows whose response stands in the context")
-    flag("--refusal-share", type=share, default=0.2, help='rows that say "I don\'t know.", at most (0.2)')
-    flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document (0.1)")
-    flag("--distractors", type=console.number(int, 0, 20), help="other passages a row, at most (preset's)")
-    flag("--gold-probability", type=share, help="rows that keep the right passage (preset's)")
-    flag("--max-length", type=console.number(int, 64), help="tokens a row (preset's)")
+    flag("--require-extractive", action="store_true", help="only rows whose response is in the context")
+    flag("--refusal-share", type=share, default=0.2, help="share of rows that refuse, at most")
+    flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document")
+    flag("--distractors", type=console.number(int, 0, 20), help="other passages per row, at most (the preset's)")
+    flag("--gold-probability", type=share, help="share of rows with the right passage (the preset's)")
+    flag("--max-length", type=console.number(int, 64), help="tokens per row, at most (the preset's)")
 
 
 def add_model_flags(flag) -> None:
     """Which base model, and the shape of the adapter."""
     choice = console.choice("auto", "on", "off")
-    flag("--base-model", help="hub id or folder of a Llama-family model (preset's)")
+    flag("--base-model", metavar="MODEL", help="hub id or folder of a Llama-family model (the preset's)")
     flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
-    flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank (16)")
+    flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank")
     flag("--alpha", type=console.number(int, 1), help="LoRA alpha (twice the rank)")
-    flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout (0)")
-    flag("--target-modules", nargs="+", default="all-linear", help="names of the layers to adapt (all linear ones)")
+    flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout")
+    flag("--target-modules", nargs="+", metavar="LAYER", default="all-linear", help="layers to adapt")
     flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
-    flag("--dora", action="store_true", help="train magnitudes, too: slower, sometimes better at low ranks")
-    text = "recompute activations, less memory but slower: auto, on, off (auto: where it would not fit otherwise)"
+    flag("--dora", action="store_true", help="also train magnitudes: slower, sometimes better at low ranks")
+    text = "recompute activations: less memory, slower; auto: where they would not fit"
     flag("--gradient-checkpointing", type=choice, default="auto", help=text)
 
 
@@ -157,18 +150,20 @@ def add_training_flags(flag) -> None:
     """How it is trained, measured and stopped."""
     count, steps = console.number(int, 1), console.number(int, 0)
     schedulers = ("cosine", "linear", "constant_with_warmup")
-    flag("--batch-size", type=count, help="rows a forward pass (preset's)")
-    flag("--accumulation", type=count, help="forward passes an optimizer step (preset's)")
-    flag("--epochs", type=console.number(float, 0, 1000, above=True), help="passes over the rows (preset's)")
-    flag("--max-steps", type=steps, default=0, help="optimizer steps; above 0 it goes before --epochs")
-    flag("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (preset's)")
-    flag("--warmup", type=console.number(float, 0, 1), default=0.05, help="share of steps with rising rate (0.05)")
-    flag("--scheduler", type=console.choice(*schedulers), default="cosine", help=", ".join(schedulers))
-    flag("--neftune", type=console.number(float, 0, 100), default=0.0, help="noise on embeddings, 5 is usual (0: none)")
-    flag("--eval-steps", type=steps, default=0, help="held-out loss and answers every N steps (0: twice a run)")
-    flag("--eval-answers", type=steps, default=8, help="held-out rows to answer at each evaluation (8; 0: none)")
-    flag("--patience", type=steps, default=0, help="stop after N evaluations without a lower loss (0: never)")
-    flag("--save-steps", type=steps, default=0, help="checkpoint every N steps (0: ten times a run)")
-    flag("--keep-checkpoints", type=count, default=1, help="checkpoints to keep during the run (1)")
-    flag("--resume", action="store_true", help="go on with a run that was stopped or killed")
-    flag("--report-to", type=console.choice("none", *REPORTERS), default="none", help=f"none, {', '.join(REPORTERS)}")
+    flag("--batch-size", type=count, help="rows per forward pass, at most (the preset's)")
+    flag("--accumulation", type=count, help="forward passes per optimizer step (the preset's)")
+    flag("--epochs", type=console.number(float, 0, 1000, above=True), help="passes over the rows (the preset's)")
+    flag("--max-steps", type=steps, default=0, help="optimizer steps; above 0 it overrides --epochs")
+    flag("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (the preset's)")
+    flag("--warmup", type=console.number(float, 0, 1), default=0.05, help="share of steps with a rising rate")
+    flag("--scheduler", type=console.choice(*schedulers), default="cosine", help="how the rate falls")
+    flag(
+        "--neftune", type=console.number(float, 0, 100), default=0.0, help="noise on embeddings; 5 is usual, 0 is none"
+    )
+    flag("--eval-steps", type=steps, default=0, help="evaluate every N steps; 0 is twice per run")
+    flag("--eval-answers", type=steps, default=8, help="held-out rows to answer at each evaluation")
+    flag("--patience", type=steps, default=0, help="stop after N evaluations without a lower loss; 0 is never")
+    flag("--save-steps", type=steps, default=0, help="checkpoint every N steps; 0 is ten times per run")
+    flag("--keep-checkpoints", type=count, default=1, help="checkpoints to keep during the run")
+    flag("--resume", action="store_true", help="continue a run that was stopped or killed")
+    flag("--report-to", type=console.choice("none", *REPORTERS), default="none", help="where the curves go, too")
