@@ -12,6 +12,7 @@ process of its own.
 import importlib
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,23 @@ CURVE = (50, 100, 200, 400)
 # ------------------------------------------------------------------------------- parts taken away
 
 
+CALLED: dict[str, bool] = {}  # for each function that another one took the place of
+HIT_BY = {"drop_headings": "rag_qlora ingest"}  # the command that must call it; the others: training
+
+
+def swap(module, name: str, new: Callable) -> None:
+    """Puts `new` in the place of a module's function. Raises AttributeError where there is none."""
+    where = f"{module.__name__}.{name}"
+    getattr(module, name)
+    CALLED[where] = False
+
+    def run(*given, **named):
+        CALLED[where] = True
+        return new(*given, **named)
+
+    setattr(module, name, run)
+
+
 def drop_citations() -> None:
     from qlora.training import distractors
 
@@ -55,28 +73,28 @@ def drop_citations() -> None:
         row = shape(*given)
         return replace(row, response=CITATIONS.sub("", row.response))
 
-    distractors.shape_row = shape_without
+    swap(distractors, "shape_row", shape_without)
 
 
 def cut_any_passage() -> None:
     from qlora.training import examples
 
     fit = examples.fit_passages
-    examples.fit_passages = lambda *given, last=None, keep="", **others: fit(*given, **others)
+    swap(examples, "fit_passages", lambda *given, last=None, keep="", **others: fit(*given, **others))
 
 
 def drop_headings() -> None:
     from qlora.retrieval import documents
 
     split = documents.split_sections
-    documents.split_sections = lambda page: [("", *rest) for _, *rest in split(page)]
+    swap(documents, "split_sections", lambda page: [("", *rest) for _, *rest in split(page)])
 
 
 def scatter_rows() -> None:
     from qlora.training import examples
 
     batch = examples.batch_groups
-    examples.batch_groups = lambda groups, size, seed: batch(range(len(groups)), size, seed)
+    swap(examples, "batch_groups", lambda groups, size, seed: batch(range(len(groups)), size, seed))
 
 
 def quantize_all() -> None:
@@ -90,9 +108,13 @@ def keep_16_bit() -> None:
 
     from qlora.model import quantised_base
 
-    quantised_base.folder_for = lambda *given: None
     load = AutoModelForCausalLM.from_pretrained
-    AutoModelForCausalLM.from_pretrained = lambda *given, quantization_config=None, **others: load(*given, **others)
+    swap(quantised_base, "folder_for", lambda *given: None)
+    swap(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *given, quantization_config=None, **others: load(*given, **others),
+    )
 
 
 # ------------------------------------------------------------------------------- run
@@ -112,9 +134,16 @@ def main(argv: list[str]) -> int:
 
 
 def run_without(part: str, script: str, words: list[str]) -> int:
-    """The script, after the part was taken away from the modules that it imports."""
+    """The script, after the part was taken away from the modules that it imports.
+
+    Raises UserError when nothing called what was put in its place: the trial would measure the whole recipe.
+    """
     globals()[part]()
-    return console.run(importlib.import_module(script).main, words)
+    code = console.run(importlib.import_module(script).main, words)
+    missed = [where for where, called in CALLED.items() if not called]
+    if code == 0 and missed and " ".join([script, *words]).startswith(HIT_BY.get(part, "instruct_train_qlora")):
+        raise console.fail(f"nothing called {', '.join(missed)}", f"--run {part}", "patch what the script calls today")
+    return code
 
 
 def measure_parts(seeds: list[int]) -> str:

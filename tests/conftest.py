@@ -93,6 +93,14 @@ def collection(database, monkeypatch, request) -> str:
     return name
 
 
+@pytest.fixture
+def documents(tmp_path) -> Path:
+    """Five documents in a folder."""
+    folder = tmp_path / "docs"
+    shutil.copytree(SAMPLE / "documents" / "ferry", folder / "ferry")
+    return folder
+
+
 def train(*words) -> int:
     """The exit code of instruct_train_qlora.main."""
     import instruct_train_qlora
@@ -128,3 +136,7 @@ def process(*words, prefix=(), **environment) -> subprocess.CompletedProcess:
         timeout=300,
         stdin=subprocess.DEVNULL,
     )
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--write", action="store_true", help="write the transcripts anew (tests/test_transcripts.py)")

@@ -9,13 +9,14 @@ import bitsandbytes
 import pytest
 from conftest import PROJECT, SAMPLE
 
+import instruct_train_qlora
 from benchmarks import ablation, forgetting, plain_recipe, random_llama, train_speed, trials
 from qlora.console import UserError
-from qlora.prompt import choose_prompt, encode_row
+from qlora.prompt import Prompt, choose_prompt, encode_row
 from qlora.training import distractors, examples
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import make_batches, make_example, tokenize_rows
-from qlora.training.rows import load_rows
+from qlora.training.rows import Row, load_rows
 from qlora.words import answer_span
 
 
@@ -168,6 +169,20 @@ def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
     )
     ablation.keep_16_bit()
     assert not packed_shapes(base_model.load_base_model(str(tiny_base)))
+
+
+def test_a_part_that_nothing_calls_was_not_taken_away(monkeypatch):
+    monkeypatch.setattr(distractors, "shape_row", distractors.shape_row)
+    monkeypatch.setattr(ablation, "CALLED", {})
+    monkeypatch.setattr(instruct_train_qlora, "main", lambda words: 0)
+    with pytest.raises(UserError, match=r"nothing called qlora\.training\.distractors\.shape_row"):
+        ablation.run_without("drop_citations", "instruct_train_qlora", [])
+    rows = [Row("Who?", "Ann", "Ann did.")]
+    monkeypatch.setattr(instruct_train_qlora, "main", lambda words: len(add_distractors(rows, 0, 1, Prompt(), 0)) - 1)
+    assert ablation.run_without("drop_citations", "instruct_train_qlora", []) == 0
+    monkeypatch.delattr(distractors, "shape_row")
+    with pytest.raises(AttributeError):
+        ablation.run_without("drop_citations", "instruct_train_qlora", [])
 
 
 def test_forgetting_is_the_rise_of_the_loss_a_token(tiny_adapter, capsys):

@@ -101,13 +101,6 @@ def test_precedence_is_flag_environment_dotenv_default(tiny_base, tmp_path, monk
 # ------------------------------------------------------------------------------- answering
 
 
-@pytest.fixture
-def documents(tmp_path):
-    folder = tmp_path / "docs"
-    shutil.copytree(SAMPLE / "documents" / "ferry", folder / "ferry")
-    return folder
-
-
 def test_ingest_search_ask_and_chat(collection, documents, tiny_adapter, capsys, monkeypatch):
     assert rag("ingest", documents) == 0
     assert "5 added, 0 changed, 0 unchanged" in capsys.readouterr().err

