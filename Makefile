@@ -42,7 +42,7 @@ demo: setup
 evaluate: setup
 	$(PY) rag_qlora.py evaluate $(DEMO) --questions sample_data/second_questions.jsonl --output evaluations/second
 	$(PY) rag_qlora.py evaluate $(DEMO) --output evaluations/demo
-	$(PY) -m qlora.evaluation.report README.md evaluations/demo evaluations/second
+	$(PY) -m qlora.evaluation.report docs/measurements.md README.md evaluations/demo evaluations/second
 
 notebooks: setup
 	$(PY) notebooks/build.py

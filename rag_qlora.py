@@ -409,7 +409,7 @@ def evaluate(args, store, prompt, generator) -> int:
         store.refusal_threshold = result["calibration"]["threshold"]
     report.write_report(args.output, result)
     if args.adapter:
-        report.put_section(args.adapter / "README.md", args.output)
+        report.put_evaluation(args.adapter / "README.md", args.output, args.adapter / report.PICTURE)
     print(json.dumps(result, ensure_ascii=False) if args.json else report.as_text(result))
     note(f"evaluation.md, .json, .png and answers.jsonl: {args.output}")
     return 0

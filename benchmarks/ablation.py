@@ -18,7 +18,8 @@ from pathlib import Path
 
 from benchmarks import trials
 from qlora import console, presets, settings
-from qlora.evaluation.report import as_markdown_table, show
+from qlora.evaluation.report import show
+from qlora.markdown import as_markdown_table, put_section
 from qlora.words import CITATIONS
 
 PICTURE = trials.PROJECT / "learning_curve.png"
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> int:
     text = measure(args.seeds)
     print(text)
     if args.write:
-        put_between(args.write, "curve" if args.curve else "ablation", text)
+        put_section(args.write, "curve" if args.curve else "ablation", text)
     return 0
 
 
@@ -215,13 +216,6 @@ def draw_curve(rows: list[tuple[int, list[dict]]], picture: Path) -> None:
     axes.minorticks_off()
     axes.legend()
     figure.savefig(picture)
-
-
-def put_between(path: Path, name: str, text: str) -> None:
-    """Replaces what stands between `<!-- name -->` and `<!-- end of name -->` in the file."""
-    before, mark, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} -->")
-    path.write_text(f"{before}{mark}{text}\n{end}{after}", encoding="utf-8")
 
 
 def build_parser() -> console.Parser:

@@ -14,6 +14,7 @@ from qlora.evaluation import comparison as c
 from qlora.evaluation import evaluation as e
 from qlora.evaluation.questions import Question, load_questions
 from qlora.evaluation.report import compare_files, describe_answers
+from qlora.markdown import put_section
 from qlora.presets import EMBEDDED_EMBEDDER
 
 QUESTION = Question("How many crowns?", ("nine crowns", "9 crowns"), "fees.md")
@@ -413,3 +414,18 @@ def test_readme_shows_answers_of_every_kind_and_every_question_file(tmp_path):
         "| D? | (not in the documents) | It is 4. | I don't know. |",
     ]
     assert compare_files([tmp_path]).splitlines()[2:] == ["| `mine.jsonl` | 4 | 3 | 0.10 | 0.60 | 0.50 |  | 0.90 |"]
+
+
+def test_a_section_is_replaced_added_or_refused_and_the_rest_of_the_page_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n<!-- one -->\nold\n<!-- end of one -->\n\nend\n")
+    put_section(page, "one", "new")
+    assert page.read_text() == "# Page\n\n<!-- one -->\nnew\n<!-- end of one -->\n\nend\n"
+    put_section(page, "two", "more", "Second")
+    assert page.read_text().endswith("end\n\n## Second\n\n<!-- two -->\nmore\n<!-- end of two -->\n")
+    before = page.read_text()
+    for name, text in (("three", before), ("one", before.replace("<!-- end of one -->", ""))):
+        page.write_text(text)
+        with pytest.raises(UserError, match="no section"):
+            put_section(page, name, "lost")
+        assert page.read_text() == text

@@ -13,6 +13,7 @@ import instruct_train_qlora
 import rag_qlora
 from qlora import console, presets, settings
 from qlora.cli import rag_flags, training_flags
+from qlora.markdown import as_markdown_table
 
 PAGE = settings.PROJECT / "docs" / "reference.md"
 HEAD = """# Reference
@@ -51,7 +52,7 @@ def write_page() -> str:
         parts += [f"### {name}\n", describe_parser(parser)]
     parts += ["## Presets\n", describe_presets()]
     keys = [[f"`{key}`", meaning] for key, meaning in settings.KEYS.items()]
-    return "\n".join([*parts, "## Settings\n", as_table(["Key", "Meaning"], keys)])
+    return "\n".join([*parts, "## Settings\n", as_table([["Key", "Meaning"], *keys])])
 
 
 def describe_parser(parser: console.Parser) -> str:
@@ -65,23 +66,22 @@ def describe_parser(parser: console.Parser) -> str:
             if action.dest != "help"
         ]
         if rows:
-            text += "\n" + as_table([group.title, ""], rows)
+            text += "\n" + as_table([[group.title, ""], *rows])
     return text
 
 
 def describe_presets() -> str:
     names = [field.name for field in fields(presets.Preset)]
     rows = [[f"`{name}`", *(show(getattr(preset, name)) for preset in presets.PRESETS.values())] for name in names]
-    return as_table(["", *presets.PRESETS], rows)
+    return as_table([["", *presets.PRESETS], *rows])
 
 
 def show(value: object) -> str:
     return console.show_default(Path(value) if str(value).startswith("/") else value) or "none"
 
 
-def as_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def as_table(rows: list[list[str]]) -> str:
+    return as_markdown_table([[cell.replace("|", "\\|") for cell in row] for row in rows], len(rows[0])) + "\n"
 
 
 if __name__ == "__main__":

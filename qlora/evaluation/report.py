@@ -1,18 +1,21 @@
 """What an evaluation leaves: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl as it goes.
 
-    python -m qlora.evaluation.report README.md evaluations/demo evaluations/second
+    python -m qlora.evaluation.report docs/measurements.md README.md evaluations/demo evaluations/second
 
-puts table, picture and answers of the first into README.md, and a line about how the questions of others were answered.
+puts table, picture and answers of the first folder into docs/measurements.md, and its verdict into README.md; into both
+one line per folder.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora.evaluation.comparison import METRICS, MODELS, describe_interval
+from qlora.markdown import as_markdown_table, put_section
 
 CELL_COLUMNS = {  # key in a cell -> heading of the table
     "em": "exact match",
@@ -28,7 +31,6 @@ CELL_COLUMNS = {  # key in a cell -> heading of the table
     "seconds_median": "seconds",
 }
 PICTURE = "evaluation.png"
-SECTION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 
 
 class AnswerLog:
@@ -123,13 +125,6 @@ def verdict(report: dict) -> str:
     return report["verdict"][0].upper() + report["verdict"][1:]
 
 
-def as_markdown_table(rows: list[list[str]], left: int = 1) -> str:
-    """Rows, the first of them headings, with the first `left` columns aligned left."""
-    head, *body = rows
-    ruler = ["---"] * left + ["--:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ruler, *body])
-
-
 def as_text_table(rows: list[list[str]]) -> str:
     """Rows, the first of them headings, for a terminal; the first column aligned left."""
     from rich import box
@@ -217,18 +212,18 @@ def compare_files(folders: Iterable[Path]) -> str:
     return as_markdown_table(rows)
 
 
-def put_section(document: Path, folder: Path, details: str = "") -> None:
-    """Puts table and picture of an evaluation, and details, into a Markdown file, in place of those that were there."""
-    picture = document.parent / PICTURE
+def put_evaluation(page: Path, folder: Path, picture: Path, details: str = "") -> None:
+    """Puts table and picture of an evaluation, and details, into a page, in place of those that were there."""
     shutil.copyfile(folder / PICTURE, picture)
+    link = f"![F1 of every model and context]({os.path.relpath(picture, page.parent)})"
     table = (folder / "evaluation.md").read_text(encoding="utf-8")
-    section = f"{SECTION[0]}\n![F1 of every model and context]({PICTURE})\n\n{table}{details}{SECTION[1]}\n"
-    text = document.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(SECTION[0])
-    after = rest.partition(f"{SECTION[1]}\n")[2] if mark else ""
-    if not mark:
-        before += "\n## Evaluation\n\n"
-    document.write_text(before + section + after, encoding="utf-8")
+    put_section(page, "evaluation", f"{link}\n\n{table}{details}".rstrip(), "Evaluation")
+
+
+def put_proof(page: Path, folders: Sequence[Path]) -> None:
+    """Puts the verdict of the first evaluation, and a line of every one, into a page."""
+    report = json.loads((folders[0] / "evaluation.json").read_text(encoding="utf-8"))
+    put_section(page, "proof", f"**{verdict(report)}**\n\n{compare_files(folders)}")
 
 
 def plot_cells(report: dict, picture: Path) -> None:
@@ -255,6 +250,13 @@ def plot_cells(report: dict, picture: Path) -> None:
     figure.savefig(picture)
 
 
+def main(argv: list[str]) -> None:
+    """Writes the evaluations of some folders into a page of measurements, and their proof into the README."""
+    measurements, readme, *folders = map(Path, argv)
+    details = f"\n{compare_files(folders)}\n\n{describe_answers(folders[0])}"
+    put_evaluation(measurements, folders[0], readme.parent / PICTURE, details)
+    put_proof(readme, folders)
+
+
 if __name__ == "__main__":
-    document, *folders = map(Path, sys.argv[1:])
-    put_section(document, folders[0], f"\n{compare_files(folders)}\n\n{describe_answers(folders[0])}\n")
+    main(sys.argv[1:])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qlora.console import Invalid, choice, note, number
 from qlora.evaluation.evaluation import score_retrieval, search_all
-from qlora.evaluation.report import as_markdown_table, as_text_table, show
+from qlora.evaluation.report import as_text_table, show
+from qlora.markdown import as_markdown_table
 from qlora.retrieval.search_modes import MODES
 
 SWEPT = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
