@@ -116,7 +116,7 @@ def format_rows(args, tokenizer, prompt, rows, counts):
 
 
 def count_rows(args, name: str, rows, encoded, counts):
-    """The examples of a part, after saying and adding to `counts` how many there are and what --max-length did."""
+    """The examples of a part. Prints how many there are, and adds that and what --max-length did to `counts`."""
     examples, cut = encoded
     counts[name] = {"documents": len({row.document for row in rows}), **cut}
     tokens = sum(len(example.input_ids) for example in examples)
@@ -144,7 +144,7 @@ def plan_run(args, training):
 
 
 def plan_schedule(args, batches: int):
-    """The schedule of a run whose first epoch has so many batches; --max-steps overrides --epochs."""
+    """The schedule of a run whose first epoch has `batches` batches; --max-steps overrides --epochs."""
     from qlora.training.trainer import Schedule
 
     batches_per_step = args.accumulation * settings.process_count()
@@ -169,7 +169,7 @@ def plan_schedule(args, batches: int):
 
 
 def report_data(args, tokenizer, training, held_out, counts, plan) -> dict:
-    """What would be trained on, and what it would take. Raises UserError for rows that would train nothing."""
+    """The data report, with estimates of time and memory. Raises UserError for rows that would train nothing."""
     from qlora.training import data_report
 
     report = data_report.build_data_report(tokenizer, unbatch(training.batches), held_out, counts, plan)
@@ -207,7 +207,7 @@ def choose_lora(args) -> Lora:
 
 
 def suggest_all_gpus() -> None:
-    """Says how to use the GPUs that one process leaves idle."""
+    """Reports how to use the GPUs that one process leaves idle."""
     import torch
 
     count = torch.cuda.device_count()
@@ -220,7 +220,7 @@ def suggest_all_gpus() -> None:
 
 
 def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
-    """Trains, or goes on where a run stopped; returns held-out loss before and after, speed and peak memory."""
+    """Trains, or continues a stopped run; returns held-out loss before and after, speed and peak memory."""
     from qlora.training import trainer, training_run
 
     partial = adapter.partial_folder(args.output)
@@ -275,7 +275,7 @@ def save_adapter(args, model, tokenizer, prompt, run: dict, report: dict) -> Non
 
 
 def publish(args, held_out) -> None:
-    """Merges base and adapter into a model of its own, and pushes the adapter to the hub, where asked to.
+    """Writes a merged model and pushes the adapter to the hub, as far as the flags ask for it.
 
     Of several processes the first does it.
     """

@@ -7,7 +7,7 @@
     python rag_qlora.py ask "Who signs form B7?"          # an answer with citations
     python rag_qlora.py ask --json --adapter none "..."   # the base model, as JSON
     python rag_qlora.py chat                              # several turns
-    python rag_qlora.py doctor                            # are machine and database all right?
+    python rag_qlora.py doctor                            # checks of machine and database
 
 Without a command: chat at a terminal, otherwise a short demonstration over the sample documents.
 Precedence: flag > environment > .env > default. Answers go to stdout, everything else to stderr.
@@ -73,7 +73,7 @@ def load_model(args):
     """
     tokenizer, prompt, trained = load_prompt(args)
     if args.base_url:
-        note(f"asked in the words of {args.adapter or args.base_model}")
+        note(f"{args.base_url} answers, with the prompt of {args.adapter or args.base_model}")
         return None, tokenizer, prompt
     from qlora.model.lean_layers import make_lean
 
@@ -159,7 +159,7 @@ def load_embeddings(args):
 
 
 def open_store(args, name: str | None = None, embeddings=None):
-    """The collection (or the one with another name) in Pinecone, or in PostgreSQL: DATABASE_URL's, else embedded."""
+    """The store of a collection: in Pinecone, in the PostgreSQL of DATABASE_URL, or in the embedded one."""
     embeddings = embeddings or load_embeddings(args)
     open_it = open_pinecone if args.store == "pinecone" else open_pgvector
     store, where = open_it(embeddings, args.embedding_model, name or args.collection)
@@ -211,7 +211,7 @@ def documents(args, store) -> int:
     for entry in entries:
         size = f"{entry.passages:6}  {entry.bytes / 1e3:8.1f} kB"
         print(f"{size}  {entry.added:%Y-%m-%d %H:%M}  {printable(entry.source)}")
-    note(f"{len(entries)} documents: passages, size of the file, when it was put in, source")
+    note(f"{len(entries)} documents. Columns: passages, file size, date added, source")
     return 0
 
 
@@ -222,12 +222,12 @@ def forget(args, store) -> int:
     for source in set(args.sources) - known:
         problems.add("no such document", source, f"see: python rag_qlora.py documents --collection {args.collection}")
     problems.raise_if_any()
-    note(f"{store.forget(args.sources)} documents forgotten")
+    note(f"{store.forget(args.sources)} documents removed")
     return 0
 
 
 def fill_if_empty(args, store) -> None:
-    """Puts the sample documents into an empty collection, after saying so.
+    """Puts the sample documents into an empty collection, with a note.
 
     Raises UserError when other questions are to be evaluated on it.
     """
@@ -261,7 +261,7 @@ def search(args, store) -> int:
             print(f"    {describe_ranks(metadata['ranks'])}")
         print(f"{indent(document.page_content)}\n")
     if not found:
-        note("No passage fits")
+        note("No passages found")
     return 0
 
 
@@ -271,7 +271,7 @@ def make_search(args, store):
 
 
 def doctor(args) -> int:
-    """Prints what is found out about machine, server, collection and index; 1 when something is bad."""
+    """Prints the state of machine, server, collection and index; returns 1 when something is bad."""
     from qlora.retrieval.doctor import Finding, as_json, examine, examine_machine, print_findings
 
     findings = examine_machine()
@@ -296,7 +296,7 @@ def build_chain(args, store, prompt, generator):
 
 
 def ask(args, chain, prompt) -> int:
-    """Answers each question; the answers go to stdout. 3 with --strict when one was refused or nothing supports it."""
+    """Prints an answer to each question; returns 3 with --strict when one was refused or has no support."""
     from qlora.answering.citations import refuse
     from qlora.answering.conversation import answer_question, print_turn, write_trace
 
@@ -304,7 +304,7 @@ def ask(args, chain, prompt) -> int:
     for question in args.questions:
         turn = answer_question(chain, question)
         if args.strict and not turn.answer.refused and not turn.answer.is_supported:
-            note(f"Refused, since no passage that it cites supports it: {turn.answer.text}")
+            note(f"Refused because no cited passage supports it: {turn.answer.text}")
             turn.answer = refuse([cited.document for cited in turn.answer.passages], prompt.refusal)
         refused |= turn.answer.refused
         if args.trace:
@@ -341,7 +341,7 @@ def make_rewriter(args, prompt, generator):
 
 
 def chat(args, chain, prompt, complete) -> int:
-    """Several turns. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends."""
+    """Answers turn after turn. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends the chat."""
     from qlora.answering.chat_session import Session
     from qlora.answering.conversation import answer_question, print_turn, write_trace
 
@@ -384,7 +384,7 @@ def evaluate(args, store, prompt, generator) -> int:
     modes = {"base": generator.without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
     modes = {name: mode for name, mode in modes.items() if name in args.models}
     if not args.adapter:
-        note("No adapter: the base model alone is evaluated")
+        note("No adapter: only the base model is evaluated")
     values = evaluation_settings(args, prompt)
     args.output.mkdir(parents=True, exist_ok=True)
     log = report.AnswerLog(args.output / "answers.jsonl", values)
@@ -447,7 +447,7 @@ def compare(args) -> int:
 
 
 def evaluation_settings(args, prompt) -> dict:
-    """What an answer depends on besides question and passages: an answer of the same settings is not made again."""
+    """The settings that an answer depends on; a question with equal settings and passages is not answered again."""
     names = ("base_model", "max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "top_k")
     names += ("mode", "fetch_k", "diversity", "refusal_bias")
     digest = adapter.digest_weights(args.adapter) if args.adapter else None

@@ -7,6 +7,7 @@ theirs to a `Problems` list, so that one run reports everything that the user ha
 import argparse
 import contextlib
 import difflib
+import os
 import re
 import sys
 import time
@@ -73,12 +74,18 @@ def fail(what: str, where: str, fix: str) -> UserError:
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """The exit code of `main(argv)`: 0 done, 2 the user's mistakes, 1 a failed run (both printed), 130 interrupted.
 
-    Other exceptions are our own mistakes: they pass through, with their traceback.
+    A reader of stdout that goes away, such as `head`, is 1 as well. Other exceptions are our own mistakes: they pass
+    through, with their traceback.
     """
     try:
         if sys.platform == "win32":
             raise fail("Windows is not supported", "this machine", "use it in WSL: learn.microsoft.com/windows/wsl")
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+        return RUN_FAILED
     except UserError as error:
         print_problems(error.problems)
         return RUN_FAILED if isinstance(error, RunError) else USER_MISTAKE

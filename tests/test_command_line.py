@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import QUICK, SAMPLE, process, rag, train, without_network
+from conftest import PROJECT, QUICK, SAMPLE, process, rag, train, without_network
 
 import instruct_train_qlora
 from qlora import settings
@@ -185,6 +187,22 @@ def test_help_and_mistakes_load_nothing_heavy(script):
     assert not loaded & {"torch", "transformers", "trl", "langchain_core", "psycopg2", "datasets"}
     done = process(script, "--bogus")
     assert done.returncode == 2 and "unknown argument --bogus" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback(collection, documents, database):
+    assert rag("ingest", documents) == 0
+    words = [sys.executable, "rag_qlora.py", "documents", "--collection", collection]
+    with subprocess.Popen(
+        words,
+        cwd=PROJECT,
+        env={**os.environ, "DATABASE_URL": database, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 1
 
 
 def test_answers_go_to_stdout_and_everything_else_to_stderr(collection, database, tiny_adapter):

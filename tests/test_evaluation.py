@@ -295,7 +295,7 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
     ]
     assert rag(*words, "--limit", 4) == 0
     captured = capsys.readouterr()
-    assert "the base model alone is evaluated" in captured.err
+    assert "only the base model is evaluated" in captured.err
     assert "One model alone: nothing to compare" in captured.out
     assert rag(*words, "--limit", 4, "--contexts", "oracle", "--json") == 0
     cells = json.loads(capsys.readouterr().out)["cells"]

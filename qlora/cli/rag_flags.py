@@ -11,7 +11,7 @@ from qlora.retrieval.search_modes import DEFAULT_MODE, FETCH, MODES
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
-DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documents don't answer; README has the rates
+DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documents don't answer
     "Name the trees that serve as call signs for the supervisors.",
     "Why do rowing gigs have right of way over nearly everything?",
     "What is the penalty for going faster than 4 knots inside the harbour?",
@@ -52,7 +52,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
 
 
 def check_store(args, problems: console.Problems) -> None:
-    """Resolves the store and how it is searched, and connects to a named database before anything heavy is loaded."""
+    """Resolves store and search mode, and connects to DATABASE_URL before anything heavy is loaded."""
     args.store = args.store or settings.get("QLORA_STORE") or "pgvector"
     if "mode" in args:
         args.mode = args.mode or (DEFAULT_MODE if args.store == "pgvector" else "dense")
@@ -70,7 +70,7 @@ def check_store(args, problems: console.Problems) -> None:
     elif url := settings.get("DATABASE_URL"):
         from qlora.retrieval.database import connect, is_unprotected
 
-        if args.command != "doctor":  # which tells it itself, beside what it finds out about the machine
+        if args.command != "doctor":  # doctor reports the connection itself
             connect(url).close()
         if is_unprotected(url):
             console.note("The server's certificate is not checked: add sslmode=verify-full to DATABASE_URL")
@@ -98,9 +98,9 @@ def resolve_model(args, detect: bool) -> None:
 
 
 def check_serving(args, problems: console.Problems) -> None:
-    """Adds what is wrong with where the model is to run."""
+    """Adds problems of the flags that say where the model runs."""
     if args.model and not args.base_url:
-        problems.add("--model is the name of a server's model", "--model", "give --base-url, too, or --base-model")
+        problems.add("--model is the name of a server's model", "--model", "add --base-url, or give --base-model")
     if args.merge_for_speed and args.base_url:
         problems.add("the server's model cannot be merged here", "--merge-for-speed", "leave it out")
     elif args.merge_for_speed and not args.adapter:
@@ -113,7 +113,7 @@ def check_serving(args, problems: console.Problems) -> None:
 
 
 def check_questions(args, problems: console.Problems) -> None:
-    """Adds what is wrong with the file of questions."""
+    """Adds problems of the file of questions."""
     from qlora.evaluation.questions import load_questions
 
     with problems.collecting():
@@ -121,7 +121,7 @@ def check_questions(args, problems: console.Problems) -> None:
 
 
 def check_sweep(args, problems: console.Problems) -> None:
-    """Adds what is wrong with the documents that are split anew."""
+    """Adds problems of the documents to split."""
     from qlora.retrieval.documents import find_files
 
     sample = [str(SAMPLE_DOCUMENTS)] if args.questions == SAMPLE_QUESTIONS else []

@@ -43,7 +43,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
 
 
 def choose_selection(args) -> Selection:
-    """What --filter, --min-words, --max-words, --max-rows, --require-extractive and --refusal-share select.
+    """The selection of --filter, --min-words, --max-words, --max-rows, --require-extractive and --refusal-share.
 
     Raises UserError for words that are not filters.
     """
@@ -56,7 +56,7 @@ def choose_selection(args) -> Selection:
 
 
 def check_inputs(args, problems: console.Problems) -> None:
-    """Adds what is wrong with the files that the arguments name."""
+    """Adds problems of the files that the arguments name."""
     if not args.dry_run:
         with problems.collecting():
             checkpoints.check_unfinished(adapter.partial_folder(args.output), args.resume, args.overwrite)
@@ -71,7 +71,7 @@ def check_inputs(args, problems: console.Problems) -> None:
         with problems.collecting():
             base_model.resolve_base_model(args.base_model)
     if problems.found and Path(args.dataset).suffix in BUILDERS:
-        with problems.collecting():  # a broken call: name what is wrong with the rows, too
+        with problems.collecting():  # the call is wrong anyway: report what is wrong with the rows as well
             keep_usable(load_rows(args.dataset, args.columns))
 
 

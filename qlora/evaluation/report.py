@@ -173,7 +173,7 @@ def comparison_as_text(rows: list[dict], first: Path, second: Path) -> str:
     """A line a cell and metric: both means, and first - second with its interval."""
     table = [["", "first", "second", "first - second"]]
     for row in rows:
-        numbers = [show(row["first"]), show(row["second"]), describe_interval(row)]
+        numbers = [show(row["first"]), show(row["second"]), describe_interval(row, metric=False)]
         table.append([f"{row['model']}, {row['context']}, {METRICS[row['metric']]}", *numbers])
     return f"first:  {first}\nsecond: {second}\n{as_text_table(table)}"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import psycopg2
 from pgvector.psycopg2 import register_vector
 
-from qlora.console import UserError, fail, note
+from qlora.console import UserError, fail, note, show_value
 
 OLDEST_PGVECTOR = (0, 8)  # hnsw.iterative_scan came with 0.8.0
 PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each attempt to reach a server that went away
@@ -169,7 +169,7 @@ def describe_url(url: str) -> str:
         parts = psycopg2.extensions.parse_dsn(url)
     except psycopg2.ProgrammingError as error:
         raise fail("DATABASE_URL cannot be read", "DATABASE_URL", "write postgresql://USER@HOST:PORT/NAME") from error
-    return f"{parts.get('dbname', 'postgres')} at {parts.get('host', 'localhost')}"
+    return f"{parts.get('dbname', 'postgres')} at {show_value(parts.get('host', 'localhost'))}"
 
 
 def is_unprotected(url: str) -> bool:

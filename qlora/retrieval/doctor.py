@@ -9,6 +9,7 @@ from pathlib import Path
 from psycopg2 import sql
 
 from qlora import machine, settings
+from qlora.console import show_value
 from qlora.model import base_model
 from qlora.retrieval import search_sql
 from qlora.retrieval.database import describe_url, find_pgvector, is_unprotected
@@ -56,7 +57,7 @@ def examine_machine() -> list[Finding]:
         Finding(
             "disk",
             "good" if free > base_model.EMBEDDED_BYTES else "warning",
-            f"{free / 1e9:.1f} GB free; models take {models / 1e9:.1f} GB of {folder}",
+            f"{free / 1e9:.1f} GB free; models take {models / 1e9:.1f} GB of {show_value(folder)}",
         ),
         Finding("versions", "good", f"Python {platform.python_version()}, {versions}"),
     ]

@@ -91,11 +91,8 @@ class Recorder(TrainerCallback):
             console.note(f"held-out loss {when(state.global_step)}: {describe_evaluation(known)}")
 
     def show_step(self, state, known: dict[str, float]) -> None:
-        detail = (
-            f"loss {known['loss']:.3f}, {known['useful_tokens_per_second']:.0f} tokens/s "
-            f"({known['labelled_tokens_per_second']:.0f} trained), {known['shared_share']:.0%} shared, "
-            f"{known['memory_gb']:.1f} GB"
-        )
+        rate, memory = known["useful_tokens_per_second"], known["memory_gb"]
+        detail = f"loss {known['loss']:.3f}, {rate:.0f} tokens/s, {memory:.1f} GB"
         self.bar.update(self.task, description=f"training, {detail}")
         if not self.bar.console.is_terminal and state.global_step % math.ceil(state.max_steps / 10) == 0:
             left = (state.max_steps - state.global_step) * self.trainer.progress.seconds / state.global_step
