@@ -1,9 +1,15 @@
 """The main job with the real parts: the embedded model in 4-bit, the sample documents, both scripts as processes."""
 
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import SAMPLE, process, sample_rows, without_network
+from conftest import PROJECT, SAMPLE, process, sample_rows, without_network
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +54,31 @@ def test_demo_answers_from_the_sample_documents_without_a_network(adapter, datab
         assert turn["tokens"]["prompt"] > 150
     assert turns[0]["passages"][0]["source"] == "computing/radios-and-handsets.md"  # call signs
     assert turns[0]["model"]["base"] == "SmolLM2-135M-Instruct"
+
+
+def test_the_six_commands_of_the_readme(collection, tiny_base, rows_file, tmp_path, monkeypatch):
+    """A newcomer's folder, with a tiny model in the place of the embedded one; the set-up alone is left out."""
+    (tmp_path / "my_documents").mkdir()
+    (tmp_path / "my_documents" / "forms.md").write_text("# Forms\n\nThe mayor signs form B7.\n", encoding="utf-8")
+    shutil.copyfile(rows_file, tmp_path / "rows.jsonl")
+    section = (PROJECT / "README.md").read_text(encoding="utf-8").partition("in six commands")[2]
+    examples = re.search(r"```json\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    (tmp_path / "questions.jsonl").write_text(examples[1] + "\n" + examples[1].replace("B9", "B7"), encoding="utf-8")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(examples[0] + "\n")
+    commands = re.findall(r"^\$ (.*?)(?: +#.*)?$", re.search(r"```console\n(.*?)```", section, re.DOTALL)[1], re.M)
+    assert len(commands) == 6 and commands[0].startswith("make setup")
+    monkeypatch.delenv("QLORA_COLLECTION")
+    for command in commands[1:]:
+        words = shlex.split(command)
+        done = subprocess.run(
+            [sys.executable, PROJECT / words[1], *words[2:]],
+            cwd=tmp_path,
+            env={**os.environ, "QLORA_PRESET": "laptop", "QLORA_BASE_MODEL": str(tiny_base)},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    report = json.loads((tmp_path / "evaluations" / "mine" / "evaluation.json").read_text())
+    assert report["questions"] == 2 and {cell["model"] for cell in report["cells"]} == {"base", "tuned"}
