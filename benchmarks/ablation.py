@@ -3,10 +3,10 @@
 
     python benchmarks/ablation.py                   # two seeds; about two and a half hours on two cores, resumable
     python benchmarks/ablation.py --curve           # F1 against the number of training rows, and a picture
-    python benchmarks/ablation.py --write README.md # put what was measured there
+    python benchmarks/ablation.py --write docs/measurements.md    # puts the table there
 
-Every trial is a line of benchmarks/runs.jsonl. A part without a flag is taken away by a function of this file, in a
-process of its own.
+Every trial is a line of benchmarks/runs.jsonl. A part without a flag is taken away by a function of this file, in its
+own process.
 """
 
 import importlib
@@ -48,7 +48,7 @@ CURVE = (50, 100, 200, 400)
 # ------------------------------------------------------------------------------- parts taken away
 
 
-CALLED: dict[str, bool] = {}  # for each function that another one took the place of
+CALLED: dict[str, bool] = {}  # per replaced function, whether it was called
 HIT_BY = {"drop_headings": "rag_qlora ingest"}  # the command that must call it; the others: training
 
 
@@ -149,7 +149,7 @@ def run_without(part: str, script: str, words: list[str]) -> int:
 
 def measure_parts(seeds: list[int]) -> str:
     """A Markdown table: the recipe, and the recipe without each part."""
-    records = [[run(*part, seed) for part in PARTS.values()] for seed in seeds]  # a seed complete before the next
+    records = [[run(*part, seed) for part in PARTS.values()] for seed in seeds]  # one seed after the other
     rows = [[name, *describe(of_part)] for name, *of_part in zip(PARTS, *records, strict=True)]
     return as_markdown_table([["", *TABLE_COLUMNS, "minutes"], *rows])
 
@@ -159,7 +159,7 @@ def measure_curve(seeds: list[int]) -> str:
     rows, everything = [], sum(1 for _ in (trials.SAMPLE / "train.jsonl").open(encoding="utf-8"))
     preset = presets.PRESETS["laptop"]
     for count in (*CURVE, everything):
-        # As many steps as with all rows, as far as that is no more than eight epochs.
+        # As many steps as with all rows, but at most 8 epochs.
         epochs = min(8, preset.epochs * everything / count)
         flags = {} if count == everything else {"max-rows": str(count), "epochs": f"{epochs:g}"}
         rows.append((count, [run(flags, "", seed) for seed in seeds]))

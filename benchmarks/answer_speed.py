@@ -5,7 +5,7 @@
     python benchmarks/answer_speed.py --adapter adapters/demo --questions 4 --rounds 1
 
 Same 4-bit base with the same adapter, same questions, passages and rendered prompt, greedy. Every run is a fresh
-process; every second round runs in reverse order. `short` lets the model stop where it will, `long` makes it write
+process; every second round runs in reverse order. `short` lets the model stop by itself, `long` makes it write
 at least 48 tokens. The seed recipe answers one by one, ours one by one, merged in memory, and in batches of eight.
 """
 
@@ -71,7 +71,7 @@ def run_recipe(args) -> dict:
     model, tokenizer, prompt = load_model(args)
     asked = choose_questions(args.questions)
     ask = ask_seed if args.recipe == "seed" else ask_ours
-    ask(model, tokenizer, prompt, asked[:1], args.recipe)  # kernels and caches are made ready
+    ask(model, tokenizer, prompt, asked[:1], args.recipe)  # warm-up of kernels and caches
     found = {}
     for length in ("short", "long"):
         model.generation_config.min_new_tokens = LONG if length == "long" else None

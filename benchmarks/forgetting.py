@@ -3,8 +3,8 @@
 
     python benchmarks/forgetting.py --adapter adapters/demo      # under a minute on two cores
 
-The 40 rows of benchmarks/closed_book.jsonl (questions, lists, classification, rewriting, a poem) are trained on by
-nobody. The loss is that of training, a mean over the responses' tokens; the interval is over rows.
+The 40 rows of benchmarks/closed_book.jsonl (questions, lists, classification, rewriting, a poem) are in no
+training. The loss is that of training, a mean over the responses' tokens; the interval is over rows.
 """
 
 import json
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     trained = adapter.read_adapter(flags.adapter)
     tokenizer = base_model.load_tokenizer(str(flags.adapter))
     tokenizer.chat_template = trained.prompt.chat_template
-    # As for training: the CPU's answering kernel repacks the weights, which the packed rows then cannot use.
+    # As for training: the CPU kernel for answering repacks the weights, which packed rows cannot use.
     base = base_model.load_base_model(base_model.resolve_base_model(trained.base_model), training=True)
     model = adapter.load_adapter(base, trained).eval()
     make_lean(model)

@@ -135,7 +135,7 @@ def train(folder: Path, *words, **flags) -> Trained:
 
     pairs = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     reset_memory()
-    # In so few steps random weights may unlearn to stop, which would be the end of a real run.
+    # In so few steps random weights may unlearn to stop, which would end a real run.
     lenient = patch.object(training_run, "check_stops", lambda before, after: None)
     with patch.object(training_run, "train", keep_trainer), lenient:
         code = console.run(instruct_train_qlora.main, ["--output", str(folder), *words, *pairs])
@@ -148,13 +148,13 @@ def train(folder: Path, *words, **flags) -> Trained:
 
 
 def reset_memory() -> None:
-    """Frees what is no longer used, and forgets the peak."""
+    """Frees unused memory, and resets the peak."""
     import torch
     from accelerate.utils.memory import clear_device_cache
 
     clear_device_cache(garbage_collection=True)
     if torch.cuda.is_available():
-        torch._C._cuda_clearCublasWorkspaces()  # one of them keeps gigabytes of a model that is gone
+        torch._C._cuda_clearCublasWorkspaces()  # one of them can pin gigabytes of an earlier model
         clear_device_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -197,7 +197,7 @@ def tuned_model(source: str):
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-        if "lora_B" in name:  # zero at the start, and so would be the gradients of A
+        if "lora_B" in name:  # with B at zero the gradients of A would be zero
             weight.data.copy_(torch.empty(weight.shape).normal_(std=0.02, generator=chance))
     return model
 

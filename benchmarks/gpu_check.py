@@ -105,7 +105,7 @@ def build_parser():
 def run_parts(names: Sequence[str], bench: Bench, minutes: float, parts: dict[str, Part]) -> dict[str, Outcome]:
     """The outcome of every part, written down after each.
 
-    After an error, a crash or a timeout the rest goes on in a new process: CUDA does not recover in the old one.
+    After an error, a crash or a timeout the rest runs in a new process: CUDA does not recover in the old one.
     Raises UserError when the machine can't run them.
     """
     deadline = time.monotonic() + 60 * minutes
@@ -170,7 +170,7 @@ def start_worker(parts: list[Part], bench: Bench) -> Iterator:
 def work(parts: list[Part], bench: Bench, connection) -> None:
     """In the process: says what machine this is, or what is wrong with it, and then how each part went.
 
-    All else that is said, by libraries and by the scripts, goes to the log.
+    Other output, of libraries and of the scripts, goes to the log.
     """
     log = os.open(bench.output / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -198,7 +198,7 @@ def run_here(part: Part, bench: Bench) -> Outcome:
     started = time.perf_counter()
     try:
         measures = tuple(getattr(importlib.import_module(part.module), part.function)(bench))
-    except Exception as error:  # whatever it is: the other parts go on, and this one is told
+    except Exception as error:  # of any kind: it is reported, and the other parts run
         traceback.print_exc()
         return Outcome("error", time.perf_counter() - started, said=f"{type(error).__name__}: {error}"[:300])
     failed = any(measure.ok is False for measure in measures)

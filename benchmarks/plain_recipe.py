@@ -25,9 +25,9 @@ from qlora.training.rows import Row, load_rows
 PROJECT = Path(__file__).resolve().parent.parent
 
 VARIANTS = ("plain", "ours", "checkpointed")  # each a folder with an adapter
-SEED, RANK, ALPHA, LEARNING_RATE, WARMUP = 0, 16, 32, 4e-4, 0  # a single step, too, trains at the full rate
+SEED, RANK, ALPHA, LEARNING_RATE, WARMUP = 0, 16, 32, 4e-4, 0  # even a single step trains at the full rate
 DISTRACTORS, GOLD_PROBABILITY, EVAL_SHARE = 1, 0.85, 0.25
-MAX_LENGTH, MAX_CHARACTERS = 2048, 3000  # so short a row, with a distractor, needs no cutting on either side
+MAX_LENGTH, MAX_CHARACTERS = 2048, 3000  # a row this short, with a distractor, is never cut
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 def load_shaped_rows(setup: Setup, source: str, part: int):
     """The tokenizer, and (messages, response) of the training (0) or held-out (1) rows.
 
-    They are the very texts that instruct_train_qlora.py makes of the file, in its order: same functions, same seed.
+    They are the texts that instruct_train_qlora.py makes of the file, in its order: same functions, same seed.
     """
     tokenizer = base_model.load_tokenizer(source)
     prompt = choose_prompt(tokenizer)
@@ -86,8 +86,8 @@ def load_shaped_rows(setup: Setup, source: str, part: int):
 def as_plain_text(tokenizer, messages: list[dict], response: str) -> dict[str, str]:
     """TRL's prompt and completion; TRL adds EOS.
 
-    Given as messages they would end in what the template writes behind EOS (SmolLM2's a line break),
-    and would not be the same tokens as ours.
+    As messages they would end in the template's text after EOS (SmolLM2's: a line break), and their tokens would
+    not be ours.
     """
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if tokenizer("").input_ids == [tokenizer.bos_token_id]:  # Llama-2: the tokenizer adds the BOS again
@@ -122,7 +122,7 @@ def train_plain(setup: Setup, source: str) -> None:
     from qlora.training.training_run import peak_memory
 
     tokenizer, pairs = load_shaped_rows(setup, source, 0)
-    # Same 4-bit base as ours. `training` matters after evaluation passes only, and there are none here.
+    # The same 4-bit base as ours. `training` matters only after evaluation passes, and there are none here.
     model = base_model.load_base_model(source, training=True)
     weights = count_layer_weights(model)
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
@@ -176,7 +176,7 @@ def make_step_clock():
 
         def on_step_end(self, *args, **kwargs):
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # a GPU may still be at it
+                torch.cuda.synchronize()  # a GPU may still be computing
             self.seconds += time.perf_counter() - self.started
 
     return StepClock()

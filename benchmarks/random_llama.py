@@ -1,7 +1,7 @@
 """Llamas of random weights in 4-bit, as folders that `load_base_model` loads; speed and memory are those of real ones.
 
-Each matrix is made on the device and quantised at once, so that the 13 GB of Llama-2-7B in 16 bit never exist: neither
-in memory nor on disk, where 4 GB are.
+Each matrix is made on the device and quantised at once, so that the 13 GB of Llama-2-7B in 16 bit never exist, neither
+in memory nor on disk (4 GB).
 """
 
 import json
@@ -47,7 +47,7 @@ SHAPES = {  # what LlamaConfig takes
 
 
 def write_llama(folder: Path, shape: str, texts: Iterable[str], device: str) -> None:
-    """Writes config, tokenizer (of these texts) and weights of one of SHAPES, a safetensors file a layer."""
+    """Writes config, tokenizer (of these texts) and weights of one of SHAPES, one safetensors file per layer."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig

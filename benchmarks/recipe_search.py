@@ -6,9 +6,9 @@
     python benchmarks/recipe_search.py --dataset rows.jsonl --documents my_documents/ --vary top-k=2,3
 
 A quarter of the documents (by the rows' `source`) is not trained on; their rows are the questions. Every value is
-tried alone, the rest as the preset has it. Flags are those of instruct_train_qlora.py, of `ingest` (passage-tokens,
-overlap) and of `evaluate` (top-k, search, fetch-k, diversity, refusal-bias, limit). All trials stand in
-benchmarks/runs.jsonl; one that stands there is not run again.
+tried alone, with the preset's other values. Flags are those of instruct_train_qlora.py, of `ingest` (passage-tokens,
+overlap) and of `evaluate` (top-k, search, fetch-k, diversity, refusal-bias, limit). All trials are in
+benchmarks/runs.jsonl; a trial that is there is not run again.
 """
 
 import sys
@@ -41,7 +41,7 @@ def read_flags(words: list[str], flag: str, problems: console.Problems) -> dict[
     pairs = [word.partition("=") for word in words]
     for name, _, value in pairs:
         if not (name and value):
-            problems.add(f"{flag} {name} is no pair", "command line", f"write {flag} FLAG=VALUE")
+            problems.add(f"{flag} {name} : expected FLAG=VALUE", "command line", f"write {flag} FLAG=VALUE")
     return {name: value for name, _, value in pairs}
 
 

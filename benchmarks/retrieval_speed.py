@@ -26,7 +26,7 @@ from qlora.model import base_model
 PROJECT = Path(__file__).resolve().parent.parent
 
 DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
-COMMUNITY_ROWS = 4_000  # what the plain store is given: at its speed all of them would take hours
+COMMUNITY_ROWS = 4_000  # for the plain store: all of them would take hours
 
 
 def main(argv: list[str]) -> int:

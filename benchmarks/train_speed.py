@@ -5,11 +5,11 @@
     python benchmarks/train_speed.py --rows 16 --rounds 1     # a quick look
     python benchmarks/train_speed.py --dataset rows.jsonl --base-model ./my-llama --json
 
-Every run is a fresh process, so that its peak memory is its own, and every second round runs in reverse
-order, so that a machine that slows down harms all alike. All train one epoch on the same rows, with the
+Every run is a fresh process with its own peak memory. Every second round runs in reverse order, so that a
+machine that slows down affects all recipes alike. All train one epoch on the same rows, with the
 same 4-bit base, LoRA shape, order and learning rates; the plain recipe leaves the rest to TRL. A batch of
-ours has at most --batch-size rows, those about the same passages. Timed are the optimizer steps, without
-loading and evaluation; padding doesn't count. The held-out loss is measured by one function for all. With
+ours has at most --batch-size rows, those about the same passages. The optimizer steps are timed, without
+loading and evaluation; padding does not count. The held-out loss is measured by one function for all. With
 several GPUs set CUDA_VISIBLE_DEVICES=0.
 """
 
@@ -33,7 +33,7 @@ from qlora.training.rows import COLUMNS, Row, load_rows
 PROJECT = Path(__file__).resolve().parent.parent
 
 OURS = {
-    "preset": "laptop",  # every value of a preset is named here, too
+    "preset": "laptop",  # every value of a preset is repeated here
     "seed": recipe.SEED,
     "eval-share": recipe.EVAL_SHARE,
     "distractors": recipe.DISTRACTORS,
@@ -67,9 +67,9 @@ def build_parser():
     flag, count = parser.add_argument, console.number(int, 1)
     flag("--dataset", default=str(PROJECT / "sample_data" / "train.jsonl"), help="file or hub id (the sample rows)")
     flag("--base-model", default=presets.EMBEDDED, help=f"hub id or folder ({presets.EMBEDDED})")
-    flag("--rows", type=count, default=64, help="training rows, one epoch (64)")
-    flag("--rounds", type=count, default=3, help="runs of each recipe (3)")
-    flag("--batch-size", type=count, default=8, help="rows an optimizer step, at most (8)")
+    flag("--rows", type=count, default=64, help="training rows, one epoch")
+    flag("--rounds", type=count, default=3, help="runs of each recipe")
+    flag("--batch-size", type=count, default=8, help="rows per optimizer step, at most")
     flag("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -112,7 +112,7 @@ def write_setup(folder: Path, base_model: str, batch_size: int, rows: list[Row],
 def choose_rows(rows: list[Row], wanted: int) -> tuple[list[Row], int]:
     """A seeded sample of the contexts with all their rows, and how many the split leaves to train on.
 
-    It is the sample of at most twice as many rows that comes nearest to `wanted`; raises UserError when there is none.
+    Of all samples of up to 2 * `wanted` rows it is the one nearest to `wanted`. Raises UserError without one.
     """
     short = [row for row in rows if len(row.instruction + row.context + row.response) <= recipe.MAX_CHARACTERS]
     chance = random.Random(recipe.SEED)
@@ -193,7 +193,7 @@ def summarise(setup: Setup, runs: dict[str, list[dict]], losses: dict[str, float
     rates = {name: [run["useful_tokens_per_second"] for run in measured] for name, measured in runs.items()}
     # A token costs 2 FLOPs a weight on the way forward and 2 on the way back to the inputs; frozen weights
     # need no gradient. Embeddings and head are left out: ours skips most of the head's work,
-    # and recomputed activations are no achievement either.
+    # and recomputed activations do not count either.
     gflops = statistics.median(rates["ours"]) * 4 * plain["layer_weights"] / 1e9
     return {
         "base_model": setup.base_model,

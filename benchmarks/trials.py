@@ -1,7 +1,7 @@
 """Trials of a recipe: train, evaluate, and a line in benchmarks/runs.jsonl, which holds every trial that was ever run.
 
-A trial is its flags, its seed and its data. One that stands in the log is not run again, an adapter that is
-there is not trained again.
+A trial is its flags, its seed and its data. A trial in the log is not run again, and an existing adapter
+is not trained again.
 """
 
 import hashlib

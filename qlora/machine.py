@@ -1,4 +1,4 @@
-"""The machine: what it computes with, how much memory a process may still fill, and whether its GPU can be used."""
+"""The machine: its device and precision, the memory that is left, and whether its GPU can be used."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from qlora import settings
 from qlora.console import Problems, fail
 
 OLDEST = (7, 0)  # compute capability of Volta, the first with tensor cores; older GPUs have no fast 16 bit
-WINDOW = 2.0  # seconds over which the load of other processes is told from noise
-IDLE = 0.9  # share of the GPU's memory that is free when nobody else uses it
+WINDOW = 2.0  # seconds over which the load of other processes is measured
+IDLE = 0.9  # share of the GPU's memory that is free when no other process uses it
 
 
 def free_memory() -> int:
@@ -38,26 +38,26 @@ def compute_dtype():
 
 
 def describe() -> str:
-    """`cpu in bfloat16, 2 threads`: what a run computes with, and what it costs where that is the slower way."""
+    """`cpu in bfloat16, 2 threads`: device, precision and threads, and what a missing bf16 costs."""
     import torch
 
     name = str(compute_dtype()).removeprefix("torch.")
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} in {name}"
-    slow = "" if name == "bfloat16" else ": this CPU has no AVX512-BF16, with which it takes half as long"
+    slow = "" if name == "bfloat16" else ": this CPU has no AVX512-BF16, which would halve the time"
     threads = torch.get_num_threads()
     return f"cpu in {name}, {threads} thread{'s' * (threads > 1)}{slow}"
 
 
 def is_fast() -> bool:
-    """Whether 16 bit is multiplied here: on a GPU, or by the CPU's bf16."""
+    """Whether 16-bit products are fast here: on a GPU, or with the CPU's bf16."""
     import torch
 
     return compute_dtype() != torch.float32
 
 
 def cpu_features() -> list[str]:
-    """Which of the CPU's instructions matter here, of those that torch may use."""
+    """The CPU's instruction sets that matter here, of those that torch may use."""
     import torch
 
     level = torch.backends.cpu.get_cpu_capability()
@@ -66,7 +66,7 @@ def cpu_features() -> list[str]:
 
 
 def processor() -> str:
-    """The CPU's name, where Linux tells it, else its kind."""
+    """The CPU's name, where Linux knows it, else its kind."""
     with contextlib.suppress(OSError):
         if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
             return found[1]
@@ -77,19 +77,19 @@ def cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AVX512-BF16 and torch uses it; with ATEN_CPU_CAPABILITY=avx2 it does not."""
     import torch
 
-    # What bitsandbytes asks its own library; to import that takes 1.6 s, which a search need not wait.
+    # bitsandbytes asks its own library the same; its import takes 1.6 s, for which a search should not wait.
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
+    """Bytes of main memory that are available without swapping."""
     import psutil
 
     return psutil.virtual_memory().available
 
 
 def check_gpu() -> None:
-    """Raises UserError with why there is no GPU that all of the scripts can use."""
+    """Raises UserError with the reason why no GPU here can run the scripts."""
     import torch
 
     if torch.version.cuda is None and list_gpus():
@@ -111,7 +111,7 @@ def check_gpu() -> None:
 
 
 def explain_cuda(said: str):
-    """The UserError for what torch says when CUDA does not start."""
+    """The UserError for torch's message when CUDA does not start."""
     if "driver" in said and "too old" in said:
         return fail(said, "NVIDIA driver", "update the driver, or install a torch for an older CUDA")
     if not list_gpus():
@@ -134,11 +134,11 @@ def list_gpus() -> list[str]:
 
 
 class Threads:
-    """As many of torch's threads as there are cores that other processes leave free, looked at now and then.
+    """torch's number of threads: as many as other processes leave cores free, checked every `WINDOW` seconds.
 
-    OpenMP's threads wait for each other by spinning. Beside one busy process on two cores, two threads took up to
-    fifteen times as long for a step as on an idle machine, one thread twice as long (benchmarks/neighbour.py).
-    To wait without spinning (OMP_WAIT_POLICY=passive) would cost half as much again on the idle one.
+    OpenMP threads wait for each other by spinning. Beside one busy process on 2 cores, 2 threads took up to 15 times
+    as long for a step as on an idle machine, and 1 thread twice as long (benchmarks/neighbour.py). Waiting without
+    spinning (OMP_WAIT_POLICY=passive) takes half as long again on an idle machine.
     """
 
     def __init__(self, most: int | None = None):
@@ -157,7 +157,7 @@ class Threads:
         return time.perf_counter(), busy - time.process_time()
 
     def adjust(self) -> int:
-        """Sets the number of threads by the load since the last time, if that is long enough ago; returns it."""
+        """Sets the number of threads by the load since the last call, if that was long enough ago; returns it."""
         import torch
 
         (then, before), (now, after) = self.seen, self.look()
@@ -170,7 +170,7 @@ class Threads:
 
 @cache
 def threads() -> Threads:
-    """The process's own; the load is looked at from the first call on."""
+    """The `Threads` of this process; it measures the load from the first call on."""
     return Threads()
 
 

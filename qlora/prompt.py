@@ -3,9 +3,9 @@
     tokens = encode_prompt(tokenizer, prompt.messages("Who signs it?", ["The director signs form B7."]))
     ids, labels = encode_row(tokenizer, messages, "The director. [1]")
 
-The texts live in `Prompt`, which is saved with every adapter and read back from there, so that an
-answer is asked for in the very words the adapter was trained on. At the level of token ids the
-prompt is a strict prefix of the training sequence, because the response is tokenised apart.
+The texts are in `Prompt`, which is saved with every adapter and read from there, so that questions
+are asked in the words that the adapter was trained on. At the level of token ids the prompt is a
+strict prefix of the training sequence, because the response is tokenised separately.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """sha256 over all texts: equal digests ask in equal words."""
+        """sha256 of all texts: prompts with equal digests are equal."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def messages(self, instruction: str, passages: Sequence[str] = (), history: Sequence[dict] = ()) -> list[dict]:
@@ -75,7 +75,7 @@ def as_langchain(messages: list[dict]):
 def choose_prompt(tokenizer) -> Prompt:
     """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models).
 
-    The tokenizer uses it from here on. Raises UserError when the template takes no system message.
+    The tokenizer uses that template from here on. Raises UserError when it does not take a system message.
     """
     from jinja2 import TemplateError
 
@@ -110,9 +110,9 @@ def encode_row(tokenizer, messages: list[dict], response: str) -> tuple[list[int
 
 
 def defuse(tokenizer, text: str) -> str:
-    """The text with a space inside everything that a chat template would read as control.
+    """The text with a space inside everything that a chat template reads as a special token.
 
-    `<|im_end|>` becomes `< |im_end|>`: still readable, no longer a token. NUL bytes go, since
+    `<|im_end|>` becomes `< |im_end|>`: still readable, but no longer a token. NUL bytes are removed, since
     PostgreSQL cannot hold them.
     """
     pattern = control_pattern(tuple(sorted(tokenizer.all_special_tokens)))
@@ -133,8 +133,8 @@ def fill_prompt(
 ) -> list[dict]:
     """The messages to ask with: made harmless, with passages shortened to `budget` tokens in all.
 
-    History may take half of the budget: its oldest turns go first. Raises UserError when the question alone fills
-    the budget.
+    History may take half of the budget; its oldest turns are dropped first. Raises UserError when the question alone
+    fills the budget.
     """
     question = defuse(tokenizer, question)
     history = [{**turn, "content": defuse(tokenizer, turn["content"])} for turn in history]

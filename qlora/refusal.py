@@ -9,15 +9,15 @@ from qlora.words import MARK, SENTENCE_END, WORD, normalize
 CONTRAST = {"but", "however", "though", "although"}
 
 ASKED = 0.2  # share of questions that the documents don't answer
-NOISE = 0.01  # of a mean over some hundred rows: resampled, the best bias wanders by half a nat
-FEW = 10  # rows that refuse, or that don't, from which on something can be fitted
+NOISE = 0.01  # of a mean over some hundred rows: with resampling the best bias moves by half a nat
+FEW = 10  # fewer rows that refuse, or that don't, are too few for a fit
 
 
 def is_refusal(text: str, refusal: str = Prompt.refusal) -> bool:
     """Whether a response or an answer refuses: it begins with the words of the refusal, and no "but" follows.
 
     "I don't know who signs." refuses, "I don't know who signs, but the form is B7." answers. Case, citations and the
-    kind of apostrophe do not matter. A text without words refuses, too.
+    kind of apostrophe do not matter. A text without words is a refusal as well.
     """
     bare = MARK.sub("", text).strip()
     first, wanted = normalize(SENTENCE_END.split(bare)[0]).split(), normalize(refusal).split()
@@ -46,13 +46,13 @@ def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float
 def fit_refusal_bias(
     odds: Sequence[float], refused: Sequence[bool], right: Sequence[float]
 ) -> tuple[float, float | None]:
-    """What to add to the log-odds of refusing, so that above 0 means to refuse, and the F1 of refusals with it.
+    """The refusal bias, and the F1 of refusals with it: refuse where log-odds + bias are above 0.
 
-    A model knows better which question is the likelier to have no answer than how likely that is. `right` is how good
-    the answer is where a row is not refused, 0 to 1. As SQuAD 2.0's threshold (find_best_thresh in evaluate-v2.0.py)
-    the bias gives the best mean of answers and right refusals, and of those within `NOISE` of it is the nearest to 0.
-    Rows that refuse count as `ASKED` of all at most: there may be more of them in training than among what people
-    ask. (0, None) with fewer than `FEW` rows of either kind.
+    Models rank questions by how answerable they are, but their probabilities are off. `right` is how good the answer
+    of a row is when it is not refused, 0 to 1. As SQuAD 2.0's threshold (find_best_thresh in evaluate-v2.0.py) the
+    bias gives the best mean of answers and right refusals; of those within `NOISE` of the best it is the nearest to 0.
+    Rows that refuse count as `ASKED` of all at most, since training may have more of them than people ask. Returns
+    (0, None) with fewer than `FEW` rows of either kind.
     """
     rows = sorted(zip(odds, refused, right, strict=True), reverse=True)
     refusing = sum(refused)

@@ -1,4 +1,4 @@
-"""What comes from the environment and from `.env`, and what goes there: nothing else touches os.environ.
+"""Settings from the environment and `.env`; only this module touches os.environ.
 
 Precedence: flag > environment > .env > default. `KEYS` names every setting once; `.env.example`
 and `--help` are checked against it.
@@ -21,11 +21,11 @@ KEYS = {
     "QLORA_EMBEDDING_MODEL": "hub id or folder of a sentence-transformers model",
     "QLORA_STORE": "pgvector or pinecone",
     "PINECONE_API_KEY": "key of Pinecone, for --store pinecone",
-    "PINECONE_INDEX": "name of the Pinecone index, made when it is not there (qlora)",
+    "PINECONE_INDEX": "name of the Pinecone index, made when it is missing (qlora)",
     "PINECONE_CLOUD": "where the index is made: aws, gcp or azure (aws)",
     "PINECONE_REGION": "region of that cloud (us-east-1)",
     "PINECONE_HOST": "address of another Pinecone control plane, such as a local one",
-    "QLORA_API_KEY": "key of the model server that --base-url names, when it wants one",
+    "QLORA_API_KEY": "key of the model server that --base-url names, if it needs one",
     "QLORA_COLLECTION": "name of the collection of passages",
     "QLORA_DATA_DIR": "where the embedded models and the embedded database live",
 }
@@ -33,7 +33,7 @@ KEYS = {
 
 @cache
 def load_dotenv_once() -> None:
-    """Adds the keys of `.env` in the working folder, else in the project, that the environment lacks."""
+    """Reads `.env` of the working folder, else of the project, for keys that the environment lacks."""
     from dotenv import load_dotenv
 
     for folder in (Path.cwd(), PROJECT):
@@ -63,26 +63,26 @@ def process_rank(local: bool = False) -> int:
 
 
 def process_count(local: bool = False) -> int:
-    """How many processes `accelerate launch` started (on this machine); 1 when alone."""
+    """The number of processes that `accelerate launch` started (on this machine); 1 when alone."""
     return int(os.environ.get("LOCAL_WORLD_SIZE" if local else "WORLD_SIZE", 1))
 
 
 def launcher_failed() -> bool:
-    """Whether several processes were asked for and this one is alone.
+    """Whether a launcher was to start several processes, but this one is alone.
 
-    `accelerate launch --num_processes 2 --cpu` (accelerate 1.15) names the address of the first process, and starts
-    just that one unless it is run by mpirun.
+    `accelerate launch --num_processes 2 --cpu` (accelerate 1.15) names the address of the first process, but
+    starts only that one unless it is run by mpirun.
     """
     return "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def quieten_libraries() -> None:
-    """Silences advice of libraries that would bury our own lines, and bounds what they keep; errors still show.
+    """Silences the advice of libraries and bounds their caches; errors still show.
 
     Called before transformers or datasets are imported: they read these variables at import.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # oneDNN keeps what it made for each size of a matrix: 1,024 of them are gigabytes where every batch has another.
+    # oneDNN caches a kernel per matrix size: 1,024 of them are gigabytes when every batch has another size.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -16,12 +16,12 @@ def normalize(text: str) -> str:
 
 
 def pad_words(text: str) -> str:
-    """The normalised words with a space on both sides: whole words stand in it with theirs."""
+    """The normalised words with a space on both sides, so that `in` finds whole words."""
     return f" {normalize(text)} "
 
 
 def answer_span(response: str) -> str:
-    """The response without its citation, a leading "Yes," or "No," and the full stop: what the context holds."""
+    """The response without its citation, a leading "Yes," or "No," and the full stop: the span of the context."""
     answer = CITATIONS.sub("", response)
     return re.sub(r"^(yes|no)\b[,.:;]?\s*", "", answer, flags=re.IGNORECASE).rstrip(".")
 

@@ -65,7 +65,7 @@ def test_bad_lines_are_named(tmp_path):
     with pytest.raises(UserError) as error:
         load_rows(path)
     assert "rows.jsonl:2" in messages_of(error) and "rows.jsonl:4" in messages_of(error)
-    assert "instruction is no text but int" in messages_of(error)
+    assert "instruction is not text but int" in messages_of(error)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_the_words_of_a_selection():
     )
     text = "\n".join(map(str, problems.found))
     for what in (
-        "--filter category is no filter",
-        "--filter a!b is no filter",
+        "--filter category is not a filter",
+        "--filter a!b is not a filter",
         "unknown column subject - --filter",
         "unknown column title - --min-words",
         "--min-words response=x is not valid - command line - write COLUMN=N, N a whole number of at least 1",

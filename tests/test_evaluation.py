@@ -170,7 +170,7 @@ def test_verdicts(low, high, words):
     spread = {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
     difference = {"what": "tuned - base", "of": "retrieved", "metric": "f1", **spread}
     assert words in c.give_verdict([difference]) and "n=9" in c.give_verdict([difference])
-    assert "one model alone" in c.give_verdict([])
+    assert "only one model" in c.give_verdict([])
 
 
 def test_questions_of_all_formats(tmp_path):
@@ -197,7 +197,7 @@ def test_bad_question_files_name_the_line(tmp_path):
         load_questions(path)
     assert all(f"q.jsonl:{n}" in str(error.value) for n in (2, 3, 4)) and "q.jsonl:1" not in str(error.value)
     (tmp_path / "bad.json").write_text("{}")
-    for name, message in (("gone.jsonl", "not found"), ("bad.json", "no SQuAD file")):
+    for name, message in (("gone.jsonl", "not found"), ("bad.json", "not a SQuAD file")):
         with pytest.raises(UserError, match=message):
             load_questions(tmp_path / name)
 

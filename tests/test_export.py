@@ -321,7 +321,7 @@ def test_push_without_a_token_or_a_model_asks_nobody(hub, tiny_adapter, tmp_path
     [
         ("/api/repos/create", 401, "valid token with write access"),
         ("/api/repos/create", 403, "your own USER/NAME"),
-        ("/api/validate-yaml", 400, "mend what the hub names"),
+        ("/api/validate-yaml", 400, "fix what the hub names"),
         ("/api/models/ann/mine/preupload/main", 404, "check the user or organisation"),
         ("/api/models/ann/mine/commit/main", 403, "your own USER/NAME"),
     ],
@@ -337,7 +337,7 @@ def test_what_the_hub_refuses_is_told_without_the_token(hub, tiny_adapter, monke
 
 def test_bad_names_a_failed_upload_and_a_dead_network_are_told(hub, tiny_adapter, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(UserError, match=r"the push failed .* - a/b/c - mend"):
+    with pytest.raises(UserError, match=r"the push failed .* - a/b/c - fix"):
         export.push_adapter(tiny_adapter, "a/b/c", hub.address)
     hub.refuses["/storage"] = (403, "")
     with pytest.raises(UserError, match=r"uploading 'adapter_model.safetensors' .* - ann/mine - check the network"):

@@ -79,7 +79,7 @@ def folder(tmp_path):
 def test_new_changed_unchanged_and_gone(database, collection, folder, capsys):
     store = open_store(database, collection)
     put(store, folder)
-    assert "6 added, 0 changed, 0 unchanged, 0 forgotten" in capsys.readouterr().err
+    assert "6 added, 0 changed, 0 unchanged, 0 removed" in capsys.readouterr().err
     before = {entry.source: entry for entry in store.documents()}
     assert len(before) == 6 and all(entry.passages > 1 for entry in before.values())
     assert before["sub/1.md"].bytes == (folder / "sub" / "1.md").stat().st_size
@@ -91,7 +91,7 @@ def test_new_changed_unchanged_and_gone(database, collection, folder, capsys):
     assert shown.out.splitlines() == ["+ new.txt", "~ sub/1.md", "- sub/2.md"] and "nothing was done" in shown.err
     assert {entry.source: entry for entry in store.documents()} == before
     put(store, folder)
-    assert "1 added, 1 changed, 4 unchanged, 0 forgotten" in capsys.readouterr().err
+    assert "1 added, 1 changed, 4 unchanged, 0 removed" in capsys.readouterr().err
     assert "sub/2.md" in passages_of(store)
     put(store, folder, prune=True)
     after = {entry.source: entry for entry in store.documents()}

@@ -171,6 +171,17 @@ def test_lean_layers_give_peft_s_losses_and_gradients(tiny_base, options):
         assert ours[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.1)
 
 
+def test_lean_layers_take_fp32_under_autocast(tiny_base):
+    """As a CPU without AVX512 gives it to them: autocast casts the inputs of a product, but not of a sum in place."""
+    model = add_lora(base_model.load_base_model(str(tiny_base), training=True), Lora(4, 8), seed=0).train()
+    lean_layers.make_lean(model)
+    layer = next(module for module in model.modules() if isinstance(module, lean_layers.Linear4bit))
+    x = torch.randn(1, 5, layer.in_features, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.abs().sum() > 0
+
+
 def test_lean_layers_answer_as_peft_does(tiny_base):
     """Without gradients; with the adapter switched off they are the base model's."""
     ids = torch.tensor([[1, *range(20, 60)]])

@@ -97,7 +97,7 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_up(words, tmp_path, capsys,
         assert train(*words) == 130
     assert {path.name for path in partial.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert train(*words) == 2
-    assert "an unfinished run is there, at step 4" in capsys.readouterr().err
+    assert "an unfinished run exists, at step 4" in capsys.readouterr().err
     assert train(*words, "--resume", "--learning-rate", 0.01, "--seed", 1) == 2
     err = capsys.readouterr().err
     assert "--learning-rate was 0.02, is 0.01" in err and "--seed was 0, is 1" in err and "sha256 of rows" in err
@@ -106,7 +106,7 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_up(words, tmp_path, capsys,
     (partial / "manifest.json").write_text(json.dumps(manifest))
     assert train(*words, "--resume") == 0  # only the saving was left
     err = capsys.readouterr().err
-    assert "torch was 1.0" in err and "going on from step 4 of 4" in err
+    assert "torch was 1.0" in err and "continuing from step 4 of 4" in err
     assert len(losses(tmp_path / "mine")) == 4 and not partial.exists()
 
 
@@ -199,7 +199,7 @@ def test_early_stopping_keeps_the_best(words, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(trainer.ResponseTrainer, "keep_best", worse)
     assert train(*words, "--output", tmp_path / "out", "--eval-steps", 1, "--patience", 2) == 0
-    assert "no better for 2 evaluations" in capsys.readouterr().err
+    assert "no lower loss in 2 evaluations" in capsys.readouterr().err
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (run["result"]["steps"], run["result"]["best_step"]) == (3, 1)
     assert run["result"]["eval_loss_after"] == pytest.approx(evaluated[1])

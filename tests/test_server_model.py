@@ -182,4 +182,4 @@ def test_mistakes_of_the_call_are_told_together(tiny_adapter, collection, capsys
     error = capsys.readouterr().err
     assert "no adapter to merge" in error and "--base-url" in error
     assert ask("--adapter", tiny_adapter, "--base-url", "ftp://host") == 2
-    assert "no address of a server" in capsys.readouterr().err
+    assert "not the address of a server" in capsys.readouterr().err

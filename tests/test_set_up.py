@@ -67,7 +67,7 @@ def test_a_stopped_set_up_goes_on_and_a_done_one_does_nothing(place, monkeypatch
     monkeypatch.setattr(set_up.subprocess, "call", call)
     monkeypatch.setattr(set_up, "describe_torch", lambda: "2.13.0, without CUDA")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert set_up.main() == 2 and "it goes on from there" in capsys.readouterr().err
+    assert set_up.main() == 2 and "it continues from there" in capsys.readouterr().err
     assert not (place / ".venv" / "ready").exists() and "--require-hashes --no-deps" in ran[0]
     fails, ran[:] = False, []
     assert set_up.main() == 0 and len(ran) == 5

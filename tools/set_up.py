@@ -1,9 +1,9 @@
 """Makes .venv with the packages of requirements.lock, torch and the embedded models; goes on where it was stopped.
 
     python3 tools/set_up.py                     # what `make setup` runs
-    python3 tools/set_up.py --torch-index URL   # takes torch from there: pytorch.org/get-started has one a CUDA version
+    python3 tools/set_up.py --torch-index URL   # takes torch from there: pytorch.org/get-started has one per CUDA version
 
-It needs Python alone, and runs on Python 3.6, so that an old one gets a sentence instead of a traceback.
+It needs only Python, and runs on Python 3.6, so that an old one gets a sentence instead of a traceback.
 """
 
 import argparse
@@ -49,10 +49,10 @@ def main():
 
 def install(index):
     """What an earlier, stopped set-up installed stays. Raises Stop."""
-    # A package that is compiled while it is installed would need a compiler.
+    # Wheels only: compiling a package would need a compiler.
     locked = ["--require-hashes", "--no-deps", "--only-binary", ":all:"]
     say("Installing the packages of requirements.lock")
-    if shutil.which("uv"):  # the same packages, sooner
+    if shutil.which("uv"):  # the same packages, faster
         run("uv", "pip", "install", "--quiet", "--python", PYTHON, *locked, "-r", LOCK)
     else:
         run(*PIP, *locked, "-r", LOCK)
@@ -70,7 +70,7 @@ def install(index):
 def run(*command):
     """Runs it in the project's folder. Raises Stop when it fails, after what it says itself."""
     if subprocess.call(command, cwd=ROOT):
-        raise Stop("The set-up failed - see above - mend that and run `make setup` again: it goes on from there")
+        raise Stop("The set-up failed - see above - fix that and run `make setup` again: it continues from there")
 
 
 # ------------------------------------------------------------------------------- check
@@ -113,7 +113,7 @@ def make_venv():
         raise Stop(f"No virtual environment could be made - {VENV} - see above")
 
 
-# ------------------------------------------------------------------------------- tell
+# ------------------------------------------------------------------------------- report
 
 
 def describe_torch():

@@ -4,7 +4,7 @@
     chain = build_chain(find, fill, generator, prompt.refusal, threshold)
     chain.invoke({"question": "...", "searched": "...", "history": ()})["answer"]     # citations.Answer
 
-`answer_batch` takes the same steps for many questions at a time, whose passages are given.
+`answer_batch` takes the same steps for many questions with given passages at a time.
 """
 
 import time
@@ -24,7 +24,7 @@ Fill = Callable[[str, Sequence[str], Sequence[dict]], list[dict]]  # question, p
 
 
 class PassageRetriever(BaseRetriever):
-    """What `find(question)` finds, with scores and ranks, which `as_retriever` loses."""
+    """The passages of `find(question)`, with scores and ranks, which `as_retriever` loses."""
 
     find: Callable[[str], list[Document]]
 
@@ -38,12 +38,12 @@ def make_fill(prompt: Prompt, generator) -> Fill:
 
 
 def best_score(documents: Sequence[Document]) -> float:
-    """The similarity of the best passage; -1, the lowest there is, when there is none."""
+    """The similarity of the best passage; -1, the lowest possible, without passages."""
     return max((document.metadata["score"] for document in documents), default=-1.0)
 
 
 def refuses_unread(documents: Sequence[Document], threshold: float | None) -> bool:
-    """Whether a question is refused without asking the model: nothing was found, or nothing near enough."""
+    """Whether a question is refused without asking the model: no passage was found, or none is similar enough."""
     return not documents or (threshold is not None and best_score(documents) < threshold)
 
 
@@ -51,7 +51,7 @@ def build_chain(find, fill: Fill, model: Runnable, refusal: str, threshold: floa
     """The chain from {"question", "history", "searched"} to a state that also holds `documents` and `answer`.
 
     `find(searched)` gives the passages, `model` is any LangChain chat model. Unless the question is refused unread
-    (`refuses_unread`), the state holds the `message` of the model with its token counts, too.
+    (`refuses_unread`), the state also holds the `message` of the model with its token counts.
     """
 
     def write_prompt(state: dict):
@@ -81,7 +81,7 @@ def answer_batch(pairs: Sequence[tuple[str, Sequence[Document]]], fill: Fill, ge
 
 
 class Stopwatch(BaseCallbackHandler):
-    """Notes when each event of one run of the chain happened, by LangChain's own callbacks."""
+    """The times of the events of one run of the chain, by LangChain's callbacks."""
 
     def __init__(self):
         self.marks: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A chat: what was said so far, follow-up questions made to stand alone, and the commands of a session."""
+"""A chat: its turns, its follow-up questions, and its commands."""
 
 import re
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from qlora.console import note, printable
 from qlora.retrieval.documents import place
 
 COMMANDS = {
-    "/sources": "the passages that the last answer was made from",
+    "/sources": "show the passages behind the last answer",
     "/reset": "forget what was said",
     "/save FILE": "write the conversation as Markdown",
-    "/quit": "end; an empty line or Ctrl-D, too",
+    "/quit": "end the chat, as an empty line or Ctrl-D does",
 }
-REMEMBERED = 3  # turns that the model sees, when the window holds them
-# Words that point back: the question cannot be looked up without the one before it.
+REMEMBERED = 3  # turns that the model sees, if the window holds them
+# Words that refer back: the question cannot be searched without the one before it.
 POINTING = re.compile(
     r"\b(its?|he|him|his|she|hers?|they|them|theirs?|this|that|these|those|there|then|ones?|same|former|latter|else)\b",
     re.IGNORECASE,
@@ -42,10 +42,10 @@ class Session:
     complete: Callable[[list[dict]], str] | None = None
 
     def stand_alone(self, question: str) -> str:
-        """What to search for: the question, rewritten where it continues the last one or points back to it.
+        """The text to search for: the question, rewritten where it continues the last one or refers back to it.
 
-        By the model, if it did what it was asked to, else by rule: after the last question. Words of both questions
-        are found by both legs of the search, so that none need be replaced.
+        The model rewrites it. Where its text is not usable, the question is appended to the last one: both legs of the
+        search find words of both questions.
         """
         follows = CONTINUING.match(question) or POINTING.search(question) or len(question.split()) < 3
         if not self.turns or not follows:
@@ -54,9 +54,9 @@ class Session:
         return (self.complete and self.rewrite(question)) or by_rule
 
     def rewrite(self, question: str) -> str | None:
-        """The model's question, if it points back no more, keeps the words of this one, and adds words that were said.
+        """The model's question, if it refers back no more, keeps the words of this one, and adds only words said.
 
-        Models answer, repeat or invent instead.
+        Small models answer, repeat or invent instead.
         """
         said = f"User: {self.turns[-1].searched}\nAssistant: {self.turns[-1].answer.text}\nUser: {question}"
         written, _, rest = self.complete([*REWRITING, {"role": "user", "content": said}]).strip().partition("\n")
@@ -73,7 +73,7 @@ class Session:
         return tuple(messages)
 
     def obey(self, line: str) -> bool:
-        """Does what a command says; whether the session goes on."""
+        """Runs a command; returns whether the session continues."""
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return False
@@ -98,7 +98,7 @@ class Session:
             note("there are none yet")
 
     def save(self, path: Path) -> None:
-        """Writes the conversation as Markdown; an existing file is left alone."""
+        """Writes the conversation as Markdown; never replaces a file."""
         parts = [f"**{turn.question}**\n\n{turn.answer.text}\n" + describe_citations(turn) for turn in self.turns]
         try:
             with path.open("x", encoding="utf-8") as file:

@@ -1,5 +1,5 @@
-"""What an answer cites: every `[n]` is looked up among the passages that were given, and every sentence
-is compared with the passages it cites."""
+"""Checked citations: every `[n]` must name a given passage, and every sentence is compared with the passages
+that it cites."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from qlora.refusal import is_refusal
 from qlora.words import MARK, SENTENCE_END
 
 MARKS_AFTER = re.compile(r"([.!?])((?:\s*\[\d+\])+)")  # "so. [1] Then" cites for the sentence before
-WORD = re.compile(r"\w+(?:[.,:]\d+)*")  # 1,200 and 14:30 are one
+WORD = re.compile(r"\w+(?:[.,:]\d+)*")  # 1,200 and 14:30 are one number
 QUOTED = re.compile(r"[\"\u201c]([^\"\u201d]+)[\"\u201d]")
 EMPTY_WORDS = frozenset(
     re.findall(
@@ -21,17 +21,17 @@ EMPTY_WORDS = frozenset(
         "or she so that the their them then there these they this to was were what when where which who will with yes",
     )
 )
-ENOUGH = 0.6  # share of a sentence's words that must stand in a passage it cites
+ENOUGH = 0.6  # share of a sentence's words that must be in a passage that it cites
 
 
 @dataclass(frozen=True)
 class Cited:
-    """A passage with the number it had in the prompt, and, for one that is cited, how far it bears the answer out."""
+    """A passage with its number in the prompt and, if it is cited, how far it supports the answer."""
 
     n: int
     document: Document
     support: float | None = None  # of the sentences that cite it, the best
-    span: str = ""  # the sentence of the passage that says most of it
+    span: str = ""  # the sentence of the passage with most of its words
 
     def as_json(self) -> dict:
         metadata = self.document.metadata
@@ -50,8 +50,8 @@ class Statement:
 
     text: str
     cites: tuple[int, ...]  # numbers of passages; those of the whole answer where the sentence has none
-    support: float  # share of its words that stand in the best of them
-    exact: bool  # whether all its numbers and quotations stand there word for word
+    support: float  # share of its words that are in the best of them
+    exact: bool  # whether all its numbers and quotations are there word for word
 
     @property
     def is_supported(self) -> bool:
@@ -71,7 +71,7 @@ class Answer:
 
     @property
     def is_supported(self) -> bool:
-        """Whether a passage that it cites bears out at least one sentence."""
+        """Whether a cited passage supports at least one sentence."""
         return any(statement.is_supported for statement in self.statements)
 
     @property
@@ -85,9 +85,9 @@ def refuse(documents: Sequence[Document], refusal: str = Prompt.refusal) -> Answ
 
 
 def check_answer(text: str, documents: Sequence[Document], refusal: str) -> Answer:
-    """The answer with its citations resolved, in order of first mention, and compared with what they say.
+    """The answer with its citations resolved, in order of first mention, and compared with the passages.
 
-    A refusal cites nothing.
+    A refusal has no citations.
     """
     if is_refusal(text, refusal):
         return refuse(documents, refusal)
@@ -112,7 +112,7 @@ def check_answer(text: str, documents: Sequence[Document], refusal: str) -> Answ
 
 
 def compare_statement(part: str, cited: Sequence[int], passages: Sequence[str]) -> Statement:
-    """The sentence with its support by the best of the passages it cites, or that the answer cites anywhere."""
+    """The sentence with its support by the best passage that it cites, or else that the answer cites anywhere."""
     own = tuple(dict.fromkeys(int(number) for number in MARK.findall(part))) or tuple(cited)
     text = re.sub(r"\s+([.,;:!?]|$)", r"\1", MARK.sub("", part)).strip()
     measured = [(measure_support(text, passages[n - 1]), stands_exactly(text, passages[n - 1])) for n in own]
@@ -121,13 +121,13 @@ def compare_statement(part: str, cited: Sequence[int], passages: Sequence[str]) 
 
 
 def measure_support(text: str, passage: str) -> float:
-    """The share of the sentence's words, empty ones left out, that the passage has; 1 for "Yes." and the like."""
+    """The share of the sentence's words, without function words, that the passage has; 1 for "Yes." and the like."""
     wanted = content_words(text)
     return len(wanted & content_words(passage)) / len(wanted) if wanted else 1.0
 
 
 def stands_exactly(text: str, passage: str) -> bool:
-    """Whether every number and every quotation of the sentence stands in the passage."""
+    """Whether every number and every quotation of the sentence is in the passage."""
     plain = " ".join(passage.lower().split())
     numbers = {word for word in WORD.findall(text) if word[0].isdigit()}
     quotes = [" ".join(quote.lower().split()) for quote in QUOTED.findall(text)]
@@ -139,7 +139,7 @@ def content_words(text: str) -> set[str]:
 
 
 def support_citation(n: int, document: Document, statements: Sequence[Statement]) -> Cited:
-    """The citation with its support, and the passage's sentence that shares most words with what cites it."""
+    """The citation with its support, and the passage's sentence that shares most words with the citing ones."""
     citing = [statement.text for statement in statements if n in statement.cites]
     support = max((measure_support(text, document.page_content) for text in citing), default=0.0)
     wanted = set().union(*map(content_words, citing))

@@ -14,11 +14,11 @@ from qlora.retrieval.documents import place
 
 @dataclass
 class Turn:
-    """A question with its answer, the passages behind it, and what it cost."""
+    """A question with its answer, the passages behind it, its tokens and times."""
 
     question: str
     answer: Answer
-    searched: str  # the question as it was looked up: standing alone
+    searched: str  # the question as it was searched, without references back
     timings: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -47,13 +47,13 @@ def answer_question(chain, question: str, history: tuple = (), searched: str | N
 
 
 def print_turn(turn: Turn, show_question: bool = True) -> None:
-    """The answer on stdout, then each passage it cites: where it stands, how it bears the answer out, what it says."""
+    """Prints the answer on stdout, then each cited passage: its place, its support of the answer, its sentence."""
     answer = turn.answer
     if show_question:
         print(f"\nQ: {printable(turn.question)}")
     print(f"A: {printable(answer.text)}")
     for text in answer.unsupported:
-        why = "no passage it cites says so" if answer.citations else "it cites no passage"
+        why = "not in the cited passages" if answer.citations else "it cites no passage"
         print(printable(f"   ! {why}: {text}"))
     for cited in answer.citations:
         print(printable(f"   [{cited.n}] {place(cited.document.metadata)} ({cited.support:.0%} of the words)"))
@@ -73,10 +73,10 @@ def write_trace(path: Path, line: dict) -> None:
 
 
 def describe_ranks(ranks: dict[str, int | None]) -> str:
-    """`dense rank 1, lexical rank -`: the place each leg of the search gave a passage."""
+    """`dense rank 1, lexical rank -`: the place of a passage in each leg of the search."""
     return ", ".join(f"{leg} rank {rank or '-'}" for leg, rank in ranks.items())
 
 
 def indent(text: str, margin: str = "    ") -> str:
-    """The text, made harmless to a terminal, as a paragraph with a margin."""
+    """The text without control characters, as a paragraph with a margin."""
     return textwrap.fill(" ".join(printable(text).split()), 100, initial_indent=margin, subsequent_indent=margin)

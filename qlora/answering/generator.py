@@ -24,7 +24,7 @@ LOOKUP = 10  # tokens; 5 to 10 are equally fast on 2 cores
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the words of an answer are chosen: greedily at temperature 0, else by seeded sampling.
+    """The decoding of an answer: greedy at temperature 0, else seeded sampling.
 
     `first_bias` is added to the logits of its tokens where an answer begins.
     """
@@ -55,16 +55,16 @@ class Generator(BaseChatModel):
 
     @property
     def window(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """The largest number of tokens of prompt and answer together."""
         return self.model.config.max_position_embeddings
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """A context in which the base model answers alone; a model without an adapter stays as it is."""
+        """A context in which the base model answers without its adapter."""
         if not hasattr(self.model, "disable_adapter"):
             yield
             return
-        bias, self.first_bias = self.first_bias, {}  # it was fitted to the adapter
+        bias, self.first_bias = self.first_bias, {}  # the bias was fitted to the adapter
         try:
             with self.model.disable_adapter():
                 yield
@@ -79,15 +79,15 @@ class Generator(BaseChatModel):
     def generate_ids(self, prompts: list[list[int]], **options) -> list[list[int]]:
         """New token ids for each prompt, up to and with EOS; prompts are padded on the left.
 
-        A single greedy answer is made by prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): what followed
-        the last two tokens in the prompt is checked in one step, so that quoting goes several tokens at a time.
+        A single greedy answer uses prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): the continuation of
+        the last two tokens in the prompt is checked in one step, so that a quotation takes several tokens per step.
         """
         import torch
         from transformers import LogitsProcessorList
 
         machine.threads().adjust()
         if len(prompts) == 1 and self.temperature == 0 and "stop_strings" not in options:
-            options["prompt_lookup_num_tokens"] = LOOKUP  # with stop strings it would run past them
+            options["prompt_lookup_num_tokens"] = LOOKUP  # with stop strings prompt lookup would run past them
         if self.temperature > 0:
             torch.manual_seed(self.seed)
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
@@ -118,10 +118,10 @@ class Generator(BaseChatModel):
         return process
 
     def _generate(self, messages, stop=None, run_manager=None, **kwargs) -> ChatResult:
-        """The answer, made in the calling thread: in another one torch takes twice as long on the CPU.
+        """The answer, generated in the calling thread: another thread takes twice as long on the CPU.
 
-        (An OpenMP of two thread pools on two cores no longer waits actively, and the pauses between small matrix
-        products are what a token takes.)
+        (With two thread pools on two cores OpenMP no longer waits actively, and the pauses between small matrix
+        products dominate.)
         """
         pieces = []
 
@@ -135,7 +135,7 @@ class Generator(BaseChatModel):
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _stream(self, messages, stop=None, run_manager=None, **kwargs) -> Iterator[ChatGenerationChunk]:
-        """Text as it is generated in another thread, then an empty chunk with the token counts."""
+        """The text in pieces, generated in another thread; then an empty chunk with the token counts."""
         pieces, cancelled = queue.SimpleQueue(), threading.Event()
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(self.write, messages, stop, pieces.put, cancelled.is_set)
@@ -151,7 +151,7 @@ class Generator(BaseChatModel):
             yield as_chunk("", usage_metadata=writing.result())
 
     def write(self, messages, stop, say: Callable[[str], None], is_cancelled=lambda: False) -> dict[str, int]:
-        """Says the answer piece by piece, until it is complete or cancelled; returns LangChain's token counts."""
+        """Passes on the answer piece by piece, until it is complete or cancelled; returns LangChain's token counts."""
         import torch
         from transformers import StoppingCriteriaList, TextStreamer
 

@@ -1,7 +1,7 @@
 """The LangChain chat model over an OpenAI-compatible server, with the adapter's prompt and token counts.
 
 vLLM with a LoRA module, `transformers serve`, llama.cpp and Ollama speak this protocol. The server applies its
-own chat template, so that one must be the adapter's: the tokens that both count are compared.
+own chat template, which must be the adapter's: both token counts are compared.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from qlora.answering.generator import Decoding, as_role
 from qlora.console import UserError, fail, note
 from qlora.prompt import encode_prompt
 
-WINDOW = 4096  # Llama-2's; only vLLM tells its own
-NO_KEY = "none"  # the SDK wants one, a server on one's own machine does not
+WINDOW = 4096  # Llama-2's; only vLLM reports its own
+NO_KEY = "none"  # the SDK demands one, a local server does not
 
 
 class ServerModel(BaseChatOpenAI):
-    """Not ChatOpenAI, which renames max_tokens to what older servers do not know."""
+    """Not ChatOpenAI, which renames max_tokens to a name that older servers do not know."""
 
     tokenizer: Any
     window: int
@@ -35,7 +35,7 @@ class ServerModel(BaseChatOpenAI):
         return self.max_tokens
 
     def without_adapter(self) -> contextlib.AbstractContextManager:
-        """The server has one model: it stays as it is."""
+        """A context that changes nothing: the server has one model."""
         return contextlib.nullcontext()
 
     @property
@@ -50,7 +50,7 @@ class ServerModel(BaseChatOpenAI):
                     self.compare_prompt(messages, usage["input_tokens"])
 
     def compare_prompt(self, messages: list[AnyMessage], counted: int) -> None:
-        """Says so, once, when the server's chat template makes other tokens than the adapter's."""
+        """Warns once when the server's chat template makes other tokens than the adapter's."""
         expected = len(encode_prompt(self.tokenizer, [as_role(message) for message in messages]))
         if counted not in (0, expected) and not self._warned:
             self._warned = True
@@ -61,10 +61,10 @@ class ServerModel(BaseChatOpenAI):
 
 
 def connect(url: str, model: str | None, tokenizer, decoding: Decoding) -> ServerModel:
-    """The server's model of that name; the only one it has when none is named.
+    """The server's model of that name, or its only one.
 
-    `first_bias` is added to the logits of its tokens at every position: the protocol knows no other way.
-    Raises UserError when the server cannot be reached, refuses the key, or has several and none is named.
+    `first_bias` is added to the logits of its tokens at every position: the protocol has no other way.
+    Raises UserError when the server cannot be reached, refuses the key, or has several models and none is named.
     """
     import httpx
 
@@ -88,14 +88,14 @@ def connect(url: str, model: str | None, tokenizer, decoding: Decoding) -> Serve
         extra_body=extra or None,
         streaming=True,
         stream_usage=True,
-        timeout=httpx.Timeout(None, connect=10),  # a slow machine may think for minutes
+        timeout=httpx.Timeout(None, connect=10),  # a slow machine may take minutes
     )
 
 
 def choose_model(url: str, key: str, name: str | None) -> tuple[str, int]:
     """Name and window of the model: the one named, else the server's only one.
 
-    A named one may be missing from the list: `transformers serve` lists its cache, and loads what it is asked for.
+    A named one may be missing from the list: `transformers serve` lists its cache, and loads any model by name.
     """
     from openai import APIStatusError, OpenAI
 
@@ -114,21 +114,21 @@ def choose_model(url: str, key: str, name: str | None) -> tuple[str, int]:
 
 
 def check_url(url: str) -> None:
-    """Raises UserError unless it is an http address without a password in it, which would be printed."""
+    """Raises UserError unless it is an http address without a password, which would be printed."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         usable = False
     if not usable:
-        raise fail(f"no address of a server: {url}", "--base-url", "write http://HOST:PORT/v1")
+        raise fail(f"not the address of a server: {url}", "--base-url", "write http://HOST:PORT/v1")
     if parts.username or parts.password:
         raise fail("a password in the address", "--base-url", "take it out; a key goes into QLORA_API_KEY")
 
 
 @contextlib.contextmanager
 def explaining(url: str, model: str | None) -> Iterator[None]:
-    """Turns what the SDK raises into a UserError."""
+    """Turns the errors of the SDK into a UserError."""
     import openai
 
     try:
@@ -142,7 +142,7 @@ def explaining(url: str, model: str | None) -> Iterator[None]:
 
 
 def explain_status(error, url: str, model: str | None) -> UserError:
-    """What an HTTP status of the server means for its user."""
+    """What an HTTP status of the server means for the user."""
     fixes = {
         400: "a long context? give a smaller --top-k",
         401: "set QLORA_API_KEY to a key that the server takes",
@@ -155,7 +155,7 @@ def explain_status(error, url: str, model: str | None) -> UserError:
 
 
 def said(error: Exception) -> str:
-    """The server's own words, as one line without the key."""
+    """The server's message, as one line without the key."""
     body = getattr(error, "body", None)
     words = " ".join(str(body.get("message", body) if isinstance(body, dict) else error).split())
     key = settings.get("QLORA_API_KEY")

@@ -9,7 +9,7 @@ from qlora.console import fail
 MODELS = ("base", "tuned")
 CONTEXTS = ("closed-book", "retrieved", "oracle")
 METRICS = {"f1": "F1", "overall_f1": "overall F1"}
-DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound stays still
+DRAWS = 10_000  # bootstrap samples: the third decimal of a 95 % bound is stable
 
 
 def paired_bootstrap(left: Sequence[float], right: Sequence[float], seed: int) -> dict:
@@ -28,7 +28,7 @@ def paired_bootstrap(left: Sequence[float], right: Sequence[float], seed: int) -
 
 
 def compare_cells(cells: dict[tuple[str, str], list[dict]], seed: int) -> list[dict]:
-    """tuned - base for every context, and retrieved - closed-book for every model, in F1 question by question."""
+    """The paired F1 differences tuned - base per context, and retrieved - closed-book per model."""
 
     def values(key: tuple[str, str]) -> list[float]:
         return [score["f1"] for score in cells[key] if score["f1"] is not None]
@@ -52,7 +52,7 @@ def give_verdict(differences: Sequence[dict]) -> str:
     """One line on whether the tuned model answers better from retrieved passages."""
     found = next((d for d in differences if (d["what"], d["of"]) == ("tuned - base", "retrieved")), None)
     if found is None:
-        return "one model alone: nothing to compare"
+        return "only one model: nothing to compare"
     numbers = describe_interval(found)
     if found["low"] > 0:
         return f"tuned answers better: {numbers}"
@@ -65,7 +65,7 @@ def give_verdict(differences: Sequence[dict]) -> str:
 
 
 def split_halves(scores: Sequence[dict]) -> tuple[list[int], list[int]]:
-    """Numbers of the questions to fit on and of those to report on; unanswerable ones in equal shares."""
+    """The numbers of the questions to fit on and to report on, with equal shares of unanswerable ones."""
     ordered = sorted(range(len(scores)), key=lambda n: scores[n]["answerable"])
     return sorted(ordered[::2]), sorted(ordered[1::2])
 

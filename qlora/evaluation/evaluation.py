@@ -1,4 +1,4 @@
-"""The evaluation table: what fine-tuning and retrieval bought, without a judge model.
+"""The evaluation table: what fine-tuning and retrieval gain, without a judge model.
 
 {base, tuned} x {closed-book, retrieved, oracle context}: exact match and token F1 as SQuAD defines
 them, refusals, citations, faithfulness; retrieval metrics; paired bootstrap intervals; one verdict.
@@ -24,13 +24,13 @@ from qlora.words import MARK
 
 
 def supports(text: str, question: Question) -> bool:
-    """Whether a passage holds one of the answers (after "Yes," or "No,", which stand in no passage)."""
+    """Whether a passage holds one of the answers (without "Yes," or "No,", which are in no passage)."""
     spans = [re.sub(r"^(yes|no)\b", "", normalize_answer(answer)).strip() for answer in question.answers]
     return any(span and f" {span} " in f" {normalize_answer(text)} " for span in spans)
 
 
 def score_answer(question: Question, answer: Answer) -> dict:
-    """Every score of one answer; None where it has no meaning (no answer to find, no passage to cite)."""
+    """Every score of one answer; None where it has no meaning (no right answer, no passage to cite)."""
     text = MARK.sub("", answer.text).strip()
     answerable = bool(question.answers)
     passages = [cited.document.page_content for cited in answer.passages]
@@ -84,7 +84,7 @@ def search_all(search, questions: Sequence[Question], depth: int = max(RANKS)) -
 def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence], ranks: Sequence[int] = RANKS) -> dict:
     """recall@1/3/10, MRR and nDCG@10 over answerable questions: by answer span, and by source.
 
-    `found` holds ten documents a question, best first. A passage is relevant when it holds an answer.
+    `found` holds ten documents per question, best first. A passage is relevant when it holds an answer.
     """
     answerable = [(q, documents) for q, documents in zip(questions, found, strict=True) if q.answers]
     by_span = [[supports(d.page_content, q) for d in documents] for q, documents in answerable]
@@ -122,7 +122,7 @@ def calibrate(questions: Sequence[Question], found: Sequence[Sequence], scores: 
 
 
 def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], top_k: int) -> dict[str, list]:
-    """For each context, (question, documents) of every question it can be asked with; no empty ones."""
+    """(question, documents) of every question by context; contexts without questions are left out."""
     from langchain_core.documents import Document
 
     pairs = {
@@ -139,7 +139,7 @@ def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], to
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are answered and their answers kept.
+    """The way to answer questions, and the log of their answers.
 
     `complete(pairs)` gives an Answer for each (question, documents), `batch` of them at a time. Retrieved passages that
     all score below `threshold` are refused unread, as `ask` does. `advance(n)` moves the progress bar.
@@ -155,8 +155,8 @@ class Asking:
 def answer_cells(asking: Asking, modes: dict, contexts: dict[str, list]) -> dict:
     """The scores of every answer, by (model, context).
 
-    `modes` maps a model's name to the context manager under which it answers. Passages that two contexts share (the
-    right one is often the best found) are read once. The log is closed with all.
+    `modes` maps a model's name to the context manager under which it answers. Equal passages in
+    two contexts (the right one is often the best found) are read once. The log is closed with all answers.
     """
     keys, log = {}, asking.log
     for model, mode in modes.items():
@@ -168,7 +168,7 @@ def answer_cells(asking: Asking, modes: dict, contexts: dict[str, list]) -> dict
 
 
 def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple]) -> list[str]:
-    """The log's keys of one cell's answers; what the log does not know yet is generated, longest prompts first."""
+    """The log's keys of one cell's answers; missing answers are generated, longest prompts first."""
     keys, missing, log = [], [], asking.log
     for question, documents in asked:
         refused = context == "retrieved" and refuses_unread(documents, asking.threshold)

@@ -10,7 +10,7 @@ from qlora.refusal import is_refusal
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its right answers (none: the documents don't answer it) and where they stand."""
+    """A question with its right answers (none: the documents don't answer it), their document and context."""
 
     question: str
     answers: tuple[str, ...]
@@ -21,14 +21,14 @@ class Question:
 def load_questions(path: Path, limit: int | None = None) -> list[Question]:
     """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
 
-    With `limit` a deterministic sample, spread evenly over answerable and unanswerable ones. Raises
+    With `limit` a deterministic sample with equal shares of answerable and unanswerable ones. Raises
     UserError that names each bad line.
     """
     if not path.is_file():
         raise fail("question file not found", str(path), "check --questions")
     questions = read_squad(path) if path.suffix == ".json" else read_lines(path)
     if not questions:
-        raise fail("no questions in the file", str(path), "write one JSON object a line: question, answers")
+        raise fail("no questions in the file", str(path), "write one JSON object per line: question, answers")
     if limit and limit < len(questions):
         ordered = sorted(range(len(questions)), key=lambda n: bool(questions[n].answers))
         chosen = sorted(ordered[n * len(ordered) // limit] for n in range(limit))
@@ -37,7 +37,7 @@ def load_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def read_lines(path: Path) -> list[Question]:
-    """The questions of a .jsonl file; all bad lines are told together."""
+    """The questions of a .jsonl file; all bad lines are reported together."""
     problems, questions = Problems(), []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[Question]:
         try:
             questions.append(read_question(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            what = f"no question ({type(error).__name__}: {error})"
+            what = f"not a question ({type(error).__name__}: {error})"
             fix = '{"question": "...", "answers": ["..."], "source": null, "context": null}'
             problems.add(what, f"{path}:{number}", f"write {fix}")
     problems.raise_if_any()
@@ -79,4 +79,4 @@ def read_squad(path: Path) -> list[Question]:
             for entry in paragraph["qas"]
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise fail(f"no SQuAD file ({error})", str(path), "give SQuAD v1 or v2 JSON, or .jsonl") from error
+        raise fail(f"not a SQuAD file ({error})", str(path), "give SQuAD v1 or v2 JSON, or .jsonl") from error

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl as it goes.
+"""The files of an evaluation: evaluation.json, evaluation.md, evaluation.png, and answers.jsonl.
 
     python -m qlora.evaluation.report docs/measurements.md README.md evaluations/demo evaluations/second
 
@@ -34,7 +34,7 @@ PICTURE = "evaluation.png"
 
 
 class AnswerLog:
-    """answers.jsonl: one line an answer, kept as it comes, so that a stopped evaluation goes on where it was.
+    """answers.jsonl: one line per answer, written at once, so that a stopped evaluation continues where it was.
 
     Lines of other settings (another adapter, prompt, collection, top-k) are dropped when the log is closed.
     """
@@ -46,7 +46,7 @@ class AnswerLog:
         self.known = {line["key"]: line for line in map(read_line, lines) if line.get("settings") == self.settings}
 
     def key(self, *parts) -> str:
-        """Names an answer by everything it depends on."""
+        """The key of an answer: a digest of everything that it depends on."""
         return hashlib.sha256(json.dumps([self.settings, *parts]).encode()).hexdigest()[:16]
 
     def add(self, key: str, record: dict) -> None:
@@ -83,7 +83,7 @@ def show(value: float | None) -> str:
 
 
 def table_rows(report: dict) -> list[list[str]]:
-    """Headings, then one row a cell."""
+    """Headings, then one row per cell."""
     rows = [["model", "context", *CELL_COLUMNS.values()]]
     return rows + [
         [cell["model"], cell["context"], *(show(cell[key]) for key in CELL_COLUMNS)] for cell in report["cells"]
@@ -101,13 +101,13 @@ def describe_retrieval(report: dict) -> str:
 
 
 def describe_calibration(report: dict) -> list[str]:
-    """What a calibration found, in one or two sentences; nothing without one."""
+    """The result of a calibration in one or two sentences; empty without one."""
     found = report.get("calibration")
     if not found:
         return []
     fitted = f"fitted on {found['fitted_on']} questions"
     if found["threshold"] is None:
-        return [f"Refusal threshold: none, since none helps ({fitted}). All questions go to the model."]
+        return [f"Refusal threshold: none, since none improves overall F1 ({fitted}). All questions go to the model."]
     before, after = show(found["without"]["refusal_f1"]), show(found["with"]["refusal_f1"])
     return [
         f"Refusal threshold: {found['threshold']:.3f} ({fitted}), now stored with the collection. On the other "
@@ -116,7 +116,7 @@ def describe_calibration(report: dict) -> list[str]:
 
 
 def describe_findings(report: dict) -> list[str]:
-    """Retrieval, calibration and differences, a line each."""
+    """Retrieval, calibration and differences, one per line."""
     differences = [describe_difference(difference) for difference in report["differences"]]
     return [describe_retrieval(report), *describe_calibration(report), *differences]
 
@@ -161,7 +161,7 @@ def as_markdown(report: dict) -> str:
 
 
 def as_text(report: dict) -> str:
-    """The table with a metric a line (so that it fits 80 columns), the findings and the verdict."""
+    """The table with one metric per line (so that it fits 80 columns), the findings and the verdict."""
     models, *rows = zip(*table_rows(report), strict=True)
     contexts, *metrics = rows
     headings = ["", *(f"{model}\n{context}" for model, context in zip(models[1:], contexts[1:], strict=True))]
@@ -170,7 +170,7 @@ def as_text(report: dict) -> str:
 
 
 def comparison_as_text(rows: list[dict], first: Path, second: Path) -> str:
-    """A line a cell and metric: both means, and first - second with its interval."""
+    """One line per cell and metric: both means, and first - second with its interval."""
     table = [["", "first", "second", "first - second"]]
     for row in rows:
         numbers = [show(row["first"]), show(row["second"]), describe_interval(row, metric=False)]
@@ -181,7 +181,7 @@ def comparison_as_text(rows: list[dict], first: Path, second: Path) -> str:
 def describe_answers(folder: Path) -> str:
     """A Markdown table of three answers from retrieved passages, each the first of its kind in the file.
 
-    One that the tuned model has right, one that it has wrong, and one to a question that has no answer.
+    One that is right, one that is wrong, and one to a question without an answer, all of the tuned model.
     """
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     given = {(line["model"], line["question"]): line for line in lines if line["context"] == "retrieved"}
@@ -197,7 +197,7 @@ def describe_answers(folder: Path) -> str:
 
 
 def compare_files(folders: Iterable[Path]) -> str:
-    """A Markdown table with a line an evaluation: base and tuned model, by the questions they were asked."""
+    """A Markdown table with one line per evaluation: base and tuned model on its questions."""
     keys = "refusal_f1", "citation_precision"
     rows = [["questions", "number", "answerable", "base F1", "tuned F1", "refusal F1", "citation P", "recall@3"]]
     for folder in folders:
@@ -213,7 +213,7 @@ def compare_files(folders: Iterable[Path]) -> str:
 
 
 def put_evaluation(page: Path, folder: Path, picture: Path, details: str = "") -> None:
-    """Puts table and picture of an evaluation, and details, into a page, in place of those that were there."""
+    """Puts table and picture of an evaluation, and details, into a page, and replaces older ones."""
     shutil.copyfile(folder / PICTURE, picture)
     link = f"![F1 of every model and context]({os.path.relpath(picture, page.parent)})"
     table = (folder / "evaluation.md").read_text(encoding="utf-8")
@@ -221,7 +221,7 @@ def put_evaluation(page: Path, folder: Path, picture: Path, details: str = "") -
 
 
 def put_proof(page: Path, folders: Sequence[Path]) -> None:
-    """Puts the verdict of the first evaluation, and a line of every one, into a page."""
+    """Puts the verdict of the first evaluation, and one line per evaluation, into a page."""
     report = json.loads((folders[0] / "evaluation.json").read_text(encoding="utf-8"))
     put_section(page, "proof", f"**{verdict(report)}**\n\n{compare_files(folders)}")
 

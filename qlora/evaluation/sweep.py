@@ -12,7 +12,7 @@ from qlora.retrieval.search_modes import MODES
 
 SWEPT = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
 SWEEP_COLUMNS = {
-    "given": "answered",  # among the top-k passages, which is all that the model sees
+    "given": "answered",  # among the top-k passages, the only ones that the model sees
     "recall@1": "recall@1",
     "recall@3": "recall@3",
     "recall@10": "recall@10",
@@ -33,9 +33,9 @@ def read_setting(text: str) -> tuple[str, list] | Invalid:
 
 
 def score_values(search, questions, name: str, values: list, top_k: int, open_trial) -> dict:
-    """Metrics for every value, best first: more answers among the passages given, then higher MRR, then fewer words.
+    """Metrics for every value, best first: more answers among the given passages, then higher MRR, then fewer words.
 
-    `search(question, k)` finds passages; `open_trial(tokens)` makes a collection of the documents split at so many
+    `search(question, k)` finds passages; `open_trial(tokens)` makes a collection of the documents split at `tokens`
     tokens, which is dropped afterwards.
     """
     rows = []
@@ -75,7 +75,7 @@ def score_passages(questions, found, top_k: int) -> dict:
 
 
 def table_of(result: dict) -> list[list[str]]:
-    """Headings, then one row a value."""
+    """Headings, then one row per value."""
     rows = [[str(row["value"]), *(show(row[key]) for key in SWEEP_COLUMNS)] for row in result["rows"]]
     return [[result["setting"], *SWEEP_COLUMNS.values()], *rows]
 
@@ -102,7 +102,7 @@ def write_results(folder: Path, results: list[dict]) -> None:
 
 
 def plot_values(results: list[dict], picture: Path) -> None:
-    """Draws the share of answers given, MRR and nDCG over the values, a panel a setting."""
+    """Draws the share of answers given, MRR and nDCG over the values, one panel per setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8 * len(results), 3.6), dpi=100, layout="constrained")

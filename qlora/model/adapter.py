@@ -1,4 +1,4 @@
-"""The adapter folder: what training leaves and answering reads. It loads with plain PEFT, too.
+"""The adapter folder: what training leaves and answering reads. Plain PEFT can load it as well.
 
 adapter_model.safetensors  adapter_config.json        PEFT's own
 tokenizer.json  tokenizer_config.json  chat_template.jinja
@@ -39,18 +39,18 @@ class Adapter:
 
     @property
     def passages(self) -> int:
-        """How many passages a question had in training, at most: as many are given to it in answering."""
+        """Passages per question in training, at most; answering gives as many."""
         return self.run["arguments"]["distractors"] + 1
 
     @property
     def refusal_bias(self) -> float:
-        """What is added to the logit with which a refusal begins, as fitted on the held-out rows."""
+        """The value that is added to the logit of a refusal's first token, fitted on the held-out rows."""
         return self.run["result"].get("refusal_bias", 0.0)
 
 
 def bytes_needed(rank: int) -> int:
     """Disk for an adapter of a 13B model, the largest of the presets, and its tokenizer."""
-    return 16_000_000 * rank + 50_000_000  # 3.9 M weights a rank in fp32
+    return 16_000_000 * rank + 50_000_000  # 3.9 M weights per rank, in fp32
 
 
 def partial_folder(folder: Path) -> Path:
@@ -59,7 +59,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def existing_parent(folder: Path) -> Path:
-    """The nearest folder above that is there. Raises UserError when it is a file or cannot be written to."""
+    """The nearest folder above that exists. Raises UserError when it is a file or cannot be written to."""
     parent = next(above for above in folder.resolve().parents if above.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise fail("no folder can be made there", str(folder), "give a place that you can write to")
@@ -147,7 +147,7 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
 
 
 def suggest_adapters(parent: Path) -> str:
-    """Which finished adapters are there, the newest as a flag; empty when there is none."""
+    """A hint that names the finished adapters, the newest as a flag; empty without one."""
     found = [each for each in parent.glob("*") if is_finished(each)] if parent.is_dir() else []
     found.sort(key=lambda each: (each / "run.json").stat().st_mtime, reverse=True)
     others = f"; or {', '.join(map(str, found[1:4]))}" if found[1:] else ""

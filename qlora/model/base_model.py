@@ -21,9 +21,9 @@ from qlora.model import quantised_base
 from qlora.presets import EMBEDDED, EMBEDDED_EMBEDDER
 
 EMBEDDED_BYTES = 600_000_000  # 270 MB of weights, twice while they are written
-NARROW = 1024  # hidden size below which an error in a weight has few others to be averaged with
-# cuDNN's attention builds a plan for each new length, and decoding has a new one every token. On as in torch, until
-# benchmarks/gpu_check.py --only decode has told on a card which is faster.
+NARROW = 1024  # hidden size below which the errors of 4-bit weights do not average out
+# cuDNN's attention builds a plan for each new length, and in decoding every token has a new length. On, as in torch,
+# until `benchmarks/gpu_check.py --only decode` has measured on a card which is faster.
 CUDNN_ATTENTION = True
 SENSITIVE = ["down_proj", "v_proj"]  # which llama.cpp's Q4_K_M gives more bits, too
 
@@ -31,7 +31,7 @@ SENSITIVE = ["down_proj", "v_proj"]  # which llama.cpp's Q4_K_M gives more bits,
 def resolve_base_model(name: str) -> str:
     """The folder or hub id to load for a base model's name; the embedded one is made ready if needed.
 
-    Raises UserError when a local path is named that holds no model, or the embedded package is missing.
+    Raises UserError when a local path has no model, or the embedded package is missing.
     """
     if name == EMBEDDED:
         return str(prepare_embedded_model())
@@ -46,7 +46,7 @@ def resolve_base_model(name: str) -> str:
 def prepare_embedded_model() -> Path:
     """The folder with SmolLM2-135M-Instruct as plain safetensors, written on first use (about 20 s).
 
-    Written beside its place and renamed, so that a killed first run leaves nothing half-made.
+    It is written beside its place and renamed, so that a killed first run leaves nothing unfinished.
     """
     folder = settings.data_folder() / "models" / EMBEDDED
     if folder.is_dir():
@@ -96,8 +96,8 @@ def resolve_embedding_model(name: str) -> str:
 def quantization_config(source: str):
     """QLoRA's quantisation (arXiv 2305.14314): NF4, double quantisation. bitsandbytes' defaults are neither.
 
-    A narrow model keeps SENSITIVE in 16 bit besides: NF4 costs the embedded one .23 nats a token of plain text, .11
-    without them.
+    A narrow model keeps SENSITIVE in 16 bit: NF4 of all layers costs the embedded model 0.23 nats per token of plain
+    text, NF4 of the others 0.11.
     """
     from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -126,7 +126,7 @@ def load_tokenizer(source: str):
 
 
 def fingerprint_model(source: str) -> str:
-    """What tells base models apart: a digest of a folder's file names, sizes and config, or the hub's commit."""
+    """A digest that differs between base models: of a folder's file names, sizes and config, or the hub's commit."""
     folder = Path(source)
     if not folder.is_dir():
         from transformers import AutoConfig
@@ -151,11 +151,11 @@ def outline_model(source: str):
 def load_base_model(source: str, training: bool = False, keep: bool = True):
     """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
 
-    Quantised once: with `keep` it is left in the data folder, from which the same bits are loaded the next time.
+    With `keep` the quantised model is kept in the data folder, and the next start loads the same bits.
 
     With `training` it takes packed batches, and the CPU kernel of bitsandbytes that repacks weights is off: after
-    any evaluation pass it leaves LoRA gradients 45 % off, silently (bitsandbytes 0.50.2, AVX512-BF16). It is a bf16
-    kernel, and off where torch is told to do without AVX512, too.
+    any evaluation pass LoRA gradients are silently wrong by 45 % (bitsandbytes 0.50.2, AVX512-BF16). That bf16 kernel
+    is also off where torch may not use AVX512.
     """
     import bitsandbytes
     import torch
@@ -200,7 +200,7 @@ def load_model(source: str, attention: str, **options):
 
 @contextlib.contextmanager
 def explaining(source: str, flag: str = "--base-model") -> Iterator[None]:
-    """Turns what transformers raises for a model that cannot be had into a UserError."""
+    """Turns the errors of transformers for a model that cannot be loaded into a UserError."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,8 @@
-"""A Llama's layers in fewer passes over memory: the same sums, and in training less kept for the way back.
+"""A Llama's layers in fewer passes over memory: the same sums, and less kept for the backward pass.
 
 On the CPU a pass over the activations costs as much as a small matrix product. PEFT makes five of them
-a layer, and transformers' norm and gate keep what can be computed again.
+per layer, and transformers' norm and gate keep what can be computed again. docs/packing.md derives the
+backward passes.
 """
 
 import functools
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
 class LoraLinear(torch.autograd.Function):
-    """x W^T + scale (x A^T) B^T, with a W in 4-bit dequantised on the way there and again on the way back."""
+    """x W^T + scale (x A^T) B^T; a 4-bit W is dequantised in the forward and again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, a, b, weight, scale):
@@ -37,12 +38,12 @@ class LoraLinear(torch.autograd.Function):
 
 
 def dequantize(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix; one that was kept in 16 bit as it is."""
+    """The matrix in `dtype`; one that is in 16 bit is only cast."""
     return (dequantize_4bit(weight, weight.quant_state) if hasattr(weight, "quant_state") else weight).to(dtype)
 
 
 class Norm(torch.autograd.Function):
-    """x / rms(x) in fp32, times the weight, which is frozen; keeps x, and a number a token."""
+    """x / rms(x) in fp32, times the weight, which is frozen; keeps x and one number per token."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -60,7 +61,7 @@ class Norm(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """silu(x) y, keeping x and y alone."""
+    """silu(x) y; keeps only x and y."""
 
     @staticmethod
     def forward(ctx, x, y):
@@ -74,7 +75,7 @@ class Gate(torch.autograd.Function):
 
 
 def make_lean(model) -> None:
-    """Replaces the layers' passes; without gradients norm and gate stay transformers' own."""
+    """Replaces the forward functions of the layers; without gradients norm and gate stay transformers' own."""
     model.get_output_embeddings().register_forward_pre_hook(copy_input)
     for module in model.modules():
         if isinstance(module, Linear | Linear4bit):
@@ -98,22 +99,24 @@ def is_plain(layer: Linear | Linear4bit) -> bool:
 
 
 def copy_input(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """The hidden states with a memory of their own, for the vocabulary.
+    """The hidden states in their own memory, as the head's input.
 
-    Of a slice (`logits_to_keep`) torch 2.13 makes a batched product, and copies the whole matrix for it: on 2 cores
-    0.05 to 0.2 s a prompt.
+    For a slice (`logits_to_keep`) torch 2.13 makes a batched product, and copies the whole vocabulary matrix: 0.05 to
+    0.2 s per prompt on 2 cores.
     """
     return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 
 def run_linear(layer: Linear | Linear4bit, ordinary, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output, in one pass where gradients are wanted; in PEFT's way what is not plain."""
+    """The layer's output, by LoraLinear where gradients are wanted; by PEFT where the layer is not plain."""
     if not is_plain(layer):
         return ordinary(x)
     (name,) = layer.active_adapters
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
     if not torch.is_grad_enabled():  # in fp32, as PEFT does: small bf16 products are slower on the CPU
         return base(x).add_(linear(linear(x.to(a.dtype), a), b), alpha=layer.scaling[name])
+    if torch.is_autocast_enabled(x.device.type):  # the sum in LoraLinear is in place, where autocast casts nothing
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     a, b = a.to(x.dtype), b.to(x.dtype)
     y = LoraLinear.apply(x, a, b, base.weight, layer.scaling[name])
     return y if base.bias is None else y + base.bias

@@ -9,7 +9,7 @@ from qlora.console import fail
 class Lora:
     """The shape of an adapter. `targets` names the linear layers; by default all of them but the head.
 
-    `rslora` scales by alpha / sqrt(rank) (arXiv 2312.03732), `dora` trains the magnitudes, too (arXiv 2402.09353).
+    `rslora` scales by alpha / sqrt(rank) (arXiv 2312.03732), `dora` also trains the magnitudes (arXiv 2402.09353).
     """
 
     rank: int

@@ -1,8 +1,8 @@
-"""Rows of a batch in one sequence without padding, their common beginnings computed once.
+"""Prefix sharing: rows of a batch in one sequence without padding, their common beginnings computed once.
 
-All rows of a run begin with the same system message, many go on with the same passages, and what comes later
-in a row changes nothing before it: one copy of a beginning serves every row that has it, forward and
-backward, to the same loss. `register_attention` gives transformers the attention that such a sequence needs.
+All rows of a run begin with the same system message, and many continue with the same passages. What comes later
+in a row changes nothing before it. So one copy of a beginning serves every row that has it, forward and
+backward, to the same loss (docs/packing.md). `register_attention` gives transformers the attention for it.
 """
 
 from dataclasses import dataclass, replace
@@ -17,29 +17,29 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "packed"  # also attends ordinary batches, as "sdpa" does: generation uses the same model
-SHORT = 512  # tokens, up to which attention is kept for the way back: below 10 MB a layer of 9 heads
-AHEAD = 32  # rows whose next tokens after the beginning of all are the same share more, such as passages
+SHORT = 512  # tokens up to which attention is kept for the backward pass: below 10 MB per layer of 9 heads
+AHEAD = 32  # tokens after the common beginning by which rows are grouped: equal ones have the same passages
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The beginning of all rows, then of each group of neighbours its beginning and the rest of every row."""
+    """The beginning of all rows; then, per group of neighbours, its beginning and the rest of every row."""
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens)
-    pieces: list[tuple[int, tuple[int, ...]]]  # tokens of each, and the numbers of the pieces that it goes on from
+    pieces: list[tuple[int, tuple[int, ...]]]  # the length of each, and the numbers of the pieces before it in its row
     index: torch.Tensor  # (rows, longest): where a token of the padded batch stands
 
     def to(self, device, non_blocking: bool = False) -> "PackedBatch":
-        """The batch on a device; accelerate moves what has such a method."""
+        """The batch on a device; accelerate calls this method."""
         names = "input_ids", "position_ids", "index"
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
 
 def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
-    """A batch padded on the left, (rows, longest) of ids and of 1 where a row is, without what repeats.
+    """The packed batch of a batch padded on the left: (rows, longest) of ids, and a mask that is 1 where a row is.
 
-    It is made on the CPU: on a GPU the CPU would wait for each row.
+    Give tensors on the CPU: with tensors on a GPU the CPU would wait for each row.
     """
     rows = [ids[kept] for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     start = count_common(rows)
@@ -95,7 +95,7 @@ def attend(module, query, key, value, attention_mask, scaling, pieces=None, **kw
 
 
 def attend_pieces(query, key, value, pieces: list[tuple], scaling: float, attend_piece) -> torch.Tensor:
-    """Every piece attends to those it goes on from and to itself: (1, heads, tokens, size)."""
+    """The attention of every piece to the pieces before it and to itself: (1, heads, tokens, size)."""
     lengths = [length for length, _ in pieces]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     mixed = []
@@ -116,7 +116,7 @@ def attend_fused(query, key, value, scaling: float) -> torch.Tensor:
 
 
 def attend_plain(query, key, value, scaling: float) -> torch.Tensor:
-    """The same by matrix products: on the CPU a third faster than the fused kernels, whose way back is slow.
+    """The same by matrix products: a third faster on the CPU, where the backward pass of the fused kernels is slow.
 
     Query heads that share a key head are the rows of one product, so that keys are not repeated.
     """

@@ -1,4 +1,4 @@
-"""Base models that were quantised once, kept in the data folder: the next start loads them in the same bits.
+"""Quantised base models, kept in the data folder, so that the next start loads the same bits.
 
 DATA/quantised/NAME-KEY/    as save_pretrained writes a 4-bit model, and origin.json; whole or absent
 """
@@ -16,13 +16,13 @@ from qlora.console import note
 
 LIBRARIES = ("bitsandbytes", "transformers", "torch")  # another version may quantise to other bits
 ORIGIN = "origin.json"
-SMALL = 1e8  # bytes of a model that is quantised faster than it is found here
+SMALL = 1e8  # bytes of a model below which quantising is faster than looking here
 
 
 def folder_for(source: str, quantisation) -> Path | None:
-    """Where the base model is kept in that quantisation; None when it comes in 4-bit itself.
+    """The folder for the base model in this quantisation; None when it is published in 4-bit.
 
-    The name has a digest of what the bits depend on: files or commit, quantisation, library versions.
+    Its name has a digest of what the bits depend on: files or commit, quantisation, library versions.
     """
     from transformers import AutoConfig
 
@@ -36,7 +36,7 @@ def folder_for(source: str, quantisation) -> Path | None:
 
 
 def describe_files(source: str, config) -> list | str:
-    """What tells two versions of a base model apart: names, sizes and times of its files, or the hub's commit."""
+    """A text that differs between versions of a model: names, sizes and times of its files, or the hub's commit."""
     if not Path(source).is_dir():
         return f"{source} {config._commit_hash}"
     files = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".json"))
@@ -46,7 +46,7 @@ def describe_files(source: str, config) -> list | str:
 def keep(model, folder: Path, source: str) -> None:
     """Writes the model beside `folder` and renames it, so that it is whole or absent; drops what it replaces.
 
-    Of several processes the first does it. Without the disk space, or the right to write there, it is told and left.
+    Only the first of several processes does it. Too little disk or a missing right is reported, and nothing is kept.
     """
     if settings.process_rank() > 0 or not getattr(model, "is_loaded_in_4bit", False):
         return
@@ -64,9 +64,9 @@ def keep(model, folder: Path, source: str) -> None:
             (Path(made) / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
             put_in_place(made, folder)
     except OSError as error:
-        note(f"The 4-bit model is not kept, and quantised again the next time: {error}")
+        note(f"The 4-bit model is not kept, so the next start quantises again: {error}")
         return
-    note(f"Kept in 4-bit for the next start: {folder}, {size / 1e9:.1f} GB (--no-cache: do not)")
+    note(f"Kept in 4-bit for the next start: {folder}, {size / 1e9:.1f} GB (--no-cache keeps none)")
 
 
 def put_in_place(made: str, folder: Path) -> None:
@@ -81,7 +81,7 @@ def put_in_place(made: str, folder: Path) -> None:
 
 
 def drop_older(parent: Path, origin: dict) -> None:
-    """Removes what was kept of the same base model before it, or a library, changed."""
+    """Removes what was kept of the same base model before the model or a library changed."""
     for path in parent.glob(f"*/{ORIGIN}"):
         if json.loads(path.read_text(encoding="utf-8")) == origin:
             shutil.rmtree(path.parent)

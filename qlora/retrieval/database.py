@@ -1,8 +1,8 @@
-"""The PostgreSQL server: connected to, given the schema `rag`, reached again after a restart.
+"""The PostgreSQL server: the connection, the schema `rag`, and what happens after a restart.
 
 rag.collections   name, embedding model, dimension, refusal threshold
 rag.documents     collection, source, fingerprint (sha256 of content and splitting), folder, size, when
-rag.passages_N    one table a collection: halfvec embedding, text, metadata, tsvector
+rag.passages_N    one table per collection: halfvec embedding, text, metadata, tsvector
 """
 
 import contextlib
@@ -76,7 +76,7 @@ SELECT CASE WHEN to_regclass('rag.collections') IS NULL THEN 0 WHEN to_regclass(
 
 
 class Database:
-    """One connection, used by a thread at a time."""
+    """One connection, used by one thread at a time."""
 
     def __init__(self, url: str):
         self.url = url
@@ -87,7 +87,7 @@ class Database:
     def transaction(self, seconds: int = 0) -> Iterator:
         """A cursor whose work is kept when the block ends and undone when it raises.
 
-        No statement may take longer than `seconds`; 0 is no limit. A server that was restarted is connected to again.
+        No statement may take longer than `seconds`; 0 is no limit. It reconnects to a server that was restarted.
         Raises UserError when the server goes away, takes too long, is full, or the role lacks a right.
         """
         with self.lock, explaining(describe_url(self.url)):
@@ -96,7 +96,7 @@ class Database:
                 yield cursor
 
     def begin(self, seconds: int) -> None:
-        """Runs the transaction's first statement, which also tells whether the server is still there."""
+        """Runs the transaction's first statement, which also shows whether the server is still there."""
         for pause in (*PAUSES, None):
             try:
                 with self.connection.cursor() as cursor:
@@ -104,8 +104,8 @@ class Database:
                 return
             except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
                 if pause is None:
-                    raise fail("the database does not come back", describe_url(self.url), "start it again") from error
-            note(f"Lost the database, connecting again in {pause} s")
+                    raise fail("the database is not responding", describe_url(self.url), "start it again") from error
+            note(f"Lost the connection to the database; trying again in {pause} s")
             time.sleep(pause)
             with contextlib.suppress(UserError):
                 self.connection = connect(self.url)
@@ -113,17 +113,17 @@ class Database:
 
 @contextlib.contextmanager
 def explaining(where: str) -> Iterator[None]:
-    """Turns what a server may raise at any moment into a UserError; what the transaction did is undone."""
+    """Turns the errors that a server may raise at any moment into a UserError; the transaction is rolled back."""
     try:
         yield
     except psycopg2.errors.QueryCanceled as error:
-        fix = "ask something shorter, or run: python rag_qlora.py doctor"
+        fix = "ask a shorter question, or run: python rag_qlora.py doctor"
         raise fail(f"the database took too long ({first_line(error)})", where, fix) from error
     except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction) as error:
-        fix = "connect as the owner of the database, or have the right granted"
+        fix = "connect as the owner of the database, or ask its owner for the right"
         raise fail(f"this role may not do that ({first_line(error)})", where, fix) from error
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-        fix = "look after the server and run this again; no document is half in"
+        fix = "check the server and run this again; every document is whole or absent"
         raise fail(f"the database failed ({first_line(error)})", where, fix) from error
 
 
@@ -136,7 +136,7 @@ def connect(url: str):
     try:
         connection = psycopg2.connect(url, connect_timeout=10, application_name="rag_qlora")
     except psycopg2.OperationalError as error:
-        raise fail(f"database unreachable ({first_line(error)})", where, "start it, or mend DATABASE_URL") from error
+        raise fail(f"database unreachable ({first_line(error)})", where, "start it, or fix DATABASE_URL") from error
     try:
         version = find_pgvector(connection)
     except psycopg2.Error as error:
@@ -151,7 +151,7 @@ def connect(url: str):
 
 
 def find_pgvector(connection) -> str:
-    """The version of the extension, which is made when the database lacks it."""
+    """The version of the extension, which is created where it is missing."""
     installed = "SELECT extversion FROM pg_extension WHERE extname = 'vector'"
     with connection, connection.cursor() as cursor:
         cursor.execute(installed)
@@ -164,7 +164,7 @@ def find_pgvector(connection) -> str:
 
 
 def describe_url(url: str) -> str:
-    """Host and database of a connection string: what may be printed."""
+    """Host and database of a connection string: the parts that may be printed."""
     try:
         parts = psycopg2.extensions.parse_dsn(url)
     except psycopg2.ProgrammingError as error:
@@ -185,14 +185,14 @@ def first_line(error: psycopg2.Error) -> str:
 
 
 def migrate(cursor) -> None:
-    """Brings the schema `rag` to this version; nothing but a look when it is there.
+    """Brings the schema `rag` to this version; one query when it is up to date.
 
     Raises UserError when a newer version of this project made it.
     """
     if (version := read_version(cursor)) == len(MIGRATIONS):
         return
     cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-    version = read_version(cursor)  # another process may have been first
+    version = read_version(cursor)  # another process may have been faster
     if version > len(MIGRATIONS):
         fix = "update this project, or name another database"
         raise fail(f"the database has schema version {version}, this project knows {len(MIGRATIONS)}", "database", fix)

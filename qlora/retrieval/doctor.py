@@ -1,4 +1,4 @@
-"""Whether machine, database and a collection are as they should be, and how much of the truth the index finds."""
+"""Checks of machine, database and collection, and the recall of the index."""
 
 import importlib.metadata
 import platform
@@ -18,8 +18,8 @@ from qlora.retrieval.pgvector_store import INDEXED_FROM, PgVectorStore
 GOOD_PGVECTOR = (0, 8, 3)
 ENOUGH_RECALL = 0.95
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "sentence-transformers", "langchain-core")
-LITTLE_MEMORY = 3e9  # what training the embedded model takes
-SAMPLE = 100  # passages whose neighbours are looked for
+LITTLE_MEMORY = 3e9  # bytes that training the embedded model takes
+SAMPLE = 100  # passages whose neighbours are searched
 MARKS = {"good": "[green]ok[/]", "warning": "[yellow]warning[/]", "bad": "[red]bad[/]"}
 
 
@@ -31,19 +31,19 @@ class Finding:
 
 
 def examine(store: PgVectorStore, embedding_model: str) -> list[Finding]:
-    """What was found out about server, index and embeddings."""
+    """The findings about server, index and embeddings."""
     findings = [*examine_server(store), *examine_collection(store, embedding_model)]
     if store.is_indexed():
         findings += examine_index(store)
     else:
         state = "good" if store.count() <= INDEXED_FROM else "bad"
-        fix = "exact search" if state == "good" else "missing: run ingest once more"
+        fix = "exact search" if state == "good" else "missing: run ingest again"
         findings.append(Finding("index", state, f"none, made above {INDEXED_FROM:,} passages: {fix}"))
     return findings
 
 
 def examine_machine() -> list[Finding]:
-    """Processor, GPU, memory, disk and versions: what a run would have."""
+    """Processor, GPU, memory, disk and versions of this machine."""
     cores, features = len(machine.list_cores()), ", ".join(machine.cpu_features()) or "no AVX2"
     memory, folder = machine.available_memory(), settings.data_folder()
     free, models = shutil.disk_usage(folder).free, folder_size(folder / "models")
@@ -69,7 +69,7 @@ def folder_size(folder: Path) -> int:
 
 
 def examine_server(store: PgVectorStore) -> list[Finding]:
-    """Versions of PostgreSQL and pgvector, and whether the connection can be listened to."""
+    """Versions of PostgreSQL and pgvector, and whether the connection is protected."""
     url = store.database.url
     with store.database.transaction() as cursor:
         cursor.execute("SELECT current_setting('server_version')")
@@ -110,7 +110,7 @@ def examine_index(store: PgVectorStore) -> list[Finding]:
     recall = measure_recall(store, 10)
     found = Finding("index", "good" if valid else "bad", f"HNSW, {size}" + ("" if valid else ", invalid: REINDEX it"))
     state = "good" if recall >= ENOUGH_RECALL else "bad"
-    return [found, Finding("recall@10", state, f"{recall:.3f} of exact search, {SAMPLE} passages looked for")]
+    return [found, Finding("recall@10", state, f"{recall:.3f} of exact search, for {SAMPLE} passages")]
 
 
 def measure_recall(store: PgVectorStore, k: int) -> float:
@@ -134,7 +134,7 @@ def measure_recall(store: PgVectorStore, k: int) -> float:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """A line a finding on stdout."""
+    """Prints one line per finding on stdout."""
     from rich.console import Console
     from rich.table import Table
 

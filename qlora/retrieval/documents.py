@@ -1,7 +1,7 @@
 """Documents: files -> pages of text -> passages that fit the embedding model.
 
-A passage keeps its source, the path of headings above it, and where it stands: a line (text, Markdown,
-HTML), a page (PDF) or a row (CSV, JSON), and in that text its span of characters.
+A passage keeps its source, the path of headings above it, and its place: a line (text, Markdown,
+HTML), a page (PDF) or a row (CSV, JSON), and its span of characters in that text.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from langchain_core.documents import Document
 from qlora.console import Problems, UserError, fail
 
 MOST_BYTES, MOST_PAGES = 100_000_000, 5_000
-VERSION_CONTROL = {"CVS", "_darcs"}  # the others hide behind a dot
+VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
-VERSION = 2  # of the way files become passages: raised when it changes, so that all are put again
+VERSION = 2  # of the splitting: raised when it changes, so that all documents are ingested again
 HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
 
 
@@ -36,8 +36,8 @@ class SourceFile:
 def find_files(paths: list[str]) -> list[SourceFile]:
     """Every file under the paths; its source is the path below the folder that was named.
 
-    Hidden files, links and files of other types are passed over in folders. Raises UserError for paths
-    that are not there, files of an unknown type and folders without documents, all together.
+    Hidden files, links and files of other types in folders are left out. Raises one UserError for all paths
+    that do not exist, files of an unknown type and folders without documents.
     """
     problems = Problems()
     found: dict[str, SourceFile] = {}
@@ -70,7 +70,7 @@ def files_below(path: Path) -> dict[str, SourceFile]:
 
 
 def is_document(file: Path, root: Path) -> bool:
-    """Whether a folder's file is taken: no hidden one, nothing of a version control system, no link out of it."""
+    """Whether a folder's file is ingested: not hidden, not of a version control system, not a link out of it."""
     skipped = any(part.startswith(".") or part in VERSION_CONTROL for part in file.relative_to(root).parts)
     if skipped or file.suffix.lower() not in SUFFIXES or not file.is_file():
         return False
@@ -78,7 +78,7 @@ def is_document(file: Path, root: Path) -> bool:
 
 
 def fingerprint_file(file: Path, splitting: object) -> str:
-    """sha256 of the content and of how it is split and embedded: equal means nothing to do.
+    """sha256 of the content and of how it is split and embedded: equal means that nothing changed.
 
     Raises UserError for a file that is too large or cannot be read.
     """
@@ -93,7 +93,7 @@ def fingerprint_file(file: Path, splitting: object) -> str:
 
 @contextlib.contextmanager
 def explaining_file(file: Path) -> Iterator[None]:
-    """Turns whatever a file's parser raises into a UserError that names the file."""
+    """Turns any error of a file's parser into a UserError that names the file."""
     try:
         yield
     except UserError:
@@ -125,7 +125,7 @@ def load_passages(file: Path, source: str, tokenizer, window: int, size: int, ov
 
 
 def clean(text: str) -> str:
-    """The text without what PostgreSQL or a tokenizer cannot hold: NUL bytes and lone surrogates."""
+    """The text without NUL bytes and lone surrogates, which PostgreSQL or a tokenizer cannot hold."""
     return text.encode("utf-8", "replace").decode().replace("\0", "").replace("\r\n", "\n")
 
 
@@ -170,7 +170,7 @@ def read_json(file: Path) -> Iterator[Document]:
             try:
                 items += [json.loads(line)] if line.strip() else []
             except ValueError as error:
-                raise fail(f"not JSON ({error})", f"{file}:{number}", "mend or remove the line") from error
+                raise fail(f"not JSON ({error})", f"{file}:{number}", "fix or remove the line") from error
     else:
         whole = json.loads(text)
         items = whole if isinstance(whole, list) else [whole]
@@ -197,7 +197,7 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
     passages = []
     for page in pages:
         for heading, text, line, offset in split_sections(page):
-            while count(heading) > window // 2:  # no heading, but a line that looks like one
+            while count(heading) > window // 2:  # a line that looks like a heading but is not
                 heading = heading[: len(heading) // 2]
             room = min(size, window - 2 - count(heading + "\n"))
             splitter = RecursiveCharacterTextSplitter(
@@ -221,7 +221,7 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
 def split_sections(page: Document) -> Iterator[tuple[str, str, int, int]]:
     """(heading path, text, first line, first character) of every section under a Markdown heading.
 
-    What looks like a heading in fenced code is none.
+    A line in fenced code is never a heading.
     """
     path: list[tuple[int, str]] = []
     lines: list[str] = []
@@ -243,13 +243,13 @@ def split_sections(page: Document) -> Iterator[tuple[str, str, int, int]]:
 
 
 def place(metadata: dict) -> str:
-    """Where a passage stands, for people: `ferry/crew.md, line 9, Crew > Watches`."""
+    """The place of a passage, for people: `ferry/crew.md, line 9, Crew > Watches`."""
     parts = [metadata["source"]]
     parts += [f"{key} {metadata[key]}" for key in ("page", "line", "row") if key in metadata]
     return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata])
 
 
 def embedded_text(passage: Document) -> str:
-    """What is embedded: the heading path in front of the passage, which often names the subject it lacks."""
+    """The text to embed: the passage after its heading path, which often names the subject."""
     heading = passage.metadata.get("heading")
     return f"{heading}\n{passage.page_content}" if heading else passage.page_content

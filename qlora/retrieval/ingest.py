@@ -1,6 +1,6 @@
-"""Makes a collection hold what the files say: new ones added, changed ones replaced, the rest left alone.
+"""Brings a collection up to date with files: new ones are added, changed ones replaced, the rest left alone.
 
-A document is written whole or not at all, so that a run that was killed is finished by running it again.
+A document is written whole or not at all, so that a second run completes one that was killed.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from qlora.retrieval.documents import SourceFile
 from qlora.retrieval.passage_store import Entry, Prepared
 
 BATCH = 256  # passages embedded together: enough to put those of one length together
-REMEMBERED = 20_000  # embedded texts, about 30 MB: what stands in many documents is embedded once
+REMEMBERED = 20_000  # embedded texts, about 30 MB: a text of many documents is embedded once
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def choose_splitting(store, embedding_model: str, passage_tokens: int, overlap: 
 
 
 def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False, dry_run: bool = False) -> None:
-    """Syncs the collection with the files; with `prune` it forgets documents whose files are gone from the folders.
+    """Syncs the collection with the files; with `prune` it removes documents whose files are gone from the folders.
 
-    Raises UserError with the files that could not be read, when all others are in.
+    Raises UserError with the files that could not be read, after all others are written.
     """
     embedder = store.embeddings._client  # the SentenceTransformer
     problems = Problems()
@@ -58,14 +58,14 @@ def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False
         store.finish()
         new = sum(entry.source not in plan.known for entry, _ in written)
         note(
-            f"{new} added, {len(written) - new} changed, {plan.unchanged} unchanged, {len(plan.gone)} forgotten, "
+            f"{new} added, {len(written) - new} changed, {plan.unchanged} unchanged, {len(plan.gone)} removed, "
             f"{sum(count for _, count in written)} passages, {len(problems.found)} unreadable"
         )
     problems.raise_if_any()
 
 
 def make_plan(store, files: list[SourceFile], splitting: Splitting, prune: bool, problems: Problems) -> Plan:
-    """What to put and what to forget; files that cannot be read are added to the problems."""
+    """What to write and what to remove; files that cannot be read are added to the problems."""
     known = {entry.source: entry for entry in store.documents()}
     put, unchanged = [], 0
     for file in files:
@@ -83,16 +83,16 @@ def make_plan(store, files: list[SourceFile], splitting: Splitting, prune: bool,
 
 
 def print_plan(plan: Plan) -> None:
-    """A line a document on stdout: + is new, ~ changed, - forgotten."""
+    """Prints one line per document on stdout: + is new, ~ changed, - removed."""
     for _, entry in plan.put:
         print(f"{'~' if entry.source in plan.known else '+'} {entry.source}")
     for source in plan.gone:
         print(f"- {source}")
-    note(f"{len(plan.put)} to put, {plan.unchanged} unchanged, {len(plan.gone)} to forget; nothing was done")
+    note(f"{len(plan.put)} to write, {plan.unchanged} unchanged, {len(plan.gone)} to remove; nothing was done")
 
 
 def write_documents(store, plan: Plan, tokenizer, splitting: Splitting, problems: Problems) -> list[tuple[Entry, int]]:
-    """Every entry that was written, and its number of passages."""
+    """The entries that were written, each with its number of passages."""
     written: list[tuple[Entry, int]] = []
     remembered: dict[str, list[float]] = {}
 
@@ -100,7 +100,7 @@ def write_documents(store, plan: Plan, tokenizer, splitting: Splitting, problems
         task = bar.add_task("documents", total=len(plan.put))
         for batch in read_batches(plan, tokenizer, splitting, problems):
             texts = [documents.embedded_text(passage) for _, passages in batch for passage in passages]
-            # In this thread: in another one torch is slower on the CPU, by more than overlapping would save.
+            # In this thread: another thread makes torch slower on the CPU, by more than overlapping saves.
             vectors = embed_once(store.embeddings, texts, remembered)
             for put in store.put_documents(share_out(batch, vectors)):
                 written.append(put)
@@ -119,7 +119,7 @@ def share_out(batch: list[tuple[Entry, list[Document]]], vectors: list[list[floa
 def read_batches(
     plan: Plan, tokenizer, splitting: Splitting, problems: Problems
 ) -> Iterator[list[tuple[Entry, list[Document]]]]:
-    """The documents with their passages, so many at a time that there are about BATCH passages."""
+    """The documents with their passages, in groups of about BATCH passages."""
     batch: list[tuple[Entry, list[Document]]] = []
     sizes = splitting.window, splitting.passage_tokens, splitting.overlap
     for file, entry in plan.put:

@@ -2,7 +2,7 @@
 Pinecone's filters.
 
 Operators come from a list, keys and values are bound. A number on the right compares numbers and
-passes over passages where the key holds none; anything else compares text.
+skips passages whose key does not hold one; anything else compares text.
 """
 
 import re
@@ -25,10 +25,10 @@ class Condition:
 
 
 def read_condition(text: str) -> Condition:
-    """`source=ferry/crew.md`, `year>=2020`. Raises ValueError when it is no condition."""
+    """`source=ferry/crew.md`, `year>=2020`. Raises ValueError for anything else."""
     match = CONDITION.fullmatch(text.strip())
     if not match or "\0" in text:
-        raise ValueError(f"{text!r} is no condition: write KEY=VALUE, or !=, <, <=, >, >= between them")
+        raise ValueError(f"{text!r} is not a condition: write KEY=VALUE, or !=, <, <=, >, >= between them")
     return Condition(match["key"].strip(), match["operator"], (match["value"],))
 
 

@@ -61,7 +61,7 @@ Prepared = tuple[Entry, Sequence[Document], Sequence]  # a document, its passage
 
 
 class PassageStore(VectorStore):
-    """One collection of passages. A database of its own does what is abstract here."""
+    """One collection of passages; a subclass per database implements what is abstract here."""
 
     _embeddings: Embeddings
     refusal_threshold: float | None  # the similarity that the best passage must reach; None when all are answered
@@ -72,18 +72,18 @@ class PassageStore(VectorStore):
 
     @abstractmethod
     def count(self) -> int:
-        """How many passages the collection has."""
+        """The number of passages in the collection."""
 
     @abstractmethod
     def documents(self) -> list[Entry]:
-        """What is in the collection, by source."""
+        """The entries of the collection, by source."""
 
     @abstractmethod
     def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
         """Adds a document or replaces it, with all its passages."""
 
     def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
-        """Puts documents one after the other; each with its number of passages when it is written."""
+        """Writes documents one after the other; yields each with its number of passages once it is written."""
         for entry, passages, vectors in prepared:
             self.put_document(entry, passages, vectors)
             yield entry, len(passages)
@@ -94,7 +94,7 @@ class PassageStore(VectorStore):
 
     @abstractmethod
     def finish(self) -> None:
-        """What is to be done when everything has been written."""
+        """Work to do after everything has been written."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -102,7 +102,7 @@ class PassageStore(VectorStore):
 
     @abstractmethod
     def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
-        """Adds passages to documents, which are made when they are not there."""
+        """Adds passages to documents, which are created where they are missing."""
 
     @abstractmethod
     def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[Hit]:
@@ -142,8 +142,8 @@ class PassageStore(VectorStore):
         """The `k` best passages, best first; their metadata has `score`, the cosine similarity (-1 to 1),
         and `ranks`, the place that each leg of the search gave them.
 
-        `fetch_k` passages a leg are looked at. With `diversity` above 0, passages that say what a better
-        one says give way (maximal marginal relevance, lambda = 1 - diversity).
+        Each leg ranks `fetch_k` passages. With `diversity` above 0, passages that repeat a better one move
+        down (maximal marginal relevance, lambda = 1 - diversity).
         """
         question = question.replace("\0", " ")
         vector = self._embeddings.embed_query(question)

@@ -45,7 +45,7 @@ class PgVectorStore(PassageStore):
     """One collection of passages."""
 
     def __init__(self, database: Database, embeddings: Embeddings, embedding_model: str, collection: str):
-        """Opens the collection, made when it is not there.
+        """Opens the collection, which is created where it is missing.
 
         Raises UserError when it was made with another embedding model.
         """
@@ -102,7 +102,7 @@ class PgVectorStore(PassageStore):
             cursor.execute("DELETE FROM rag.collections WHERE id = %s", (self.collection.id,))
 
     def count(self) -> int:
-        """How many passages the collection has."""
+        """The number of passages in the collection."""
         with self.database.transaction() as cursor:
             cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(self.collection.table))
             return cursor.fetchone()[0]
@@ -118,7 +118,7 @@ class PgVectorStore(PassageStore):
             return [Entry(*row) for row in cursor.fetchall()]
 
     def finish(self) -> None:
-        """Makes the HNSW and the word index once the collection has passed 20,000 passages; they stay."""
+        """Creates the HNSW and the word index once the collection has more than 20,000 passages; they stay."""
         if self.count() <= INDEXED_FROM or self.is_indexed():
             return
         note(f"Over {INDEXED_FROM:,} passages: building the indexes (once)")
@@ -136,7 +136,7 @@ class PgVectorStore(PassageStore):
             cursor.execute(statement)
 
     def is_indexed(self) -> bool:
-        """Whether the HNSW index is there."""
+        """Whether the HNSW index exists."""
         with self.database.transaction() as cursor:
             cursor.execute("SELECT to_regclass(%s)", (f"rag.passages_{self.collection.id}_dense",))
             return cursor.fetchone()[0] is not None
@@ -146,7 +146,7 @@ class PgVectorStore(PassageStore):
     def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
         """Adds a document or replaces it, with all its passages, in one transaction.
 
-        Nothing is done, and False returned, when another process has just put the same document there.
+        Returns False, and does nothing, when another process has just written the same document.
         """
         if vectors is None:
             vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
@@ -163,7 +163,7 @@ class PgVectorStore(PassageStore):
         return True
 
     def _add_entry(self, cursor, entry: Entry) -> int:
-        """The key of the document's row, which is made when it is not there."""
+        """The key of the document's row, which is inserted where it is missing."""
         cursor.execute(
             "INSERT INTO rag.documents (collection, source, fingerprint, folder, bytes) VALUES (%s, %s, %s, %s, %s) "
             "ON CONFLICT (collection, source) DO UPDATE SET added = now() RETURNING id",
@@ -202,7 +202,7 @@ class PgVectorStore(PassageStore):
 
     def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
         with self.database.transaction() as cursor:
-            for source, passages in sorted(by_source.items()):  # in one order everywhere: no deadlock
+            for source, passages in sorted(by_source.items()):  # in the same order everywhere: no deadlock
                 self._upsert(cursor, self._add_entry(cursor, Entry(source, ADDED_AS_TEXT)), passages)
 
     @classmethod
@@ -212,7 +212,7 @@ class PgVectorStore(PassageStore):
         return store
 
     def delete(self, ids: list[str] | None = None, **kwargs) -> bool | None:
-        """Removes passages by id; ids that are not there are passed over. None is not everything: nothing is done."""
+        """Removes passages by id; unknown ids are ignored. None does nothing: it does not mean all."""
         if ids is None:
             return None
         with self.database.transaction() as cursor:
@@ -244,7 +244,7 @@ class PgVectorStore(PassageStore):
             values["candidates"] = min(1000, max(100, fetch_k))
             settings = sql.SQL(search_sql.INDEX_SETTINGS)
             if where:
-                # HNSW finds its way through neighbours that the filter rejects: where few fulfil it, all are compared.
+                # HNSW walks through neighbours that the filter rejects. Where few passages match, all are compared.
                 cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)
                 if cursor.fetchone()[0] <= INDEXED_FROM:
                     settings += sql.SQL("SET LOCAL enable_indexscan = off;")

@@ -1,8 +1,8 @@
-"""The LangChain VectorStore over Pinecone: an index that all collections share, two namespaces a collection.
+"""The LangChain VectorStore over Pinecone: one index for all collections, two namespaces per collection.
 
-`NAME` holds the passages, `NAME documents` a record for each document that is complete and one about the
+`NAME` holds the passages; `NAME documents` holds a record for each complete document and one about the
 collection. Pinecone has no transactions: a document's passages are written first, its record after them, and
-what it had before is removed last. A run that broke off is completed by running it again.
+its old passages are removed last. The next run completes one that stopped.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ TEXT, GIVEN, SOURCE, FINGERPRINT = "_text", "_metadata", "_source", "_fingerprin
 
 
 def open_index(dimension: int) -> Index:
-    """The index that the settings name, made when it is not there, and waited for.
+    """The index that the settings name, created where it is missing, once it is ready.
 
     Raises UserError without a key, with a wrong one, over quota, when it has another dimension or metric, or when it
     is not ready in five minutes.
@@ -84,7 +84,7 @@ class PineconeStore(PassageStore):
         self.index = index
         self._embeddings = embeddings
         self.collection = collection
-        self._awaited: dict[str, str | None] = {}  # fingerprints that reads should come to see, by source
+        self._awaited: dict[str, str | None] = {}  # fingerprints that reads should show soon, by source
         self._dimension = len(embeddings.embed_query("dimension"))
         with explaining(collection):
             about = self._about()
@@ -107,7 +107,7 @@ class PineconeStore(PassageStore):
         return self._fetch([ABOUT], self.records).get(ABOUT, {})
 
     def _record(self, key: str, values: dict) -> dict:
-        """A record with no vector to speak of: Pinecone has no other."""
+        """A record with a meaningless vector: Pinecone demands one."""
         kept = {name: value for name, value in values.items() if value is not None}
         return {"id": key, "values": [1.0] + [0.0] * (self._dimension - 1), "metadata": kept}
 
@@ -145,7 +145,7 @@ class PineconeStore(PassageStore):
         while not (seen := self._is_visible()) and time.monotonic() < end:
             time.sleep(1)
         if not seen:
-            note("Pinecone does not show all that was written yet: answers may miss some of it for a while")
+            note("Pinecone does not show everything that was written yet: answers may miss some of it for a while")
 
     def _is_visible(self) -> bool:
         entries = {entry.source: entry for entry in self.documents()}
@@ -171,14 +171,14 @@ class PineconeStore(PassageStore):
         return True
 
     def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
-        """Several at once: each takes three answers of a server that may be far away."""
+        """Several at once: each needs three answers of a server that may be far away."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             begun = [(each[0], len(each[1]), pool.submit(self.put_document, *each)) for each in prepared]
             try:
                 for entry, count, putting in begun:
                     putting.result()
                     yield entry, count
-            finally:  # after a failure the rest is not tried: each would wait for the network in vain
+            finally:  # after a failure the rest is not tried: each would wait for the network
                 pool.shutdown(cancel_futures=True)
 
     def _write_entry(self, entry: Entry) -> None:
@@ -206,7 +206,7 @@ class PineconeStore(PassageStore):
         return len(known)
 
     def _write(self, rows: list[dict], namespace: str | None = None) -> None:
-        """Upserts records, several requests at once; the SDK waits and repeats what was refused for a while.
+        """Upserts records, several requests at once; the SDK waits and repeats refused requests for a while.
 
         Raises UserError, after the rest was written, when some were not.
         """
@@ -276,7 +276,7 @@ class PineconeStore(PassageStore):
         return store
 
     def delete(self, ids: list[str] | None = None, **kwargs) -> bool | None:
-        """Removes passages by id; ids that are not there are passed over. None is not everything: nothing is done."""
+        """Removes passages by id; unknown ids are ignored. None does nothing: it does not mean all."""
         if ids is None:
             return None
         for at in range(0, len(ids), LISTED):
@@ -318,13 +318,13 @@ def as_entry(values: dict) -> Entry:
 
 
 def digest(text: str) -> str:
-    """What ids are made of: sources may be long, and of any letters."""
+    """The part of an id that stands for a source: sources may be long, and have any letters."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
 def explaining(what: str) -> Iterator[None]:
-    """Turns what the SDK raises into a UserError."""
+    """Turns the errors of the SDK into a UserError."""
     try:
         yield
     except exceptions.PineconeError as error:
@@ -332,7 +332,7 @@ def explaining(what: str) -> Iterator[None]:
 
 
 def explain(error: exceptions.PineconeError, what: str) -> UserError:
-    """What an error of the SDK means for its user; never with the key in it."""
+    """What an error of the SDK means for the user; the key is never in it."""
     fixes = (
         (exceptions.UnauthorizedError, "set PINECONE_API_KEY to a valid key (app.pinecone.io)"),
         (exceptions.ForbiddenError, "the quota may be used up, or the key has no right to it: see app.pinecone.io"),
@@ -362,7 +362,7 @@ def as_pinecone(conditions: Sequence[Condition]) -> dict | None:
             ]
         elif operator == "=":
             values = [value for text in condition.values for value in read_values(text)]
-            # Not $in, whose values have one type. Nothing is equal to none of them.
+            # Not $in, whose values have one type. No value is equal to none of them.
             parts.append({"$or": [{key: {"$eq": value}} for value in values]} if values else {key: {"$in": []}})
         elif NUMBER.fullmatch(condition.values[0]):
             names = {ours: theirs for theirs, ours in LANGCHAIN.items()}

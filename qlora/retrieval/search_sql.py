@@ -1,7 +1,7 @@
 """The search statements: dense (embeddings), lexical (words), and both added up.
 
 Lexical is the share of the question's words that a passage holds, where rare words weigh more. Hybrid takes the best
-`nearest` passages of each and adds the share to the cosine similarity: with both scores at hand that finds more than
+`nearest` passages of each and adds the share to the cosine similarity. With both scores known, that finds more than
 fusing ranks (Bruch, Gai and Ingber, arXiv 2210.11934). Every passage comes with its similarity and embedding.
 """
 
@@ -12,12 +12,12 @@ from psycopg2 import sql
 from qlora.retrieval.metadata_filter import NUMBER, OPERATORS, Condition
 
 WORDS = 32  # of a question, the longest ones
-COMMON = 10_000  # passages with a word, from which on it is too common to look for
-# Best for 400 questions on SQuAD's training articles and 99 on the sample's training documents; 0.4 to 0.8 do as well.
+COMMON = 10_000  # passages with a word above which it is too common to search
+# Best for 400 questions on SQuAD's training articles and 99 on the sample's training documents; 0.4 to 0.8 are equal.
 LEXICAL_WEIGHT = 0.6
 SECONDS = 60  # that a search may take
 
-# strict_order: without it a search under a filter returns too few rows. jit compiles for longer than a search takes.
+# strict_order: without it a search with a filter returns too few rows. jit compiles for longer than a search takes.
 INDEX_SETTINGS = """
 SET LOCAL jit = off;
 SET LOCAL hnsw.ef_search = %(candidates)s;
@@ -34,8 +34,8 @@ dense AS MATERIALIZED (
         ORDER BY embedding <=> %(vector)s LIMIT %(nearest)s
     ) AS nearest
 )"""
-# A word weighs as in BM25 (Robertson and Zaragoza 2009); how often it is in a passage hardly matters in short ones.
-# The quotation marks make any lexeme a query of itself. Words in COMMON passages and more count if there are no others.
+# A word weighs as in BM25 (Robertson and Zaragoza 2009); its count in a passage hardly matters in short passages.
+# The quotation marks make a query of any lexeme. Words in COMMON or more passages count only if there are no others.
 LEXICAL = """
 asked AS MATERIALIZED (
     SELECT lexeme, ('''' || replace(replace(lexeme, '\\', '\\\\'), '''', '''''') || '''')::tsquery AS word
@@ -85,7 +85,7 @@ ORDER BY lexical.rank, id LIMIT %(k)s
 
 
 def as_sql(conditions: Sequence[Condition]) -> tuple[sql.Composable, dict[str, object]]:
-    """An expression over the column `metadata` that holds for what fulfils all conditions, and its values."""
+    """An expression over the column `metadata` that is true where all conditions hold, and its values."""
     parts: list[sql.Composable] = [sql.SQL("true")]
     values: dict[str, object] = {}
     for n, condition in enumerate(conditions):
@@ -106,5 +106,5 @@ def test_value(condition: Condition, value: str, n: int, m: int, values: dict[st
     template = (
         f"{left} {{operator}} %({{name}})s::numeric" if is_number else "metadata->>%({key})s {operator} %({name})s"
     )
-    # The operator comes from OPERATORS, key and name are made here: no text of the user's is formatted in.
+    # The operator comes from OPERATORS, key and name are made here: no text of the user is formatted in.
     return sql.SQL(template.format(key=f"key{n}", operator=OPERATORS[condition.operator], name=name))

@@ -1,6 +1,6 @@
-"""Checkpoints of an unfinished run, so that it can be killed at any moment and go on exactly.
+"""Checkpoints of an unfinished run, so that it can be killed at any moment and continue exactly.
 
-.NAME.partial/manifest.json    what the run was started with: a resumed run must match it
+.NAME.partial/manifest.json    the arguments and rows of the run: a resumed run must match them
 .NAME.partial/metrics.jsonl    the curve so far
 .NAME.partial/checkpoint-N/    Trainer's own files, best.safetensors and progress.json; whole or absent
 """
@@ -26,15 +26,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_unfinished(partial: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError when a run with checkpoints would be thrown away without being told to."""
+    """Raises UserError when a run with checkpoints would be deleted without --overwrite."""
     checkpoint = last_checkpoint(partial)
     if checkpoint and not (resume or overwrite):
-        what = f"an unfinished run is there, at step {step_of(checkpoint)}"
-        raise fail(what, str(partial), "add --resume to go on with it, or --overwrite to start again")
+        what = f"an unfinished run exists, at step {step_of(checkpoint)}"
+        raise fail(what, str(partial), "add --resume to continue it, or --overwrite to start again")
 
 
 def start_folder(partial: Path, resume: bool) -> None:
-    """Makes the folder of an unfinished run: the one that is there with `resume`, otherwise an empty one."""
+    """The folder of an unfinished run: with `resume` the existing one, otherwise a new, empty one."""
     if not (resume and last_checkpoint(partial)):
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(partial / STAGING, ignore_errors=True)
@@ -42,10 +42,10 @@ def start_folder(partial: Path, resume: bool) -> None:
 
 
 def match_manifest(partial: Path, manifest: dict) -> None:
-    """Writes the manifest of a new run, or checks that a resumed one goes on with the same.
+    """Writes the manifest of a new run, or checks that a resumed one has the same.
 
-    Raises UserError with everything that differs in arguments, rows and base model. Other library versions
-    are told, not refused: the run goes on, maybe not to the same bits. Threads are not compared: `threads` tells them.
+    Raises UserError with everything that differs in arguments, rows and base model. Other library versions are only
+    reported: the run continues, maybe not to the same bits. Threads are not compared: `threads` returns them.
     """
     path = partial / MANIFEST
     if not last_checkpoint(partial):
@@ -67,9 +67,9 @@ def match_manifest(partial: Path, manifest: dict) -> None:
 
 
 def threads(partial: Path) -> int:
-    """How many threads the run computes with at most: those it began with.
+    """The largest number of threads of the run: the number that it began with.
 
-    Sums and matrix products are divided among them, and in fp32 their last digits depend on how.
+    Sums and matrix products are divided among them, and in fp32 their last digits depend on the number.
     """
     return json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["threads"]
 
@@ -87,12 +87,12 @@ def put_in_place(partial: Path, step: int, keep: int) -> None:
     """Renames the staged checkpoint, so that it is whole or absent, and removes all but the newest `keep`."""
     (partial / STAGING / f"checkpoint-{step}").rename(partial / f"checkpoint-{step}")
     for old in sorted(partial.glob("checkpoint-*"), key=step_of)[:-keep]:
-        old.rename(partial / STAGING / old.name)  # a half removed one must not look whole
+        old.rename(partial / STAGING / old.name)  # one that is half removed must not look whole
     shutil.rmtree(partial / STAGING)
 
 
 def cut_metrics(metrics: Path, step: int) -> None:
-    """Forgets what was measured after the checkpoint: it is measured again."""
+    """Removes measurements after the checkpoint: they are made again."""
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
     whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     cut = metrics.with_suffix(".cut")

@@ -1,12 +1,12 @@
-"""What a run would train on, and what it would cost: shown before the first step, and written as JSON.
+"""The data report: what a run trains on, and what it costs. Shown before the first step, and written as JSON.
 
     report = build_data_report(tokenizer, training, held_out, counts, plan)
     print_report(report)
     write_report(Path("data_report.json"), report)
 
 `counts` holds rows `read` and `kept`, what was `dropped` and `leaked` (row_filters.Dropped), and for
-`training` and `held out` the number of documents and of rows `shortened` and `too long`. `plan` is what
-`plan_costs` says.
+`training` and `held out` the number of documents and of rows `shortened` and `too long`. `plan` comes
+from `plan_costs`.
 """
 
 import json
@@ -24,17 +24,17 @@ from qlora.training.examples import Example, collate, count_labels, count_tokens
 from qlora.training.row_filters import Dropped
 
 PERCENTILES = (5, 25, 50, 75, 95)
-MARKS = "⟦", "⟧"  # around the trained tokens, where there is no colour
+MARKS = "⟦", "⟧"  # around the trained tokens, where colours are missing
 # Share of the rate of large matmuls that training reaches, by bytes of what it computes in. Measured on two cores with
-# 300 to 500 tokens a batch: 260 to 300 of 970 GFLOP/s in bf16, 140 to 160 of 215 in fp32.
+# 300 to 500 tokens per batch: 260 to 300 of 970 GFLOP/s in bf16, 140 to 160 of 215 in fp32.
 UTILISATION = {2: 0.3, 4: 0.65}
-# Bytes a token, layer and unit of the hidden size that forward keeps for backward: on a GPU as counted for SmolLM2-135M
-# with LoRA on all linear layers under bf16 autocast; on the CPU as the process grows in bf16 and in fp32, 263 to 1,037
-# tokens. With checkpointing a layer keeps its input only.
+# Bytes per token, layer and unit of the hidden size that forward keeps for backward. On a GPU as counted for
+# SmolLM2-135M with LoRA on all linear layers under bf16 autocast; on the CPU as the process grows in bf16 and in
+# fp32, 263 to 1,037 tokens. With checkpointing a layer keeps only its input.
 ACTIVATION_BYTES_CUDA, ACTIVATION_BYTES_CPU = 30, {2: 60, 4: 90}
-# Libraries, and on the CPU what the allocator keeps of batches of other lengths.
+# Libraries, and on the CPU memory that the allocator keeps from batches of other lengths.
 LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 1.9e9
-FULL = 0.9  # share of the free memory that an estimate may take; most estimates are too high
+FULL = 0.9  # share of the free memory that an estimate may fill; most estimates are too high
 
 
 def build_data_report(
@@ -49,7 +49,7 @@ def build_data_report(
 
     `training` are the rows of the first epoch.
 
-    Raises UserError for examples that would train nothing, or not to stop (`check_examples`).
+    Raises UserError for examples that would train nothing, or no end of an answer (`check_examples`).
     """
     check_examples(tokenizer, training, "training")
     check_examples(tokenizer, held_out, "held-out")
@@ -90,7 +90,7 @@ def write_report(path: Path, report: dict) -> None:
 def check_examples(tokenizer, examples: Sequence[Example], name: str) -> None:
     """Raises UserError when no token is trained, or for the first row that doesn't end in a trained EOS.
 
-    Both would train for hours and give a model that learnt nothing, or that never stops.
+    Otherwise hours of training would give a model that learnt nothing, or that never stops.
     """
     if examples and not any(map(count_labels, examples)):
         what = f"no token of the {name} rows is trained: every label is {IGNORED}"
@@ -125,7 +125,7 @@ def describe_part(examples: Sequence[Example], counts: dict[str, int]) -> dict[s
 def measure_lengths(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     """Percentiles and maximum of the tokens of prompt, response (with EOS) and whole row.
 
-    A percentile is the length of a row: the smallest that at least so many percent of the rows don't exceed.
+    A percentile is the smallest length of a row that at least that share of the rows does not exceed.
     """
     import numpy
 
@@ -148,10 +148,10 @@ def is_refused(tokenizer, example: Example) -> bool:
 
 
 def plan_costs(schedule, batches: Sequence[Sequence[Example]], model) -> dict:
-    """The schedule's fields, and what else decides how long it takes and how much memory: all that is estimated from.
+    """The schedule's fields, and whatever else decides time and memory: the input of all estimates.
 
-    `model` has its LoRA; it may be on the meta device, without weights. `batches` are those of the first epoch; what
-    counts is their tokens that are computed: without padding, common beginnings once.
+    `model` has its LoRA; it may be on the meta device, without weights. `batches` are those of the first epoch. The
+    tokens that are computed count: without padding, common beginnings once.
     """
     computed = [collate(batch)["packed"].input_ids.numel() for batch in batches]
     longest = max(len(example.input_ids) for batch in batches for example in batch)
@@ -171,7 +171,7 @@ def describe_model(model) -> dict[str, int]:
 
 
 def measure_rate(seconds: float = 0.5) -> float:
-    """FLOP a second of this machine in a large square matmul, in the type that training computes in."""
+    """FLOP per second of this machine in a large square matmul, in the type that training computes in."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -186,7 +186,7 @@ def measure_rate(seconds: float = 0.5) -> float:
 def estimate_seconds(plan: dict, rate: float) -> float:
     """An estimate of how long all steps take, without evaluations: within 30 % on an idle CPU.
 
-    A token costs 2 FLOP a weight forward and 2 backward (the base is frozen: no weight gradients, but for
+    A token costs 2 FLOP per weight forward and 2 backward (the base is frozen: no weight gradients, but for
     LoRA), and 2 more where activations are recomputed.
     """
     tokens = plan["steps"] * plan["accumulation"] * sum(plan["batches"]) / len(plan["batches"])
@@ -195,14 +195,14 @@ def estimate_seconds(plan: dict, rate: float) -> float:
 
 
 def fits(plan: dict) -> bool:
-    """Whether the plan's memory, by the estimate, is free on this machine: on its GPU where it has one."""
+    """Whether the estimated memory of the plan is free on this machine: on its GPU where it has one."""
     return estimate_memory(plan)["all"] * 1e9 <= FULL * machine.free_memory()
 
 
 def estimate_memory(plan: dict) -> dict[str, float]:
     """An estimate of the GB a process needs, by what needs them, and in all: within a fifth on the CPU.
 
-    4-bit linear layers and 16-bit embeddings are about 0.6 bytes a weight; a LoRA weight is 16 (fp32 weight,
+    4-bit linear layers and 16-bit embeddings take about 0.6 bytes per weight; a LoRA weight takes 16 (fp32 weight,
     gradient and two moments of AdamW). Activations are those of the largest batch, or of the part of it that the CPU
     computes at once; with checkpointing, the inputs of all layers and everything of one.
     """
@@ -234,7 +234,7 @@ def choose_example(tokenizer, examples: Sequence[Example]) -> Example:
 
 
 def mark_trained(tokenizer, example: Example) -> str:
-    """The row as the model reads it, special tokens and all, with the trained part between the marks."""
+    """The row as the model reads it, with special tokens, and its trained part between the marks."""
     pieces = []
     tokens = zip(example.input_ids, example.labels, strict=True)
     for trained, group in groupby(tokens, key=lambda token: token[1] != IGNORED):
@@ -256,7 +256,7 @@ def color_trained(marked: str):
 
 
 def print_report(report: dict) -> None:
-    """What the step's own notes, which count the rows, don't say: examples, lengths, cost and a row; on stderr."""
+    """Prints on stderr what the notes of the step leave out: examples, lengths, cost and one row."""
     console = stderr()
     for dropped in (report["rows"]["dropped"], report["leakage"]):
         print_dropped(console, dropped)
@@ -275,7 +275,7 @@ def print_report(report: dict) -> None:
     parts = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in memory.items())
     say(console, f"estimate: {show_seconds(report['estimate']['seconds'])}, {needed} GB of memory ({parts})")
     say(console, f"gradient checkpointing {'on' if report['gradient_checkpointing'] else 'off'}")
-    say(console, "one row; what is trained is green:")
+    say(console, "one row; its trained part is green:")
     console.print(color_trained(report["example"]))
 
 
@@ -304,7 +304,7 @@ def print_lengths(console, lengths: dict[str, dict[str, int]]) -> None:
 
 
 def show_seconds(seconds: float) -> str:
-    """`40 s`, `12 min` or `3.5 h`: as exact as an estimate is."""
+    """`40 s`, `12 min` or `3.5 h`: as exact as an estimate can be."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -13,12 +13,12 @@ from qlora.training.row_filters import TEMPLATE
 from qlora.training.rows import Row
 from qlora.words import CITATIONS, answer_span, normalize, pad_words
 
-FIRST = 0.75  # of the contexts stand first: the best passage of a search is the right one about so often
+FIRST = 0.75  # share of contexts that come first: the best passage of a search is right about that often
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Where distractors come from: all contexts, in pools, and what they must not hold."""
+    """The contexts of all rows in pools, from which distractors are drawn, and the answers that those must not hold."""
 
     place: dict[str, tuple[str, str]]  # context -> its subject and document
     by_document: dict[str, list[str]]
@@ -57,7 +57,7 @@ def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
 def draw_sets(contexts: Contexts, largest: int, seed: int) -> Sets:
     """The contexts in random sets of one to `largest` neighbours: of one document or subject where these have so many.
 
-    Of all sizes, so that the model learns to answer from a single passage, too.
+    Sets of all sizes, so that the model also learns to answer from a single passage.
     """
     chance = random.Random(seed)
     names = sorted({name for place in contexts.place.values() for name in place})
@@ -75,7 +75,7 @@ def draw_sets(contexts: Contexts, largest: int, seed: int) -> Sets:
 def add_distractors(rows: Sequence[Row], count: int, gold_probability: float, prompt: Prompt, seed: int) -> list[Row]:
     """Rows with passages as retrieval gives them: the context among up to `count` others, mostly before them.
 
-    Others are neighbours: of the same document or subject where these have so many, and never hold the answer.
+    The others are neighbours, of the same document or subject where these have enough, and never hold the answer.
     Rows about one context share their passages wherever that is possible, so that training computes them once
     (packing). With probability 1 - `gold_probability` the context is left out and the right response is the
     refusal (RAFT, arXiv 2403.10131: training on distractors is what makes tuning help retrieval). Other
@@ -93,7 +93,7 @@ def shape_row(row: Row, contexts: Contexts, sets: Sets, gold_probability: float,
     chance = random.Random(hashlib.sha256(f"{seed}\n{row.instruction}\n{row.context}".encode()).digest())
     refused = is_refusal(row.response, refusal)
     keeps_gold = refused or chance.random() < gold_probability
-    # As many passages with the right one as without it: their number must not give the refusal away.
+    # Equally many passages with and without the right one: their number must not give the refusal away.
     near = sets.own[row.context] if keeps_gold else sets.next[row.context]
     others = pick_distractors(row, contexts, near, len(near) - keeps_gold, refusal, chance)
     keeps_gold |= not others
@@ -111,9 +111,9 @@ def pick_distractors(
 ) -> list[str]:
     """Up to `count` contexts without the answer: those `near`, then from the nearest pool that has some.
 
-    Of a large pool only 8 * count + 8 random contexts are looked at, so that time grows with the rows, not
-    with their square. What another row answers to the same question is an answer, too: a refusal has no
-    other. A bare "Yes" leaves no words to look for: two spaces stand in no context's words.
+    Only 8 * count + 8 random contexts of a large pool are checked, so that time grows with the rows, not with
+    their square. Another row's answer to the same question counts as an answer as well. A bare "Yes" has no words
+    to search for: two spaces are in no context's words.
     """
     own = set() if is_refusal(row.response, refusal) else {pad_words(answer_span(row.response))}
     same_question = contexts.answers.get(normalize(row.instruction), set())

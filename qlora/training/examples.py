@@ -15,7 +15,7 @@ from qlora.prompt import IGNORED, Prompt, defuse, encode_row, fit_passages
 from qlora.training.rows import Row
 from qlora.words import answer_span
 
-INT32 = "i"  # a list of Python's integers takes five times the memory
+INT32 = "i"  # a list of Python integers takes five times the memory
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Example:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What stands before the response."""
+        """The tokens before the response."""
         return self.input_ids[: self.labels.count(IGNORED)].tolist()
 
     @property
     def response_ids(self) -> list[int]:
-        """What is trained: the response with its EOS."""
+        """The trained tokens: the response with its EOS."""
         return self.input_ids[self.labels.count(IGNORED) :].tolist()
 
 
@@ -45,9 +45,10 @@ def make_example(input_ids: Sequence[int], labels: Sequence[int], group: int = 0
 
 
 class Epochs:
-    """The batches of one epoch after the other, by number; an epoch is drawn when its first batch is asked for.
+    """The batches of all epochs by number. An epoch is drawn when its first batch is needed.
 
-    `batches` are those of the first; `draw(epoch)` gives those of any, the same ones each time. One is in memory.
+    `batches` are those of the first epoch; `draw(epoch)` gives those of any, the same ones each time. Only one epoch
+    is in memory.
     """
 
     def __init__(self, batches: list[list[Example]], draw: Callable[[int], list[list[Example]]]):
@@ -67,9 +68,9 @@ class Epochs:
 def tokenize_rows(
     tokenizer, prompt: Prompt, rows: Sequence[Row], max_length: int
 ) -> tuple[list[Example], dict[str, int]]:
-    """Examples of at most `max_length` tokens, and how many rows were shortened or were too long.
+    """Examples of at most `max_length` tokens, and the numbers of rows that were shortened or too long.
 
-    Only passages are shortened, the one with the answer last and around it; a row whose instruction
+    Only passages are shortened, the one with the answer last and around it. A row whose instruction
     and response alone exceed `max_length` is left out.
     """
     examples = []
@@ -98,7 +99,7 @@ def tokenize_rows(
 
 
 def batch_groups(groups: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Row numbers in batches of at most `size` in random order; rows of a group come together, as far as they fit.
+    """Row numbers in batches of at most `size` in random order; rows of a group stay together as far as they fit.
 
     `groups` are those of the rows.
     """
@@ -121,7 +122,7 @@ def batch_groups(groups: Sequence[int], size: int, seed: int) -> list[list[int]]
 
 
 def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list[Example]]:
-    """The rows in random order, up to `size` together, where those with the same passages stay together."""
+    """The rows in batches of up to `size`, in random order; rows with the same passages stay together."""
     numbers = batch_groups([example.group for example in examples], size, seed)
     return [[examples[n] for n in batch] for batch in numbers]
 
@@ -129,7 +130,7 @@ def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list
 def collate(examples: Sequence[Example]) -> dict:
     """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels, tensors of int64; and `packed`.
 
-    The packed batch is the same without padding, common beginnings once.
+    `packed` is the same batch without padding, with common beginnings once.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -141,7 +142,7 @@ def collate(examples: Sequence[Example]) -> dict:
         return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
     batch = {
-        # The labels say where a row begins; the mask hides what stands before, so any id will do there.
+        # The mask hides the padding, so any id serves there.
         "input_ids": pad([example.input_ids for example in examples], 0),
         "attention_mask": pad([array(INT32, [1]) * len(example.input_ids) for example in examples], 0),
         "labels": pad([example.labels for example in examples], IGNORED),
@@ -174,7 +175,7 @@ def count_tokens(examples: Sequence[Example]) -> int:
 
 
 def count_labels(example: Example) -> int:
-    """How many tokens of the row are trained."""
+    """The number of trained tokens of the row."""
     return len(example.labels) - example.labels.count(IGNORED)
 
 

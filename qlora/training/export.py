@@ -1,4 +1,4 @@
-"""What leaves the project: a merged model that runs anywhere, and a folder pushed to the Hugging Face hub."""
+"""Exports: a merged model that runs anywhere, and a folder pushed to the Hugging Face hub."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from qlora.model.base_model import load_base_model, load_tokenizer, resolve_base
 from qlora.training.examples import Example
 
 CHECKED_ROWS, CHECKED_TOKENS = 8, 32
-# Logits nearer than this share of their standard deviation are a tie. Right merges of SmolLM2-135M were off by at
-# most 0.07 (two steps of bf16) in 48 answers; without the LoRA delta, or quantised again, each answer by 0.5 to 4.
-# Plain equality is too much: bitsandbytes' two CPU kernels, on the same weights, differ in one answer of 16.
+# Logits nearer than this share of their standard deviation are a tie. Correct merges of SmolLM2-135M differed by
+# at most 0.07 (two steps of bf16) in 48 answers; without the LoRA delta, or quantised again, each answer by 0.5 to 4.
+# Equality would be too strict: bitsandbytes' two CPU kernels, on the same weights, differ in one answer of 16.
 TIE = 0.15
-FULL = 0.9  # share of the free memory that the weights may take: a layer more exists while it is changed
+FULL = 0.9  # share of the free memory that the weights may take: a layer exists twice while it is changed
 
 
 def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> int:
-    """Writes base + adapter as a plain transformers model; returns how many answers were checked before.
+    """Writes base + adapter as a plain transformers model; returns the number of answers that were checked first.
 
-    The weights are dequantised NF4 + LoRA delta: what the adapter was trained against. Quantised again (PEFT's
-    merge on the 4-bit model; the folder as --base-model) they lose the delta: it is smaller than a step of NF4.
+    The weights are dequantised NF4 + LoRA delta, as in training. Quantised again (PEFT's merge on the 4-bit
+    model; the folder as --base-model) they lose the delta, which is smaller than a step of NF4.
     Up to 8 held-out `rows` are answered greedily by adapter on 4-bit, and the merged model must answer the same.
     Raises UserError, with nothing written, when it does not, when `folder` holds something, and without disk.
     """
@@ -42,20 +42,20 @@ def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> in
 def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]], may_move: bool = False):
     """Base + adapter as one model in 16 bit, which answers the prompts as the adapter on 4-bit does.
 
-    With `may_move` it is on the CPU when the GPU has no room for it. Raises UserError when it answers differently, and
-    without the memory.
+    With `may_move` it is on the CPU when the GPU has no room for it. Raises UserError when it answers differently, or
+    when memory is missing.
     """
     from accelerate.utils.memory import clear_device_cache
 
     from qlora.answering.generator import Generator
 
-    clear_device_cache(garbage_collection=True)  # a trainer that is no longer used is a circle of references
-    # As for training: the CPU's answering kernel repacks the weights, and dequantising those gives noise.
+    clear_device_cache(garbage_collection=True)  # an unused trainer is a cycle of references
+    # As for training: the CPU kernel for answering repacks the weights, and dequantising those gives noise.
     base = load_base_model(resolve_base_model(adapter.base_model), training=True, keep=False)
     tuned = load_adapter(base, adapter)
     generator = Generator(model=tuned, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
     answers = [generator.generate_ids([prompt])[0] for prompt in prompts]
-    # In the dtype that the 4-bit model computes in: in fp32, at twice the size, no more answers are equal (14 of
+    # In the dtype of the 4-bit model: in fp32, at twice the size, no more answers are equal (14 of
     # 16, bf16 15), since the reference itself rounds to bf16.
     merged = load_adapter(dequantize_model(tuned.unload(), may_move), adapter).merge_and_unload().eval()
     differing = sum(not keeps_answer(merged, *pair) for pair in zip(prompts, answers, strict=True))
@@ -75,7 +75,7 @@ def dequantize_model(model, may_move: bool):
     needed, on_cpu = 2 * model.num_parameters() / FULL, model.device.type == "cpu"
     free = machine.available_memory() if on_cpu else machine.free_memory()
     if may_move and not on_cpu and needed > free:
-        note(f"Merging on the CPU: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB of the GPU's are free")
+        note(f"Merging on the CPU: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB of the GPU are free")
         remove_hook_from_submodules(model)  # accelerate's, which would move every input back to the GPU
         model, free = model.to("cpu"), machine.available_memory()
     if needed > free:
@@ -86,7 +86,7 @@ def dequantize_model(model, may_move: bool):
 
 
 def check_target(folder: Path) -> None:
-    """Raises UserError unless `folder` is empty, or absent and can be made."""
+    """Raises UserError unless `folder` is empty, or does not exist and can be created."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise fail("the folder for the merged model is not empty", str(folder), "give a new folder")
     existing_parent(folder)
@@ -106,7 +106,7 @@ def keeps_answer(model, prompt: list[int], answer: list[int]) -> bool:
 def write_model(folder: Path, model, tokenizer, adapter: Adapter) -> None:
     """Puts the whole model in place of the absent or empty `folder`; a failure leaves nothing behind."""
     check_disk(existing_parent(folder), model.get_memory_footprint())
-    # Not adapter.partial_folder: the checkpoints of an unfinished training could lie there.
+    # Not adapter.partial_folder: the checkpoints of an unfinished training could be there.
     partial = folder.with_name(f".{folder.name}.merging")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -124,7 +124,7 @@ def push_adapter(folder: Path, repository: str, endpoint: str | None = None) -> 
     """Uploads an adapter or merged folder, without dot files, to a model repository; returns its address.
 
     A new repository is private, an existing one keeps its visibility. Raises UserError when the folder holds no
-    model, without a token, and with the hub's own words when it refuses or cannot be reached.
+    model, without a token, and with the hub's message when it refuses or cannot be reached.
     """
     from httpx import HTTPError
     from huggingface_hub import HfApi, get_token
@@ -144,7 +144,7 @@ def push_adapter(folder: Path, repository: str, endpoint: str | None = None) -> 
 
 
 def explain_refusal(error: Exception, repository: str, token: str) -> UserError:
-    """What the hub or the network said, never with the token in it, and what to do."""
+    """The message of the hub or the network, without the token, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = " ".join(str(error).split()).replace(token, "HF_TOKEN")[:300]
     fixes = {
@@ -152,5 +152,5 @@ def explain_refusal(error: Exception, repository: str, token: str) -> UserError:
         403: "give the token write access to that user or organisation, or push to your own USER/NAME",
         404: "check the user or organisation, and that the token has write access",
     }
-    other = "mend what the hub names" if isinstance(error, ValueError) else "check the network and push again"
+    other = "fix what the hub names" if isinstance(error, ValueError) else "check the network and push again"
     return fail(f"the push failed ({said})", repository, fixes.get(status, other))

@@ -1,9 +1,9 @@
-"""Which rows of a dataset are trained on: what is selected, what is dropped, and why.
+"""The rows of a dataset to train on: which are selected or dropped, and why.
 
     selection = read_selection(["category=closed_qa,summarization", "source!=old.md"], ["response=2"], [], problems)
     reason_to_drop(row, selection)      # "", or such as "response shorter than 2 words"
 
-Texts are compared as sequences of whole words (`normalize`), so that "9" stands in no "19".
+Texts are compared as sequences of whole words (`normalize`), so that "9" is not in "19".
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from qlora.refusal import is_refusal
 from qlora.training.rows import COLUMNS, REQUIRED, Row
 from qlora.words import answer_span, normalize, pad_words
 
-EXAMPLES = 3  # rows shown for every reason
+EXAMPLES = 3  # rows shown per reason
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What rows must be like: values a column must or must not have, words it has, how many rows at most.
+    """Conditions on rows: values that a column must or must not have, its number of words, and the most rows.
 
-    `extractive` asks that the response stands in the context, where there is one; at most `refusal_share` of the
-    rows may refuse.
+    `extractive` demands that the response is in the context, where there is one. At most `refusal_share` of the rows
+    may refuse.
     """
 
     equal: dict[str, set[str]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Selection:
 
 
 class Dropped(Counter):
-    """How many rows were dropped for which reason; `examples` holds the first three of each."""
+    """The number of rows dropped per reason; `examples` holds the first three of each."""
 
     def __init__(self, *counts):
         super().__init__(*counts)
@@ -63,13 +63,13 @@ def read_selection(
 ) -> Selection:
     """The selection that the words of --filter, --min-words and --max-words describe.
 
-    Adds a problem for every word that is none: `COLUMN=A,B`, `COLUMN!=A,B`, and `COLUMN=N` for numbers of words.
+    Adds a problem for every other word. Valid are `COLUMN=A,B`, `COLUMN!=A,B`, and `COLUMN=N` for numbers of words.
     """
     equal, unequal = {}, {}
     for text in filters:
         match = re.fullmatch(r"([^=!]+)(!?=)(.+)", text, re.DOTALL)
         if not match:
-            problems.add(f"--filter {text} is no filter", "command line", "write COLUMN=A,B or COLUMN!=A,B")
+            problems.add(f"--filter {text} is not a filter", "command line", "write COLUMN=A,B or COLUMN!=A,B")
         elif check_column(match[1], "--filter", problems):
             values = (equal if match[2] == "=" else unequal).setdefault(match[1], set())
             values.update(value.strip() for value in match[3].split(","))
@@ -106,7 +106,7 @@ def check_column(name: str, flag: str, problems: Problems) -> bool:
 
 
 def reason_to_drop(row: Row, selection: Selection) -> str:
-    """Why a row is not trained on, or an empty string."""
+    """The reason to drop a row, or an empty string."""
     return reason_by_value(row, selection) or reason_by_words(row, selection)
 
 
@@ -122,7 +122,7 @@ def reason_by_value(row: Row, selection: Selection) -> str:
 
 
 def reason_by_words(row: Row, selection: Selection) -> str:
-    """A reason when a column is too short or too long, or the response stands not in the context."""
+    """A reason when a column is too short or too long, or the response is not in the context."""
     for name, fewest in selection.min_words.items():
         if len(getattr(row, name).split()) < fewest:
             return f"{name} shorter than {fewest} words"
@@ -135,7 +135,7 @@ def reason_by_words(row: Row, selection: Selection) -> str:
 
 
 def is_extractive(response: str, context: str) -> bool:
-    """Whether the answer stands in the context, letter by letter and as whole words.
+    """Whether the answer is in the context, letter by letter and as whole words.
 
     Case and white space don't matter. True without a context, and for refusals and a bare "Yes" or "No".
     """
@@ -147,7 +147,7 @@ def is_extractive(response: str, context: str) -> bool:
 
 
 def limit_refusals(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """The rows in their order, with so many of the refusing ones that they are at most `share` of all."""
+    """The rows in their order, with at most `share` of them refusing."""
     refusing = [row for row in rows if is_refusal(row.response)]
     most = len(rows) if share == 1 else round(share / (1 - share) * (len(rows) - len(refusing)))
     left_out = set(refusing) - set(sample_rows(refusing, most, seed))
@@ -157,7 +157,7 @@ def limit_refusals(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
 def sample_rows(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
     """At most `count` different rows in their order: those whose hash with the seed is lowest.
 
-    Depends on the rows' content and the seed alone, and a smaller sample is a part of a larger one.
+    The sample depends only on the content of the rows and the seed; a smaller one is part of a larger one.
     """
     if count is None or len(rows) <= count:
         return list(rows)
@@ -170,14 +170,14 @@ def sample_rows(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
     return [row for row in rows if row in chosen]
 
 
-TEMPLATE = 5  # contexts from which on an instruction is a task for any text ("Summarise this"), no question
+TEMPLATE = 5  # contexts with one instruction from which on it is a task for any text ("Summarise this"), not a question
 EVERY_ROW = Selection()
 
 
 def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int = 0) -> tuple[list[Row], Dropped]:
-    """The rows that pass, in their order, and how many were dropped for which reason, with examples.
+    """The rows that pass, in their order, and the number dropped per reason, with examples.
 
-    Rows with an empty instruction or response and repeated rows go too; `seed` decides which rows stay
+    Rows with an empty instruction or response and repeated rows are dropped as well; `seed` decides which rows stay
     within `max_rows`. Raises UserError when nothing is left.
     """
     passed: dict[Row, None] = {}
@@ -227,8 +227,8 @@ def drop_leaked(training: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[
     """Training rows whose question and context no held-out row has, and what was dropped.
 
     `hold_out` keeps documents apart, but two documents may share a paragraph, or answer one question.
-    Compared are whole words (`normalize`). An instruction for any text ("Summarise this"), which stands
-    with `TEMPLATE` contexts or more, is no question. Raises UserError when no training row is left.
+    Whole words are compared (`normalize`). An instruction for any text ("Summarise this"), with `TEMPLATE` contexts
+    or more, is not a question. Raises UserError when no training row is left.
     """
     contexts_of = defaultdict(set)
     for row in [*training, *held_out]:
@@ -246,5 +246,5 @@ def drop_leaked(training: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[
             kept.append(row)
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise fail("no training row is left apart from the held-out ones", reasons, "give rows of more documents")
+        raise fail("no training row is left beside the held-out ones", reasons, "give rows of more documents")
     return kept, dropped

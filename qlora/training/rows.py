@@ -1,4 +1,4 @@
-"""Rows of an instruction dataset: load, validate, filter, split, add distractors, tokenise.
+"""Rows of an instruction dataset: load and validate.
 
 A row has `instruction`, `response` and optionally `context`, `category` and `source` (the document
 its context comes from): the columns of databricks-dolly-15k and one more.
@@ -20,7 +20,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Row:
-    """One question with its right response; `passages` is what the model sees, `context` what answers it."""
+    """One question with its right response; the model sees `passages`, and `context` holds the answer."""
 
     instruction: str
     response: str
@@ -31,12 +31,12 @@ class Row:
 
     @property
     def document(self) -> str:
-        """What keeps rows together when a share is held out: the document, else the context, else the row."""
+        """The group of rows that is held out together: the document, else the context, else the row."""
         return self.source or self.context or self.instruction
 
     @property
     def subject(self) -> str:
-        """What related documents share: the folder of `source`, else the category."""
+        """The group of related documents: the folder of `source`, else the category."""
         return self.source.rpartition("/")[0] or self.category
 
 
@@ -47,7 +47,7 @@ def load_rows(source: str, columns: dict[str, str] | None = None) -> list[Row]:
     """All rows of a file (.json, .jsonl, .csv, .parquet) or of the train split of a hub dataset.
 
     `columns` maps our names to the dataset's. Raises UserError for a missing file, an unknown type, a
-    line that is no JSON, a column that is not there, cells that are no text, and an empty dataset.
+    line that is not JSON, a missing column, cells that are not text, and an empty dataset.
     """
     path = Path(source)
     is_file = path.exists() or path.suffix in BUILDERS or path.is_absolute()
@@ -82,11 +82,11 @@ def load_file(path: Path):
         cause = str(error.__cause__ or error).splitlines()[0]
         if "no data" in cause:
             raise fail("the dataset has no rows", str(path), "give a dataset with at least two rows") from error
-        raise fail(f"unreadable dataset ({cause})", str(path), "mend the file, or convert it to JSON Lines") from error
+        raise fail(f"unreadable dataset ({cause})", str(path), "fix the file, or convert it to JSON Lines") from error
 
 
 def csv_options(path: Path) -> dict:
-    """Options that read every cell of a CSV file as the text it is: 27 stays "27", and NA "NA"."""
+    """Options that read every cell of a CSV file as text: 27 stays "27", and NA stays "NA"."""
     import datasets
 
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -95,7 +95,7 @@ def csv_options(path: Path) -> dict:
 
 
 def check_json_lines(path: Path) -> None:
-    """Raises UserError that names every line (the first five) that is no JSON object with text cells."""
+    """Raises UserError that names every line (the first five) that is not a JSON object with text cells."""
     problems = Problems()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -104,15 +104,15 @@ def check_json_lines(path: Path) -> None:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                problems.add(f"not JSON ({error})", f"{path}:{number}", "mend or remove the line")
+                problems.add(f"not JSON ({error})", f"{path}:{number}", "fix or remove the line")
                 continue
             if not isinstance(row, dict):
-                problems.add("not a JSON object", f"{path}:{number}", "write one object with named columns a line")
+                problems.add("not a JSON object", f"{path}:{number}", "write one object with named columns per line")
                 continue
             for name in REQUIRED:
                 if name in row and not isinstance(row[name], str | None):
                     found = type(row[name]).__name__
-                    problems.add(f"{name} is no text but {found}", f"{path}:{number}", "put the text in quotes")
+                    problems.add(f"{name} is not text but {found}", f"{path}:{number}", "put the text in quotes")
             if len(problems.found) >= 5:
                 break
     problems.raise_if_any()
@@ -133,7 +133,7 @@ def load_from_hub(name: str):
 
 
 def map_columns(present: Sequence[str], columns: dict[str, str], source: str) -> dict[str, str]:
-    """Our column names -> the dataset's. A name that is not there is an error with the nearest one."""
+    """Our column names -> the dataset's. An unknown name is a problem that names the nearest one."""
     problems = Problems()
     for ours, theirs in columns.items():
         if ours not in COLUMNS:

@@ -1,8 +1,7 @@
-"""Training: LoRA on the 4-bit base, and an SFTTrainer that computes only what the loss needs.
+"""The trainer: an SFTTrainer that computes only what the loss needs.
 
-Four things make it fast and leave the loss as it is: logits for the labelled positions only, batches without
-padding whose common beginnings are computed once (packing), layers with fewer passes over memory (lean_layers),
-and bf16 autocast.
+Four things make it fast and leave the loss as it is: logits for the labelled positions only, packed batches
+with prefix sharing (packing), layers with fewer passes over memory (lean_layers), and bf16 autocast.
 """
 
 import json
@@ -27,12 +26,12 @@ from qlora.refusal import fit_refusal_bias
 from qlora.training import checkpoints
 from qlora.training.examples import Epochs, Example, collate, count_tokens, make_batches, split_rows, unbatch
 
-AT_ONCE = 1024  # tokens of a batch that the CPU computes at once; of those with more, some rows after the others
+AT_ONCE = 1024  # tokens that the CPU computes at once; a batch with more is split
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run trains; `steps` are optimizer steps of `accumulation` batches of up to `micro_batch` rows each."""
+    """The schedule of a run; `steps` are optimizer steps of `accumulation` batches of up to `micro_batch` rows each."""
 
     learning_rate: float
     micro_batch: int
@@ -52,7 +51,7 @@ class Schedule:
 
     @property
     def effective_batch(self) -> int:
-        """Rows an optimizer step at most, of all processes."""
+        """Rows per optimizer step, at most, over all processes."""
         return self.micro_batch * self.accumulation * settings.process_count()
 
 
@@ -88,9 +87,9 @@ def response_loss(model, inputs: dict, items: int | None = None) -> torch.Tensor
 
 def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -> torch.Tensor:
     """(rows, 6): summed loss, labels, probability of EOS at the end, log-odds of refusing, whether that is right, and
-    the share of labels that are the likeliest token when refusing is out of the question.
+    the share of labels that are the likeliest token when the model may not refuse.
 
-    The log-odds are those of the refusal's first token against the likeliest other where the response begins.
+    The log-odds compare the refusal's first token with the likeliest other token at the start of the response.
     """
     labelled, ids = labels != IGNORED, labels.new_tensor(refusal)
     losses, counts = token_losses(logits, labels), labelled.sum(dim=1)
@@ -105,27 +104,27 @@ def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -
 
 @dataclass
 class Progress:
-    """What goes from checkpoint to checkpoint beside weights, optimizer and random state."""
+    """The state that checkpoints keep beside weights, optimizer and random state."""
 
     useful_tokens: int = 0
     labelled_tokens: int = 0
-    computed_tokens: int = 0  # with a common beginning counted once a batch
+    computed_tokens: int = 0  # a common beginning counts once per batch
     seconds: float = 0.0  # of training alone, without evaluations
     best_loss: float | None = None
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
     evaluated_step: int = 0
-    threads: int = 0  # that the last step was computed with
+    threads: int = 0  # of the last step
 
 
 class ResponseTrainer(SFTTrainer):
     """SFTTrainer over batches of our own token ids and labels; see the module's docstring.
 
-    A batch has as many rows as share their passages, so that TRL's dataset holds the numbers of batches alone.
+    Batches differ in size, since rows that share passages stay together. So TRL's dataset holds only their numbers.
     """
 
     def __init__(self, model, tokenizer, training: Epochs, held_out: Sequence[Example], plan: Schedule, folder: Path):
-        # Longest first: the peak of memory comes at once.
+        # Longest first: the peak of memory comes first.
         asked = sorted(make_batches(held_out, plan.micro_batch, plan.seed), key=count_tokens, reverse=True)
         sources = {"training": training, "held out": asked}
 
@@ -146,8 +145,8 @@ class ResponseTrainer(SFTTrainer):
         self.sample = held_out[:: math.ceil(len(held_out) / plan.eval_answers)] if plan.eval_answers else []
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
-        self.parts = 1  # a micro batch is run in so many, after memory ran out
-        # TRL casts the adapter to bf16, where small steps of AdamW round to nothing.
+        self.parts = 1  # of a micro batch; more than one after memory ran out
+        # TRL casts the adapter to bf16, in which small steps of AdamW round to 0.
         for weight in self.trained().values():
             weight.data = weight.data.float()
         make_lean(self.model)
@@ -169,9 +168,9 @@ class ResponseTrainer(SFTTrainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As SFTTrainer's, a few rows at a time where the batch is large, to the same gradient.
+        """SFTTrainer's step, a few rows at a time where the batch is large, to the same gradient.
 
-        When memory runs out, fewer rows from then on.
+        When memory runs out, it takes fewer rows from then on.
         """
         weights = self.trained().values()
         gradients = [None if weight.grad is None else weight.grad.clone() for weight in weights]
@@ -189,7 +188,7 @@ class ResponseTrainer(SFTTrainer):
             self.progress = replace(progress)
 
     def halve(self, parts: list[dict], error: Exception) -> None:
-        """Makes two of each part from here on. Raises what is not a lack of memory, and RunError where one can't."""
+        """Doubles the number of parts. Raises other errors than a lack of memory, and RunError for a single row."""
         if not ran_out_of_memory(error):
             raise error
         rows = len(parts[0]["labels"])
@@ -213,7 +212,7 @@ class ResponseTrainer(SFTTrainer):
     # ----------------------------------------------------------------------- evaluate
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Held-out loss, the probability of EOS after the response, when to refuse, and how good sample answers are.
+        """Held-out loss, the probability of EOS after the response, the refusal bias, and scores of sample answers.
 
         The loss is a mean over tokens: Trainer's mean of means depends on the batch size.
         """
@@ -238,12 +237,12 @@ class ResponseTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_stale():
-            console.note(f"no better for {self.progress.stale} evaluations: stopping early")
+            console.note(f"no lower loss in {self.progress.stale} evaluations: stopping early")
             self.control.should_training_stop = True
         return metrics
 
     def score(self, inputs: dict, refusal: list[int]) -> list[list[float]]:
-        """`score_rows` of every row, fewer rows at a time where memory runs out."""
+        """`score_rows` of every row, fewer rows at a time when memory runs out."""
         while True:
             parts = [inputs] if self.parts == 1 else split_rows(inputs, self.parts)
             try:
@@ -261,7 +260,7 @@ class ResponseTrainer(SFTTrainer):
         from qlora.words import MARK
 
         prompts, wanted = [e.prompt_ids for e in self.sample], [e.response_ids for e in self.sample]
-        longest = max(map(len, wanted)) + 8  # a longer answer is wrong in any case
+        longest = max(map(len, wanted)) + 8  # a longer answer is wrong anyway
         generator = Generator(model=self.model, tokenizer=self.processing_class, max_new_tokens=longest)
         made = [ids for prompt in chunk(prompts, self.plan.micro_batch) for ids in generator.generate_ids(prompt)]
         texts = [
@@ -275,7 +274,7 @@ class ResponseTrainer(SFTTrainer):
         }
 
     def keep_best(self, loss: float) -> None:
-        """Remembers the weights of the lowest held-out loss; the untrained ones don't count."""
+        """Keeps the weights with the lowest held-out loss; untrained ones do not count."""
         if self.state.global_step == 0:
             return
         if self.progress.best_loss is None or loss < self.progress.best_loss:
@@ -304,7 +303,7 @@ class ResponseTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Path) -> None:
-        """Takes up what `_save_checkpoint` wrote besides Trainer's own files, and the adapter's weights."""
+        """Loads the files that `_save_checkpoint` added to Trainer's own, and the adapter's weights."""
         self.progress = Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
         self.best = load_file(checkpoint / "best.safetensors")
         self._load_from_checkpoint(str(checkpoint))
@@ -312,13 +311,13 @@ class ResponseTrainer(SFTTrainer):
         torch.set_num_threads(self.progress.threads)
 
     def restore_best(self) -> None:
-        """Puts the weights of the lowest held-out loss back into the model."""
+        """Loads the weights with the lowest held-out loss into the model."""
         for name, weight in self.trained().items():
             weight.data.copy_(self.best[name])
 
 
 def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
-    """The schedule in TRL's own words."""
+    """The schedule as TRL's configuration."""
     on_gpu, dtype, checkpointing = torch.cuda.is_available(), machine.compute_dtype(), checkpointing_field()
     config = SFTConfig(
         output_dir=str(folder),
@@ -333,12 +332,12 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=not on_gpu,
-        # transformers divides by the root of the tokens in the sequence, which are those of all packed rows.
+        # transformers divides by the root of the sequence's tokens, which here are those of all packed rows.
         neftune_noise_alpha=plan.neftune * math.sqrt(plan.micro_batch) or None,
         eval_strategy="steps",
         eval_steps=plan.eval_steps,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide what the guards look for
+        logging_nan_inf_filter=False,  # it would hide what the checks look for
         save_strategy="steps",
         save_steps=plan.save_steps,
         report_to=plan.report_to,
@@ -356,7 +355,7 @@ def trainer_config(plan: Schedule, folder: Path) -> SFTConfig:
 
 
 def checkpointing_field() -> str:
-    """What TrainingArguments call it: transformers 5.17, which GPU machines may have, still by the older name."""
+    """The name in TrainingArguments: transformers 5.17, which GPU machines may have, still has the older one."""
     name = "activation_checkpointing"
     return name if name in SFTConfig.__dataclass_fields__ else "gradient_checkpointing"
 

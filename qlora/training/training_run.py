@@ -1,4 +1,4 @@
-"""A run of a ResponseTrainer from start or checkpoint to the best weights: recorded, and stopped when it is broken."""
+"""A run of a ResponseTrainer from start or checkpoint to the best weights: recorded, and stopped when it breaks."""
 
 import json
 import math
@@ -21,9 +21,9 @@ NEVER_ENDS = 0.01  # probability of EOS after the response below which a model d
 
 
 def train(trainer: ResponseTrainer, checkpoint: Path | None) -> dict[str, object]:
-    """Trains on from `checkpoint` (or from the start), puts the best weights into the model and tells what came out.
+    """Trains from `checkpoint` (or from the start), loads the best weights into the model, and returns the results.
 
-    Raises RunError when the run is broken: loss or gradient not finite, a gradient of zero, an adapter that did
+    Raises RunError when the run breaks: loss or gradient not finite, a gradient of zero, an adapter that did
     not change, or a model that does not learn to stop.
     """
     metrics = trainer.folder / "metrics.jsonl"
@@ -34,11 +34,11 @@ def train(trainer: ResponseTrainer, checkpoint: Path | None) -> dict[str, object
         done = checkpoints.step_of(checkpoint)
         checkpoints.cut_metrics(metrics, done)
         trainer.restore(checkpoint)
-        console.note(f"going on from step {done} of {trainer.plan.steps}")
+        console.note(f"continuing from step {done} of {trainer.plan.steps}")
     else:
         trainer.evaluate()
     try:
-        # A finished run is not handed to Trainer, which would train one step more in the middle of an epoch.
+        # A finished run does not go to Trainer, which would train one more step in the middle of an epoch.
         if done < trainer.plan.steps and not trainer.is_stale():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -48,7 +48,7 @@ def train(trainer: ResponseTrainer, checkpoint: Path | None) -> dict[str, object
     check_adapter_changed(trainer)
     trainer.restore_best()
     if settings.process_rank() > 0:
-        return {}  # the first process wrote what is told here
+        return {}  # the first process wrote the metrics
     return describe_result(metrics, trainer.progress, trainer.state.global_step)
 
 
@@ -72,7 +72,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the step is only queued; its loss is about to be read anyway
+            torch.cuda.synchronize()  # the step is only queued; its loss is read next anyway
         self.trainer.progress.seconds += time.perf_counter() - self.started
         self.bar.update(self.task, completed=state.global_step)
 
@@ -114,7 +114,7 @@ def describe_evaluation(known: dict[str, float]) -> str:
 
 
 def describe_speed(progress: Progress) -> dict[str, float]:
-    """Tokens a second of training alone (all, and trained ones), share that was computed for others, too, memory."""
+    """Tokens per second of training alone (all, and trained ones), the share of shared tokens, memory in GB."""
     seconds = max(progress.seconds, 1e-9)
     return {
         "useful_tokens_per_second": round(progress.useful_tokens / seconds, 1),
@@ -126,7 +126,7 @@ def describe_speed(progress: Progress) -> dict[str, float]:
 
 
 def describe_result(metrics: Path, progress: Progress, steps: int) -> dict[str, object]:
-    """Held-out loss and answers before and after (the best, which is what is kept), speed, steps."""
+    """Held-out loss and answers before and after (of the best weights), speed, steps."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     evaluated = {line["step"]: line for line in lines if "eval_loss" in line}
     before, after = evaluated[0], evaluated[progress.best_step]
@@ -159,9 +159,9 @@ def peak_memory() -> dict[str, float]:
 
 
 def check_step(known: dict[str, float], step: int, scaled: bool) -> None:
-    """Raises RunError for a loss or gradient that training cannot come back from.
+    """Raises RunError for a loss or gradient from which training cannot recover.
 
-    `scaled`: with fp16, gradients overflow now and then until the scale of the loss is found.
+    `scaled`: with fp16, gradients overflow at times until the scale of the loss is found.
     """
     gradient = known.get("grad_norm", 1.0)
     if not math.isfinite(known["loss"]):
@@ -179,7 +179,7 @@ def check_adapter_changed(trainer: ResponseTrainer) -> None:
 
 
 def check_stops(before: dict[str, float], after: dict[str, float]) -> None:
-    """Raises RunError when EOS never comes after the response, and training made that no better."""
+    """Raises RunError when EOS does not follow the response, and training did not improve that."""
     if after["eval_ends"] < NEVER_ENDS and after["eval_ends"] <= before["eval_ends"]:
         message = f"the model does not stop after a response (EOS has probability {after['eval_ends']:.4f})"
         raise broken(message, "look at one row with --dry-run: EOS must be trained")
