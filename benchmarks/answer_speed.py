@@ -46,8 +46,8 @@ def build_parser():
     parser = console.Parser(usage="answer_speed.py --adapter FOLDER [flags]", description=title, epilog=text)
     count = console.number(int, 1)
     parser.add_argument("--adapter", type=Path, required=True, help="folder that training wrote")
-    parser.add_argument("--questions", type=count, default=8, help="of the sample's (8)")
-    parser.add_argument("--rounds", type=count, default=3, help="runs of each recipe (3)")
+    parser.add_argument("--questions", type=count, default=8, help="of the sample's")
+    parser.add_argument("--rounds", type=count, default=3, help="runs of each recipe")
     parser.add_argument("--recipe", type=console.choice(*RECIPES), help="run one, in this process")
     return parser
 

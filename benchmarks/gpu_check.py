@@ -93,9 +93,9 @@ def build_parser():
     parser = console.Parser(usage="gpu_check.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
     flag("--only", nargs="+", default=[], metavar="PART", help=f"some of {', '.join(PARTS)}")
-    flag("--minutes", type=console.number(float, 0, above=True), default=MINUTES, help=f"in all ({MINUTES})")
+    flag("--minutes", type=console.number(float, 0, above=True), default=MINUTES, help="in all")
     flag("--tiny", action="store_true", help="everything on the CPU, with a tiny model")
-    flag("--output", type=Path, default=Path("gpu_check"), help="folder for the results (gpu_check)")
+    flag("--output", type=Path, default=Path("gpu_check"), help="folder for the results")
     return parser
 
 

@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
 def build_parser():
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="neighbour.py [flags]", description=title, epilog=text)
-    parser.add_argument("--rounds", type=console.number(int, 1), default=3, help="of each (3)")
-    parser.add_argument("--adapter", default="adapters/demo", help="that answers (adapters/demo)")
-    parser.add_argument("--collection", default="demo", help="that it answers from (demo)")
+    parser.add_argument("--rounds", type=console.number(int, 1), default=3, help="of each")
+    parser.add_argument("--adapter", default="adapters/demo", help="that answers")
+    parser.add_argument("--collection", default="demo", help="that it answers from")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 

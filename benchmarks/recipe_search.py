@@ -49,11 +49,11 @@ def build_parser() -> console.Parser:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="recipe_search.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
-    flag("--dataset", type=Path, default=trials.SAMPLE / "train.jsonl", help="rows with a source (the sample's)")
-    flag("--documents", type=Path, default=trials.DOCUMENTS, help="what is searched (the sample's)")
+    flag("--dataset", type=Path, default=trials.SAMPLE / "train.jsonl", help="rows with a source")
+    flag("--documents", type=Path, default=trials.DOCUMENTS, help="what is searched")
     flag("--set", nargs="+", action="extend", default=[], metavar="FLAG=VALUE", help="for all trials")
     flag("--vary", action="append", default=[], metavar="FLAG=A,B", help="values to try, one at a time")
-    flag("--seeds", type=console.number(int, 0), nargs="+", default=[0], help="each trial once a seed (0)")
+    flag("--seeds", type=console.number(int, 0), nargs="+", default=[0], help="each trial once per seed")
     return parser
 
 

@@ -47,10 +47,10 @@ def build_parser():
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="retrieval_speed.py [flags]", description=title, epilog=text)
     count = console.number(int, 1)
-    parser.add_argument("--passages", type=count, default=100_000, help="in the database (100000)")
-    parser.add_argument("--rounds", type=count, default=3, help="of every comparison (3)")
+    parser.add_argument("--passages", type=count, default=100_000, help="in the database")
+    parser.add_argument("--rounds", type=count, default=3, help="of every comparison")
     documents = PROJECT / "sample_data" / "documents"
-    parser.add_argument("--documents", default=str(documents), help="folder to embed and ingest (the sample's)")
+    parser.add_argument("--documents", default=str(documents), help="folder to embed and ingest")
     return parser
 
 

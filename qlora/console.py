@@ -164,11 +164,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def show_default(value: object) -> str:
     """A default as help shows it: the same on every machine."""
-    if isinstance(value, Path) and value.is_relative_to(settings.PROJECT):
-        return str(value.relative_to(settings.PROJECT))
     if isinstance(value, list | tuple):
         return " ".join(map(show_default, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).removeprefix(f"{settings.PROJECT}/")
 
 
 class Parser(argparse.ArgumentParser):

@@ -188,6 +188,22 @@ PAGES = {
 }
 
 
+def parsers() -> list:
+    """Of both scripts, each command of rag_qlora.py, and the benchmarks that users run."""
+    commands = rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1]
+    training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS)
+    scripts = (recipe_search, ablation, gpu_check, train_speed)
+    return [training, *commands.values(), *(script.build_parser() for script in scripts)]
+
+
+def test_help_fits_a_screen_and_shows_no_path_of_this_machine(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for parser in parsers():
+        text = parser.format_help()
+        assert str(PROJECT) not in text and len(text.splitlines()) <= 75, parser.usage
+        assert not re.search(r"\([^()]*\) \([^()]*\)$", text, re.M), f"a default twice: {parser.usage}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_docs_show_only_commands_and_flags_that_exist(page):
     text = PAGES[page]

@@ -7,7 +7,6 @@ python tools/reference.py --check    # exit code 2 when the page is out of date
 
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import instruct_train_qlora
 import rag_qlora
@@ -72,12 +71,11 @@ def describe_parser(parser: console.Parser) -> str:
 
 def describe_presets() -> str:
     names = [field.name for field in fields(presets.Preset)]
-    rows = [[f"`{name}`", *(show(getattr(preset, name)) for preset in presets.PRESETS.values())] for name in names]
+    rows = [
+        [f"`{name}`", *(console.show_default(getattr(preset, name)) or "none" for preset in presets.PRESETS.values())]
+        for name in names
+    ]
     return as_table([["", *presets.PRESETS], *rows])
-
-
-def show(value: object) -> str:
-    return console.show_default(Path(value) if str(value).startswith("/") else value) or "none"
 
 
 def as_table(rows: list[list[str]]) -> str:

@@ -1,7 +1,7 @@
 """Makes .venv with the packages of requirements.lock, torch and the embedded models; goes on where it was stopped.
 
     python3 tools/set_up.py                     # what `make setup` runs
-    python3 tools/set_up.py --torch-index URL   # takes torch from there: pytorch.org/get-started has one per CUDA version
+    python3 tools/set_up.py --torch-index URL   # takes torch from there: pytorch.org/get-started has one per CUDA
 
 It needs only Python, and runs on Python 3.6, so that an old one gets a sentence instead of a traceback.
 """
