@@ -296,7 +296,7 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
     assert rag(*words, "--limit", 4) == 0
     captured = capsys.readouterr()
     assert "only the base model is evaluated" in captured.err
-    assert "One model alone: nothing to compare" in captured.out
+    assert "Only one model: nothing to compare" in captured.out
     assert rag(*words, "--limit", 4, "--contexts", "oracle", "--json") == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [(cell["model"], cell["context"]) for cell in cells] == [("base", "oracle")]
