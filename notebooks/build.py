@@ -12,6 +12,7 @@ it calls the step functions in the order of main().
 """
 
 import ast
+import itertools
 import re
 import sys
 import tempfile
@@ -79,13 +80,14 @@ def expand(line: str) -> str:
 
 
 def find_source(name: str) -> str:
-    """The source of a function or class as it stands in the file; imports and constants of a module."""
+    """The source of a function or class as it stands in the file; the imports and constants at a module's top."""
     parts = name.split(".")
     count = next(n for n in range(len(parts), 0, -1) if PROJECT.joinpath(*parts[:n]).with_suffix(".py").is_file())
     text = PROJECT.joinpath(*parts[:count]).with_suffix(".py").read_text(encoding="utf-8")
     inside = ast.parse(text).body
     if count == len(parts):
-        wanted = [node for node in inside if isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
+        top = itertools.takewhile(lambda node: not isinstance(node, ast.FunctionDef | ast.ClassDef), inside)
+        wanted = [node for node in top if isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
         return "\n".join(cut(text, node) for node in wanted)
     for part in parts[count:]:
         node = next(node for node in inside if getattr(node, "name", None) == part)
