@@ -224,7 +224,7 @@ def build_parser() -> console.Parser:
     flag = parser.add_argument
     flag("--curve", action="store_true", help="F1 against the number of rows instead")
     flag("--seeds", type=console.number(int, 0), nargs="+", default=[0, 1], help="each trial once per seed")
-    flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file, such as README.md")
+    flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
     return parser
 
 
