@@ -181,10 +181,11 @@ def shorten(tokenizer, text: str, excess: int, keep: str) -> str:
     """The text without about `excess` tokens: from the end, or from both ends around `keep`."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     left = len(offsets) - excess
-    start = text.lower().find(keep.lower()) if keep else -1
-    if start < 0:
+    # Not by lower(): it changes the length of some letters, such as İ.
+    kept = re.search(re.escape(keep), text, re.IGNORECASE) if keep else None
+    if not kept:
         return text[: offsets[left][0]].rstrip() if left > 0 else ""
-    inside = [n for n, (a, b) in enumerate(offsets) if a < start + len(keep) and b > start]
+    inside = [n for n, (a, b) in enumerate(offsets) if a < kept.end() and b > kept.start()]
     margin = max(0, left - len(inside))
     first = min(max(0, inside[0] - margin // 2), max(0, len(offsets) - left))
     last = max(inside[-1], min(len(offsets), first + left) - 1)

@@ -91,6 +91,13 @@ def test_long_passages_are_shortened_from_the_last_and_around_the_answer(tokeniz
         assert fitted[0] == long[0] or fitted[1] == ""
 
 
+def test_letters_whose_lower_case_is_longer_move_no_answer(tokenizer):
+    for letter in "İẞϓ":
+        long = [letter * 400 + " the copper kettle", "other"]
+        fitted = fit_passages(tokenizer, partial(Prompt().messages, "Where?"), long, 200, last=0, keep="Copper Kettle")
+        assert fitted[0].endswith("the copper kettle")
+
+
 def test_digest_changes_with_any_text():
     assert Prompt().digest == Prompt().digest != Prompt(refusal="No idea.").digest
 

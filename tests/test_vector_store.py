@@ -1,6 +1,7 @@
 """LangChain's own tests of a vector store, filters, search in both legs, indexes, and a server that goes away."""
 
 import json
+import time
 from importlib.metadata import version
 
 import pytest
@@ -74,6 +75,14 @@ def test_chains_of_langchain_work_on_it(store):
     assert chain.invoke({"query": "0 who signs?"})["result"] == "the bosun"
     found = ({"context": retriever, "question": RunnablePassthrough()} | RunnablePassthrough()).invoke("0 who signs?")
     assert found["context"][0].page_content == "0 the bosun signs"
+
+
+def test_texts_of_many_documents_are_written_in_one_go(store):
+    count = 1000
+    begun = time.perf_counter()
+    store.add_texts([f"{n % 90} text {n}" for n in range(count)], [{"source": f"{n}.md"} for n in range(count)])
+    assert time.perf_counter() - begun < 20  # quadratic, it would take minutes
+    assert [entry.passages for entry in store.documents()] == [1] * count
 
 
 # ------------------------------------------------------------------------------- filters

@@ -159,7 +159,7 @@ class PgVectorStore(PassageStore):
             cursor.execute("DELETE FROM rag.documents WHERE (collection, source) = (%s, %s)", key)
             document = self._add_entry(cursor, entry)
             numbered = enumerate(zip(passages, vectors, strict=True), 1)
-            self._upsert(cursor, document, [Passage(f"{document}/{n}", *pair) for n, pair in numbered])
+            self._upsert(cursor, {document: [Passage(f"{document}/{n}", *pair) for n, pair in numbered]})
         return True
 
     def _add_entry(self, cursor, entry: Entry) -> int:
@@ -171,15 +171,18 @@ class PgVectorStore(PassageStore):
         )
         return cursor.fetchone()[0]
 
-    def _upsert(self, cursor, document: int, passages: Sequence[Passage]) -> None:
-        """Writes passages by a binary COPY into a temporary table (ten times as fast as INSERT), then one upsert."""
+    def _upsert(self, cursor, by_document: dict[int, list[Passage]]) -> None:
+        """Writes passages by a binary COPY into a temporary table (ten times as fast as INSERT), then one upsert.
+
+        Once per transaction: the temporary table is emptied by the commit.
+        """
         cursor.execute(
             sql.SQL(
                 "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} LIMIT 0"
             ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(PASSAGE_COLUMNS), self.collection.table)
         )
         incoming = sql.Identifier(f"incoming_{self.collection.id}")
-        rows = encode_rows(document, passages)
+        rows = encode_rows(by_document)
         cursor.copy_expert(sql.SQL("COPY {} FROM STDIN WITH (FORMAT binary)").format(incoming), rows)
         cursor.execute(
             sql.SQL(
@@ -202,8 +205,13 @@ class PgVectorStore(PassageStore):
 
     def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
         with self.database.transaction() as cursor:
-            for source, passages in sorted(by_source.items()):  # in the same order everywhere: no deadlock
-                self._upsert(cursor, self._add_entry(cursor, Entry(source, ADDED_AS_TEXT)), passages)
+            self._upsert(
+                cursor,
+                {
+                    self._add_entry(cursor, Entry(source, ADDED_AS_TEXT)): passages
+                    for source, passages in sorted(by_source.items())  # in the same order everywhere: no deadlock
+                },
+            )
 
     @classmethod
     def from_texts(cls, texts, embedding, metadatas=None, *, ids=None, database, embedding_model, collection, **kwargs):
@@ -252,20 +260,26 @@ class PgVectorStore(PassageStore):
             return [passage_store.Hit(*row, embedding.to_numpy()) for *row, embedding in cursor.fetchall()]
 
 
-def encode_rows(document: int, passages: Sequence[Passage]) -> BytesIO:
+def encode_rows(by_document: dict[int, list[Passage]]) -> BytesIO:
     """The passages as PostgreSQL's binary COPY reads them (documentation of COPY, "Binary Format")."""
     rows = BytesIO()
     rows.write(COPY_HEADER)
-    packed = numpy.asarray([passage.vector for passage in passages], dtype=">f2")
-    start = struct.pack("!hh", packed.shape[1], 0) if len(packed) else b""  # halfvec: dimension, unused
-    owner = struct.pack("!q", document)
-    for passage, vector in zip(passages, packed, strict=True):
-        rows.write(struct.pack("!h", 5))
-        metadata = json.dumps(passage.document.metadata, ensure_ascii=False, default=str).encode()
-        texts = passage.id.encode(), owner, passage.document.page_content.encode(), b"\1" + metadata  # jsonb, version 1
-        for field in (*texts, start + vector.tobytes()):
-            rows.write(struct.pack("!i", len(field)))
-            rows.write(field)
+    for document, passages in by_document.items():
+        owner = struct.pack("!q", document)
+        for passage in passages:
+            vector = numpy.asarray(passage.vector, dtype=">f2")
+            metadata = json.dumps(passage.document.metadata, ensure_ascii=False, default=str).encode()
+            fields = (
+                passage.id.encode(),
+                owner,
+                passage.document.page_content.encode(),
+                b"\1" + metadata,  # jsonb, version 1
+                struct.pack("!hh", len(vector), 0) + vector.tobytes(),  # halfvec: dimension, unused
+            )
+            rows.write(struct.pack("!h", len(fields)))
+            for field in fields:
+                rows.write(struct.pack("!i", len(field)))
+                rows.write(field)
     rows.write(COPY_TRAILER)
     rows.seek(0)
     return rows
