@@ -14,7 +14,6 @@ Precedence: flag > environment > .env > default. Answers go to stdout, everythin
 """
 
 import contextlib
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from qlora.cli.rag_flags import (
     build_parser,
     resolve_arguments,
 )
-from qlora.console import note, printable
+from qlora.console import json_line, note, say
 from qlora.model import adapter, base_model
 
 CHOSEN = ("base_model", "adapter", "collection")
@@ -206,11 +205,11 @@ def documents(args, store) -> int:
 
     entries = store.documents()
     if args.json:
-        print(json.dumps([asdict(entry) for entry in entries], default=str, ensure_ascii=False))
+        say(json_line([asdict(entry) for entry in entries]))
         return 0
     for entry in entries:
         size = f"{entry.passages:6}  {entry.bytes / 1e3:8.1f} kB"
-        print(f"{size}  {entry.added:%Y-%m-%d %H:%M}  {printable(entry.source)}")
+        say(f"{size}  {entry.added:%Y-%m-%d %H:%M}  {entry.source}")
     note(f"{len(entries)} documents. Columns: passages, file size, date added, source")
     return 0
 
@@ -252,14 +251,14 @@ def search(args, store) -> int:
     found = make_search(args, store)(args.question, args.top_k)
     if args.json:
         passages = [Cited(n, document).as_json() for n, document in enumerate(found, 1)]
-        print(json.dumps({"question": args.question, "passages": passages}, ensure_ascii=False))
+        say(json_line({"question": args.question, "passages": passages}))
         return 0
     for n, document in enumerate(found, 1):
         metadata = document.metadata
-        print(printable(f"[{n}] {metadata['score']:.3f}  {place(metadata)}"))
+        say(f"[{n}] {metadata['score']:.3f}  {place(metadata)}")
         if args.explain:
-            print(f"    {describe_ranks(metadata['ranks'])}")
-        print(f"{indent(document.page_content)}\n")
+            say(f"    {describe_ranks(metadata['ranks'])}")
+        say(f"{indent(document.page_content)}\n")
     if not found:
         note("No passages found")
     return 0
@@ -279,7 +278,7 @@ def doctor(args) -> int:
         findings += examine(open_store(args), args.embedding_model)
     except console.UserError as error:
         findings += [Finding("database", "bad", str(problem)) for problem in error.problems]
-    print(json.dumps(as_json(findings))) if args.json else print_findings(findings)
+    say(json_line(as_json(findings))) if args.json else print_findings(findings)
     return int(any(finding.state == "bad" for finding in findings))
 
 
@@ -310,7 +309,7 @@ def ask(args, chain, prompt) -> int:
         if args.trace:
             write_trace(args.trace, describe_turn(args, turn, prompt))
         if args.json:
-            print(json.dumps(describe_turn(args, turn, prompt), ensure_ascii=False), flush=True)
+            say(json_line(describe_turn(args, turn, prompt)))
         else:
             print_turn(turn)
     note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} {same_places(args)}")
@@ -410,7 +409,7 @@ def evaluate(args, store, prompt, generator) -> int:
     report.write_report(args.output, result)
     if args.adapter:
         report.put_evaluation(args.adapter / "README.md", args.output, args.adapter / report.PICTURE)
-    print(json.dumps(result, ensure_ascii=False) if args.json else report.as_text(result))
+    say(json_line(result) if args.json else report.as_text(result))
     note(f"evaluation.md, .json, .png and answers.jsonl: {args.output}")
     return 0
 
@@ -432,7 +431,7 @@ def sweep(args, store) -> int:
     search = make_search(args, store)
     results = [sweep.score_values(search, questions, *setting, args.top_k, open_trial) for setting in args.settings]
     sweep.write_results(args.output, results)
-    print(json.dumps(results, ensure_ascii=False) if args.json else sweep.as_text(results))
+    say(json_line(results) if args.json else sweep.as_text(results))
     note(f"sweep.json, .md and .png: {args.output}")
     return 0
 
@@ -442,7 +441,7 @@ def compare(args) -> int:
     from qlora.evaluation import comparison, report
 
     rows = comparison.compare_runs(*args.evaluations, args.seed)
-    print(json.dumps(rows, ensure_ascii=False) if args.json else report.comparison_as_text(rows, *args.evaluations))
+    say(json_line(rows) if args.json else report.comparison_as_text(rows, *args.evaluations))
     return 0
 
 

@@ -7,6 +7,7 @@ theirs to a `Problems` list, so that one run reports everything that the user ha
 import argparse
 import contextlib
 import difflib
+import json
 import os
 import re
 import sys
@@ -77,6 +78,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     A reader of stdout that goes away, such as `head`, is 1 as well. Other exceptions are our own mistakes: they pass
     through, with their traceback.
     """
+    with contextlib.suppress(AttributeError):  # a notebook's stdout takes everything
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of ending the answer
     try:
         if sys.platform == "win32":
             raise fail("Windows is not supported", "this machine", "use it in WSL: learn.microsoft.com/windows/wsl")
@@ -98,7 +101,8 @@ def print_problems(problems: tuple[Problem, ...]) -> None:
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     stderr().print(f"\n[bold red]{count}[/]:")
     for problem in problems:
-        stderr().print(f"  * {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        line = " ".join(printable(str(problem)).split("\n"))
+        stderr().print(f"  * {line}", style="red", markup=False)
 
 
 # ------------------------------------------------------------------------------- arguments
@@ -195,6 +199,8 @@ def parse_arguments(
     args, unknown = parser.parse_known_args(argv)
     parser = commands[args.command] if commands else parser
     problems = Problems()
+    if path := settings.missing_env_file():
+        problems.add("the file of settings cannot be read", path, "check the path in QLORA_ENV_FILE and its rights")
     flags = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     for text in unknown:
         nearest = difflib.get_close_matches(text.partition("=")[0], flags, n=1)
@@ -224,11 +230,31 @@ def stderr():
     from rich.console import Console
 
     quiet = settings.process_rank() > 0
-    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet, force_jupyter=False)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=quiet, force_jupyter=False)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a document or a file name could hold commands for the terminal.
+
+    Joiners stay, which Persian, Hindi and emoji are written with.
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t\u200c\u200d" else " " for letter in text)
 
 
 def note(text: str) -> None:
-    stderr().print(f"  {text}", markup=False)
+    """Prints a line on stderr."""
+    stderr().print(f"  {printable(text)}", markup=False)
+
+
+def say(text: str) -> None:
+    """Prints a line on stdout."""
+    print(printable(text), flush=True)
+
+
+def json_line(value: object) -> str:
+    """The value as JSON on one line, with every character escaped that is not printable."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
 @contextlib.contextmanager
@@ -250,9 +276,11 @@ def print_settings(
     shown = {name: value for name, value in vars(args).items() if args.verbose or name in {*given, *chosen}}
     console = stderr()
     console.print(f"\n[bold]{title}[/]")
+    if line := settings.describe_dotenv():
+        note(line)
     width = max(map(len, shown), default=0)
     for name, value in shown.items():
-        console.print(f"  {name.replace('_', ' '):<{width}}  {show_value(value)}", markup=False)
+        console.print(f"  {name.replace('_', ' '):<{width}}  {printable(show_value(value))}", markup=False)
 
 
 def show_value(value: object) -> str:
@@ -287,10 +315,5 @@ def progress():
 
 def shorten_text(text: str, width: int = 80) -> str:
     """The text on one line of at most `width` characters, without control characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def printable(text: str) -> str:
-    """The text without control characters: a document could hold escape sequences for the terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text)

@@ -1,13 +1,15 @@
 """Settings from the environment and `.env`; only this module touches os.environ.
 
 Precedence: flag > environment > .env > default. `KEYS` names every setting once; `.env.example`
-and `--help` are checked against it.
+and `--help` are checked against it. The `.env` is the project's. One of the working folder may come from a stranger,
+with the folder's documents: it is read where QLORA_ENV_FILE names it.
 """
 
 import logging
 import os
 import warnings
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -29,17 +31,48 @@ KEYS = {
     "QLORA_COLLECTION": "name of the collection of passages",
     "QLORA_DATA_DIR": "where the embedded models and the embedded database live",
 }
+ENV_FILE = "QLORA_ENV_FILE"  # only in the environment: another file instead of the project's .env
+
+
+def env_file() -> Path:
+    return Path(os.environ.get(ENV_FILE) or PROJECT / ".env").expanduser()
 
 
 @cache
-def load_dotenv_once() -> None:
-    """Reads `.env` of the working folder, else of the project, for keys that the environment lacks."""
-    from dotenv import load_dotenv
+def load_dotenv_once() -> tuple[str, ...]:
+    """Reads the `.env` for those of `KEYS` that the environment lacks; returns the keys that it set."""
+    found = read_dotenv(env_file())
+    for key, value in found.items():
+        os.environ.setdefault(key, value)
+    return tuple(key for key, value in found.items() if os.environ[key] == value)
 
-    for folder in (Path.cwd(), PROJECT):
-        if (folder / ".env").is_file():
-            load_dotenv(folder / ".env", override=False)
-            return
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """Those of `KEYS` that the file gives a value; none without the file."""
+    from dotenv import dotenv_values
+
+    if not (path.is_file() and os.access(path, os.R_OK)):
+        return {}
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
+    return {key: value for key, value in dotenv_values(stream=StringIO(text)).items() if key in KEYS and value}
+
+
+def missing_env_file() -> str:
+    """The file of settings when one is named, or lies in the project, and cannot be read; else empty."""
+    path = env_file()
+    readable = os.access(path, os.R_OK) and not path.is_dir()
+    return str(path) if not readable and (path.exists() or ENV_FILE in os.environ) else ""
+
+
+def describe_dotenv() -> str:
+    """`Settings from .env: DATABASE_URL`; or that the one of the working folder is not read. Empty without settings."""
+    if keys := load_dotenv_once():
+        file, below = str(env_file()), os.path.relpath(env_file())
+        return f"Settings from {file if below.startswith('..') else below}: {', '.join(keys)}"
+    here = Path.cwd() / ".env"
+    if here != env_file() and (keys := read_dotenv(here)):
+        return f"The .env of this folder is not read ({', '.join(keys)}): set {ENV_FILE}=.env if it is yours"
+    return ""
 
 
 def get(key: str) -> str | None:

@@ -125,12 +125,14 @@ def without_network() -> tuple[str, ...]:
     return words
 
 
-def process(*words, prefix=(), **environment) -> subprocess.CompletedProcess:
-    """A real process of one of the scripts, from the project's folder."""
+def process(*words, prefix=(), folder=PROJECT, **environment) -> subprocess.CompletedProcess:
+    """A real process of one of the scripts."""
+    blank = dict.fromkeys(set(settings.KEYS) - {"QLORA_DATA_DIR"}, "")
+    changed = {**os.environ, **blank, **environment}
     return subprocess.run(
         [*prefix, sys.executable, *map(str, words)],
-        cwd=PROJECT,
-        env={**os.environ, **dict.fromkeys(set(settings.KEYS) - {"QLORA_DATA_DIR"}, ""), **environment},
+        cwd=folder,
+        env={key: value for key, value in changed.items() if value is not None},
         capture_output=True,
         text=True,
         timeout=300,

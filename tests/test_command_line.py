@@ -87,17 +87,29 @@ def test_precedence_is_flag_environment_dotenv_default(tiny_base, tmp_path, monk
     monkeypatch.setattr(settings, "load_dotenv_once", read_dotenv)
     monkeypatch.setenv("QLORA_PRESET", "laptop")
     assert resolve("--output", tmp_path / "x").base_model == "SmolLM2-135M-Instruct"
-    (tmp_path / ".env").write_text(f"QLORA_BASE_MODEL={tiny_base}\nQLORA_ADAPTER={tmp_path}/from-dotenv\n")
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.env").write_text(f"QLORA_BASE_MODEL={tiny_base}\nQLORA_ADAPTER={tmp_path}/from-dotenv\nPATH=x\n")
+    monkeypatch.setenv("QLORA_ENV_FILE", str(tmp_path / "own.env"))
     read_dotenv.cache_clear()
     monkeypatch.setenv("QLORA_ADAPTER", str(tmp_path / "from-environment"))
     monkeypatch.setenv("QLORA_BASE_MODEL", "")
     del os.environ["QLORA_BASE_MODEL"]  # what .env sets here, monkeypatch removes
     args = resolve()
     assert args.base_model == str(tiny_base) and args.output.name == "from-environment"
+    assert os.environ["PATH"] != "x" and "own.env: QLORA_BASE_MODEL" in settings.describe_dotenv()
     assert resolve("--output", tmp_path / "flag").output.name == "flag"
     assert resolve("--preset", "laptop").base_model == "SmolLM2-135M-Instruct"
     read_dotenv.cache_clear()
+
+
+def test_a_dotenv_of_the_working_folder_is_named_and_not_read(tmp_path):
+    (tmp_path / ".env").write_text("DATABASE_URL=postgresql://stranger@127.0.0.1:1/x\n")
+    words = PROJECT / "rag_qlora.py", "compare", "a", "b"
+    done = process(*words, folder=tmp_path)
+    assert "The .env of this folder is not read (DATABASE_URL): set QLORA_ENV_FILE=.env" in done.stderr
+    done = process(*words, folder=tmp_path, QLORA_ENV_FILE=".env", DATABASE_URL=None)
+    assert "Settings from .env: DATABASE_URL" in done.stderr and "stranger" not in done.stderr
+    done = process(*words, folder=tmp_path, QLORA_ENV_FILE="nowhere.env")
+    assert done.returncode == 2 and "cannot be read - nowhere.env" in done.stderr
 
 
 # ------------------------------------------------------------------------------- answering
@@ -150,6 +162,27 @@ def test_a_bad_file_is_reported_and_the_rest_goes_in(collection, documents, caps
     err = capsys.readouterr().err
     assert "5 added" in err and "broken.pdf" in err and "empty.md" in err and "2 problems" in err
     assert rag("search", "When does the ferry leave?") == 0
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202e"
+
+
+def test_no_command_for_the_terminal_passes(collection, documents, tiny_adapter, tmp_path, capsys):
+    (documents / f"{HOSTILE}.md").write_text(f"# The {HOSTILE} otter\n\nThe bosun {HOSTILE} feeds the otter.\n")
+    (documents / f"{HOSTILE}.pdf").write_bytes(b"nothing")
+    assert rag("ingest", documents, "--dry-run") == 0
+    assert rag("ingest", documents) == 2
+    assert rag("documents") == 0 and rag("documents", "--json") == 0
+    for flags in ([], ["--json"], ["--explain"]):
+        assert rag("search", *flags, f"Who feeds {HOSTILE} the otter?") == 0
+    for flags in (["--strict"], ["--json"]):
+        rag("ask", "--adapter", tiny_adapter, "--max-new-tokens", 4, *flags, f"Who feeds {HOSTILE} it?")
+    assert rag("forget", HOSTILE) == 2 and rag("ask", f"--{HOSTILE}", "--adapter", HOSTILE, "Who?") == 2
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": HOSTILE, HOSTILE: "x"}) + "\n")
+    assert train("--dataset", tmp_path / "rows.jsonl", "--dry-run", "--output", tmp_path / HOSTILE) == 2
+    said = capsys.readouterr()
+    assert "otter" in said.out and "owned" in said.err
+    assert not [c for c in said.out + said.err if not c.isprintable() and c not in "\n\t"]
 
 
 def test_another_embedding_model_is_refused(collection, documents, capsys, tmp_path):

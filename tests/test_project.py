@@ -129,6 +129,15 @@ def test_nothing_loads_remote_code_or_pickles():
         assert not re.search(r"trust_remote_code\W+True|pickle|torch\.load|shell=True", text), path
 
 
+def test_every_line_to_a_terminal_passes_console():
+    for path in CODE:
+        calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        names = {call.id for call in calls if isinstance(call, ast.Name)}
+        written = {ast.unparse(call) for call in calls if isinstance(call, ast.Attribute) and call.attr == "write"}
+        if path.name != "console.py":
+            assert "print" not in names and not written & {"sys.stdout.write", "sys.stderr.write"}, path
+
+
 # ------------------------------------------------------------------------------- settings, dependencies
 
 

@@ -51,6 +51,7 @@ def write_page() -> str:
         parts += [f"### {name}\n", describe_parser(parser)]
     parts += ["## Presets\n", describe_presets()]
     keys = [[f"`{key}`", meaning] for key, meaning in settings.KEYS.items()]
+    keys += [[f"`{settings.ENV_FILE}`", "another file of settings than the project's `.env`; in the environment only"]]
     return "\n".join([*parts, "## Settings\n", as_table([["Key", "Meaning"], *keys])])
 
 

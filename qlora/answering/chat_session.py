@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora.answering.citations import content_words
 from qlora.answering.conversation import Turn, indent
-from qlora.console import note, printable
+from qlora.console import note, say
 from qlora.retrieval.documents import place
 
 COMMANDS = {
@@ -92,8 +92,8 @@ class Session:
     def print_sources(self) -> None:
         for cited in self.turns[-1].answer.passages if self.turns else ():
             metadata = cited.document.metadata
-            print(printable(f"[{cited.n}] {metadata['score']:.3f}  {place(metadata)}"))
-            print(indent(cited.document.page_content))
+            say(f"[{cited.n}] {metadata['score']:.3f}  {place(metadata)}")
+            say(indent(cited.document.page_content))
         if not self.turns or not self.turns[-1].answer.passages:
             note("there are none yet")
 

@@ -1,14 +1,12 @@
 """A turn of a conversation: a question, its checked answer, and how a person or a program sees it."""
 
-import json
-import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora.answering.chain import Stopwatch
 from qlora.answering.citations import Answer
-from qlora.console import note, printable
+from qlora.console import json_line, note, printable, say
 from qlora.retrieval.documents import place
 
 
@@ -50,26 +48,25 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
     """Prints the answer on stdout, then each cited passage: its place, its support of the answer, its sentence."""
     answer = turn.answer
     if show_question:
-        print(f"\nQ: {printable(turn.question)}")
-    print(f"A: {printable(answer.text)}")
+        say(f"\nQ: {turn.question}")
+    say(f"A: {answer.text}")
     for text in answer.unsupported:
         why = "not in the cited passages" if answer.citations else "it cites no passage"
-        print(printable(f"   ! {why}: {text}"))
+        say(f"   ! {why}: {text}")
     for cited in answer.citations:
-        print(printable(f"   [{cited.n}] {place(cited.document.metadata)} ({cited.support:.0%} of the words)"))
-        print(indent(cited.span, "       "))
+        say(f"   [{cited.n}] {place(cited.document.metadata)} ({cited.support:.0%} of the words)")
+        say(indent(cited.span, "       "))
     if answer.unknown:
         note(f"{answer.unknown} citations of passages that were not given were removed")
     if answer.refused and answer.passages:
         nearest = ", ".join(dict.fromkeys(cited.document.metadata["source"] for cited in answer.passages))
-        print(printable(f"   (nearest documents: {nearest})"))
-    sys.stdout.flush()
+        say(f"   (nearest documents: {nearest})")
 
 
 def write_trace(path: Path, line: dict) -> None:
     """Appends a line of JSON."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(json_line(line) + "\n")
 
 
 def describe_ranks(ranks: dict[str, int | None]) -> str:

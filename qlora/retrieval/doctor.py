@@ -9,7 +9,7 @@ from pathlib import Path
 from psycopg2 import sql
 
 from qlora import machine, settings
-from qlora.console import show_value
+from qlora.console import printable, show_value
 from qlora.model import base_model
 from qlora.retrieval import search_sql
 from qlora.retrieval.database import describe_url, find_pgvector, is_unprotected
@@ -136,11 +136,12 @@ def measure_recall(store: PgVectorStore, k: int) -> float:
 def print_findings(findings: list[Finding]) -> None:
     """Prints one line per finding on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for finding in findings:
-        table.add_row(MARKS[finding.state], finding.what, finding.detail)
+        table.add_row(MARKS[finding.state], finding.what, escape(printable(finding.detail)))
     Console(soft_wrap=True, highlight=False).print(table)
 
 

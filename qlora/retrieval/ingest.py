@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from langchain_core.documents import Document
 
-from qlora.console import Problems, note, progress
+from qlora.console import Problems, note, progress, say
 from qlora.retrieval import documents
 from qlora.retrieval.documents import SourceFile
 from qlora.retrieval.passage_store import Entry, Prepared
@@ -85,9 +85,9 @@ def make_plan(store, files: list[SourceFile], splitting: Splitting, prune: bool,
 def print_plan(plan: Plan) -> None:
     """Prints one line per document on stdout: + is new, ~ changed, - removed."""
     for _, entry in plan.put:
-        print(f"{'~' if entry.source in plan.known else '+'} {entry.source}")
+        say(f"{'~' if entry.source in plan.known else '+'} {entry.source}")
     for source in plan.gone:
-        print(f"- {source}")
+        say(f"- {source}")
     note(f"{len(plan.put)} to write, {plan.unchanged} unchanged, {len(plan.gone)} to remove; nothing was done")
 
 

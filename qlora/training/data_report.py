@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 from qlora import machine, settings
-from qlora.console import fail, shorten_text, stderr
+from qlora.console import fail, note, printable, shorten_text, stderr
 from qlora.prompt import IGNORED
 from qlora.refusal import is_refusal
 from qlora.training.examples import Example, collate, count_labels, count_tokens
@@ -250,48 +250,38 @@ def color_trained(marked: str):
 
     text = Text()
     for n, piece in enumerate(re.split(f"[{''.join(MARKS)}]", marked)):
-        harmless = "".join(c if c.isprintable() or c in "\n\t" else " " for c in piece)  # no terminal commands
-        text.append(harmless, style="bold green" if n % 2 else "")
+        text.append(printable(piece), style="bold green" if n % 2 else "")
     return text
 
 
 def print_report(report: dict) -> None:
     """Prints on stderr what the notes of the step leave out: examples, lengths, cost and one row."""
-    console = stderr()
     for dropped in (report["rows"]["dropped"], report["leakage"]):
-        print_dropped(console, dropped)
-    print_lengths(console, report["lengths"])
-    say(
-        console,
-        f"trained are {report['labelled_share']:.1%} of the tokens; {report['refused_share']:.1%} of the rows refuse",
-    )
-    say(
-        console,
+        print_dropped(dropped)
+    print_lengths(report["lengths"])
+    note(f"trained are {report['labelled_share']:.1%} of the tokens; {report['refused_share']:.1%} of the rows refuse")
+    note(
         f"{report['steps']} steps of {report['rows_a_step']:g} rows = {report['epochs']} epochs "
-        f"of {report['tokens_an_epoch']:,} tokens, of which {report['tokens_computed_an_epoch']:,} are computed",
+        f"of {report['tokens_an_epoch']:,} tokens, of which {report['tokens_computed_an_epoch']:,} are computed"
     )
     memory = dict(report["estimate"]["memory_gb"])
     needed = memory.pop("all")
     parts = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in memory.items())
-    say(console, f"estimate: {show_seconds(report['estimate']['seconds'])}, {needed} GB of memory ({parts})")
-    say(console, f"gradient checkpointing {'on' if report['gradient_checkpointing'] else 'off'}")
-    say(console, "one row; its trained part is green:")
-    console.print(color_trained(report["example"]))
+    note(f"estimate: {show_seconds(report['estimate']['seconds'])}, {needed} GB of memory ({parts})")
+    note(f"gradient checkpointing {'on' if report['gradient_checkpointing'] else 'off'}")
+    note("one row; its trained part is green:")
+    stderr().print(color_trained(report["example"]))
 
 
-def say(console, text: str) -> None:
-    console.print(f"  {text}", markup=False)
-
-
-def print_dropped(console, dropped: dict[str, dict]) -> None:
+def print_dropped(dropped: dict[str, dict]) -> None:
     """The reasons of `describe_dropped`, each with its examples."""
     for reason, found in dropped.items():
-        say(console, f"  {found['rows']} dropped: {reason}")
+        note(f"  {found['rows']} dropped: {reason}")
         for row in found["examples"]:
-            say(console, f"    {row['instruction']} -> {row['response']}")
+            note(f"    {row['instruction']} -> {row['response']}")
 
 
-def print_lengths(console, lengths: dict[str, dict[str, int]]) -> None:
+def print_lengths(lengths: dict[str, dict[str, int]]) -> None:
     """The table of percentiles."""
     from rich.table import Table
 
@@ -300,7 +290,7 @@ def print_lengths(console, lengths: dict[str, dict[str, int]]) -> None:
         table.add_column(heading, justify="left" if heading == "tokens" else "right")
     for name, values in lengths.items():
         table.add_row(name, *map(str, values.values()))
-    console.print(table)
+    stderr().print(table)
 
 
 def show_seconds(seconds: float) -> str:
