@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 
 from qlora.console import fail
+from qlora.words import clean
 
 SCHEMA = 1
 IGNORED = -100  # the label of tokens without loss, torch's cross_entropy default
@@ -112,11 +113,10 @@ def encode_row(tokenizer, messages: list[dict], response: str) -> tuple[list[int
 def defuse(tokenizer, text: str) -> str:
     """The text with a space inside everything that a chat template reads as a special token.
 
-    `<|im_end|>` becomes `< |im_end|>`: still readable, but no longer a token. NUL bytes are removed, since
-    PostgreSQL cannot hold them.
+    `<|im_end|>` becomes `< |im_end|>`: still readable, but no longer a token. NUL bytes and lone surrogates go, too.
     """
     pattern = control_pattern(tuple(sorted(tokenizer.all_special_tokens)))
-    return pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text.replace("\0", ""))
+    return pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", clean(text))
 
 
 @cache

@@ -9,6 +9,11 @@ ARTICLES = {"a", "an", "the"}
 CITATIONS = re.compile(r"(?<!\s)\s+(\[\d+\]\s*)+\.?$")  # `a[0]` is code
 
 
+def clean(text: str) -> str:
+    """The text without NUL bytes and lone surrogates, which PostgreSQL or a tokenizer cannot hold."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "")
+
+
 def normalize(text: str) -> str:
     """The words, lower case and one space apart, without punctuation and articles."""
     words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())

@@ -4,12 +4,21 @@ import itertools
 import json
 
 import pytest
+from langchain_core.documents import Document
 
 from qlora import presets
 from qlora.console import UserError
 from qlora.model import base_model
 from qlora.retrieval import documents
-from qlora.retrieval.documents import embedded_text, find_files, fingerprint_file, load_passages, place
+from qlora.retrieval.documents import (
+    embedded_text,
+    find_files,
+    find_headings,
+    fingerprint_file,
+    load_passages,
+    place,
+    split_sections,
+)
 
 FACT = "The gale flag is hoisted at force seven."
 
@@ -211,3 +220,70 @@ def test_two_files_of_one_name_are_not_mixed_up(tmp_path):
     with pytest.raises(UserError, match="two files with one name"):
         find_files([str(tmp_path / "a"), str(tmp_path / "b")])
     assert len(find_files([str(tmp_path)])) == 2
+
+
+def test_a_file_that_is_named_twice_is_one_document(tmp_path, monkeypatch):
+    folder = tmp_path / "docs"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.md").write_text("x")
+    (folder / "sub" / "b.md").write_text("x")
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "loop.md").symlink_to(folder / "loop.md")
+    monkeypatch.chdir(tmp_path)
+    every_way = ["docs/sub/b.md", "docs/sub", "docs", "docs", f"{folder}/", "docs/sub/../a.md", "docs/sub/loop"]
+    for paths in (every_way, every_way[::-1]):
+        assert [file.source for file in find_files(paths)] == ["a.md", "sub/b.md"]
+    with pytest.raises(UserError, match="file not found"):
+        find_files(["docs/loop.md"])
+
+
+MARKDOWN = """---
+title: front matter
+---
+
+Part one
+========
+
+# Closed # ##
+```a fence of one line```
+# After the fence
+~~~sh
+# a comment
+```
+# another
+~~~
+- # in a list
+
+      # indented code
+
+> # a quotation
+
+<pre>
+# in HTML
+</pre>
+
+   ## Indented
+#no heading
+Shutdown
+--------
+text
+````
+```
+# still code
+"""
+
+
+def test_headings_are_those_of_commonmark():
+    titles = [(MARKDOWN.split("\n")[begin], level, title) for begin, _, level, title in find_headings(MARKDOWN)]
+    assert titles == [
+        ("Part one", 1, "Part one"),
+        ("# Closed # ##", 1, "Closed #"),
+        ("# After the fence", 1, "After the fence"),
+        ("   ## Indented", 2, "Indented"),
+        ("#no heading", 2, "#no heading Shutdown"),
+    ]
+    sections = list(split_sections(Document(MARKDOWN)))
+    lines = MARKDOWN.split("\n")
+    for _, text, line, offset in sections:  # each where it says, and nothing but headings left out
+        assert MARKDOWN[offset:].startswith(text) and lines[line - 1] == text.split("\n")[0]
+    assert "# another" in sections[2][1] and sections[-1][0] == "After the fence > #no heading Shutdown"

@@ -344,8 +344,10 @@ def test_calibrate_stores_the_threshold_that_ask_obeys(collection, database, tin
     assert recall["retrieved"] > 0.5 > recall["closed-book"] == 0
 
 
-def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database, tmp_path, capsys):
+def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database, tmp_path, capsys, monkeypatch):
     import psycopg2
+
+    from qlora.retrieval import database as databases
 
     documents = SAMPLE / "documents" / "canteen"
     assert rag("ingest", documents) == 0
@@ -354,7 +356,10 @@ def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database
     words = ["sweep", "--questions", tmp_path / "q.jsonl", "--documents", documents, "--output", tmp_path / "out"]
     words += ["top-k=1,12,3"]
     capsys.readouterr()
+    opened, connect = [], databases.connect
+    monkeypatch.setattr(databases, "connect", lambda url: opened.append(connect(url)) or opened[-1])
     assert rag(*words, "passages=24,200", "--search", "dense", "--json") == 0
+    assert len(opened) == 4 and all(connection.closed for connection in (opened[0], *opened[2:]))  # [1] is the store
     by_count, by_length = json.loads(capsys.readouterr().out)
     assert [row["value"] for row in by_length["rows"]] == [200, 24]  # 24 tokens cut answers in two
     assert by_length["rows"][0]["given"] > by_length["rows"][1]["given"]

@@ -11,6 +11,7 @@ import pytest
 from conftest import PROJECT, rag
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
+from qlora.console import UserError
 from qlora.retrieval import ingest
 from qlora.retrieval.database import Database
 from qlora.retrieval.pgvector_store import PgVectorStore
@@ -74,6 +75,34 @@ def folder(tmp_path):
     for n in range(6):
         (folder / "sub" / f"{n}.md").write_text(f"# Part {n}\n\n" + f"word{n} says a thing. " * 60)
     return folder
+
+
+def test_a_name_that_is_not_utf8_is_named_and_the_rest_goes_in(database, collection, folder, capsys):
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("The cafe opens at nine.")
+    words = "--passage-tokens", 60
+    assert rag("ingest", folder, *words, "--dry-run") == 2
+    assert "1 problem" in capsys.readouterr().err
+    assert rag("ingest", folder, *words) == 2
+    err = capsys.readouterr().err
+    assert "6 added" in err and "the file's name is not UTF-8" in err and "rename it" in err
+    assert rag("ingest", folder / os.fsdecode(b"caf\xe9.txt")) == 2
+    assert "the file's name is not UTF-8" in capsys.readouterr().err
+
+
+def test_nothing_is_removed_while_a_folder_cannot_be_read(database, collection, folder, monkeypatch, capsys):
+    store = open_store(database, collection)
+    put(store, folder)
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):  # as root no folder is unreadable
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="unreadable folder"):
+        put(store, folder, prune=True)
+    assert len(passages_of(store)) == 6 and "Nothing is removed" in capsys.readouterr().err
 
 
 def test_new_changed_unchanged_and_gone(database, collection, folder, capsys):

@@ -18,7 +18,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from qlora import settings
 from qlora.console import UserError
 from qlora.retrieval import embedded_postgres
-from qlora.retrieval.database import Database, connect, describe_url
+from qlora.retrieval.database import Database, connect, describe_url, read_url
 from qlora.retrieval.passage_store import Entry
 from qlora.retrieval.pgvector_store import PgVectorStore
 
@@ -87,6 +87,33 @@ def test_unreachable_and_unreadable_databases_never_show_the_password():
             connect(url)
         assert "hunter2" not in str(error.value)
     assert describe_url("postgresql://me:hunter2@db.example:5432/papers") == "papers at db.example"
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2", "postgresql+psycopg"])
+def test_a_url_names_its_driver_or_not(scheme):
+    assert read_url(f"{scheme}://me:hunter%402@db.example:5432/papers") == {
+        **{"user": "me", "password": "hunter@2", "host": "db.example", "port": "5432", "dbname": "papers"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("url", "fix"),
+    [
+        ("postgresql://me:hunter2@x#w%rd@127.0.0.1:1/x", "%40"),
+        ("postgresql://me:hunter2@x@127.0.0.1:1/x", "%40"),
+        ("postgresql://me:hunter2/x@127.0.0.1:1/x", "%2F"),
+        ("jdbc:postgresql://127.0.0.1:1/x?user=me&password=hunter2", "write postgresql://"),
+        ("mysql://me:hunter2@127.0.0.1/x", "write postgresql://"),
+        ("127.0.0.1:1", "write postgresql://"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_no_secret_told(url, fix, monkeypatch, capsys):
+    monkeypatch.setenv("DATABASE_URL", url)
+    for words in (["documents"], ["documents", f"--database-url={url}"], ["documents", "--database-url", url]):
+        assert rag(*words) == 2
+        err = capsys.readouterr().err
+        assert fix in err and "hunter" not in err
+    assert "unknown argument --database-url - command line - set DATABASE_URL in the environment" in err
 
 
 def test_database_without_pgvector(database, tmp_path):

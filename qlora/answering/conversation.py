@@ -8,6 +8,7 @@ from qlora.answering.chain import Stopwatch
 from qlora.answering.citations import Answer
 from qlora.console import json_line, note, printable, say
 from qlora.retrieval.documents import place
+from qlora.words import clean
 
 
 @dataclass
@@ -36,12 +37,12 @@ class Turn:
 
 def answer_question(chain, question: str, history: tuple = (), searched: str | None = None) -> Turn:
     """Runs the chain once, with a stopwatch."""
-    watch = Stopwatch()
-    given = {"question": question, "history": history, "searched": searched or question}
+    watch, question, searched = Stopwatch(), clean(question), clean(searched or question)
+    given = {"question": question, "history": history, "searched": searched}
     state = chain.invoke(given, config={"callbacks": [watch]})
     usage = ("message" in state and state["message"].usage_metadata) or {"input_tokens": 0, "output_tokens": 0}
     tokens = {"prompt": usage["input_tokens"], "completion": usage["output_tokens"]}
-    return Turn(question, state["answer"], searched or question, watch.timings(), tokens)
+    return Turn(question, state["answer"], searched, watch.timings(), tokens)
 
 
 def print_turn(turn: Turn, show_question: bool = True) -> None:

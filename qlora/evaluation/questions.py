@@ -1,11 +1,13 @@
 """Questions with known answers: ours, dataset rows, or SQuAD's."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.console import Problems, fail
 from qlora.refusal import is_refusal
+from qlora.words import clean
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,27 @@ def load_questions(path: Path, limit: int | None = None) -> list[Question]:
 def read_lines(path: Path) -> list[Question]:
     """The questions of a .jsonl file; all bad lines are reported together."""
     problems, questions = Problems(), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             questions.append(read_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"not a question ({type(error).__name__}: {error})"
             fix = '{"question": "...", "answers": ["..."], "source": null, "context": null}'
             problems.add(what, f"{path}:{number}", f"write {fix}")
     problems.raise_if_any()
     return questions
+
+
+def read_text(path: Path) -> str:
+    """The file's text: UTF-8, 16 or 32, with or without a byte order mark. Raises UserError for any other."""
+    content = path.read_bytes()
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise fail("the file is not UTF-8", f"{path}:{line}", "save it as UTF-8") from error
 
 
 def read_question(row: dict) -> Question:
@@ -60,17 +72,23 @@ def read_question(row: dict) -> Question:
     texts = [row["question"], *row["answers"]]
     if isinstance(row["answers"], str) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("question and answers must be text")
-    return Question(row["question"], tuple(row["answers"]), row.get("source") or None, row.get("context") or None)
+    return make_question(row["question"], row["answers"], row.get("source"), row.get("context"))
+
+
+def make_question(question: str, answers: Iterable[str], source: str | None, context: str | None) -> Question:
+    """The question without characters that no file or database takes."""
+    source, context = (clean(text) if text else None for text in (source, context))
+    return Question(clean(question), tuple(map(clean, answers)), source, context)
 
 
 def read_squad(path: Path) -> list[Question]:
     """The questions of SQuAD's own format; the article's title, as a Markdown file, is the source."""
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        articles = json.loads(read_text(path))["data"]
         return [
-            Question(
+            make_question(
                 entry["question"].strip(),
-                tuple(dict.fromkeys(answer["text"] for answer in entry["answers"])),
+                dict.fromkeys(answer["text"] for answer in entry["answers"]),
                 f"{article['title']}.md",
                 paragraph["context"],
             )
@@ -78,5 +96,5 @@ def read_squad(path: Path) -> list[Question]:
             for paragraph in article["paragraphs"]
             for entry in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise fail(f"not a SQuAD file ({error})", str(path), "give SQuAD v1 or v2 JSON, or .jsonl") from error

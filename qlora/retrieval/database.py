@@ -6,6 +6,7 @@ rag.passages_N    one table per collection: halfvec embedding, text, metadata, t
 """
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -107,8 +108,14 @@ class Database:
                     raise fail("the database is not responding", describe_url(self.url), "start it again") from error
             note(f"Lost the connection to the database; trying again in {pause} s")
             time.sleep(pause)
+            self.close()
             with contextlib.suppress(UserError):
                 self.connection = connect(self.url)
+
+    def close(self) -> None:
+        """Ends the connection; the next transaction would open another."""
+        with contextlib.suppress(psycopg2.Error):
+            self.connection.close()
 
 
 @contextlib.contextmanager
@@ -134,7 +141,8 @@ def connect(url: str):
     """
     where = describe_url(url)
     try:
-        connection = psycopg2.connect(url, connect_timeout=10, application_name="rag_qlora")
+        options = {"connect_timeout": 10, "application_name": "rag_qlora", **read_url(url)}
+        connection = psycopg2.connect(**options)
     except psycopg2.OperationalError as error:
         raise fail(f"database unreachable ({first_line(error)})", where, "start it, or fix DATABASE_URL") from error
     try:
@@ -163,18 +171,38 @@ def find_pgvector(connection) -> str:
     return found[0]
 
 
+def read_url(url: str) -> dict[str, str]:
+    """The parts of a connection string, also of SQLAlchemy's, which name a driver (postgresql+psycopg2://).
+
+    Raises UserError, which never holds the password, for any other and for a password that is not percent-encoded.
+    """
+    form = "write postgresql://USER:PASSWORD@HOST:PORT/NAME"
+    if url.startswith("jdbc:"):
+        raise fail("DATABASE_URL is the address of a Java driver (jdbc:)", "DATABASE_URL", form)
+    try:
+        parts = psycopg2.extensions.parse_dsn(re.sub(r"^postgres(ql)?\+\w+://", "postgresql://", url))
+    except psycopg2.ProgrammingError as error:
+        parts, cause = {}, error
+    else:
+        cause = None
+    misplaced = any("@" in parts.get(name, "") for name in ("host", "port", "dbname"))
+    if url.startswith("postgres") and "@" in url and (misplaced or cause):
+        fix = "percent-encode @ # % / : ? and spaces in user and password: %40 %23 %25 %2F %3A %3F %20"
+        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", f"{form}; {fix}") from cause
+    if cause:
+        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", form) from cause
+    return parts
+
+
 def describe_url(url: str) -> str:
     """Host and database of a connection string: the parts that may be printed."""
-    try:
-        parts = psycopg2.extensions.parse_dsn(url)
-    except psycopg2.ProgrammingError as error:
-        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", "write postgresql://USER@HOST:PORT/NAME") from error
+    parts = read_url(url)
     return f"{parts.get('dbname', 'postgres')} at {show_value(parts.get('host', 'localhost'))}"
 
 
 def is_unprotected(url: str) -> bool:
     """Whether the server is on another machine and its certificate is not checked."""
-    parts = psycopg2.extensions.parse_dsn(url)
+    parts = read_url(url)
     host = parts.get("host", "localhost")
     is_local = host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
     return not is_local and parts.get("sslmode") != "verify-full"

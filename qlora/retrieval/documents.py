@@ -8,20 +8,21 @@ import contextlib
 import functools
 import hashlib
 import json
-import re
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from langchain_core.documents import Document
 
 from qlora.console import Problems, UserError, fail
+from qlora.words import clean
 
 MOST_BYTES, MOST_PAGES = 100_000_000, 5_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
-VERSION = 2  # of the splitting: raised when it changes, so that all documents are ingested again
-HEADING = re.compile(r"^(#{1,6})\s+(.+?)\s*#*$")
+VERSION = 3  # of the splitting: raised when it changes, so that all documents are ingested again
 
 
 @dataclass(frozen=True)
@@ -33,48 +34,65 @@ class SourceFile:
     folder: str | None
 
 
-def find_files(paths: list[str]) -> list[SourceFile]:
-    """Every file under the paths; its source is the path below the folder that was named.
+def find_files(paths: list[str], unreadable: Problems | None = None) -> list[SourceFile]:
+    """Every file under the paths, once; its source is the path below the outermost folder that was named.
 
-    Hidden files, links and files of other types in folders are left out. Raises one UserError for all paths
-    that do not exist, files of an unknown type and folders without documents.
+    Hidden files, links and files of other types in folders are left out; folders that cannot be read are added to
+    `unreadable`. Raises one UserError for all paths that do not exist, files of an unknown type, different files of
+    one name and folders without documents.
     """
-    problems = Problems()
+    problems, unreadable = Problems(), Problems() if unreadable is None else unreadable
     found: dict[str, SourceFile] = {}
-    for name in paths:
+    seen: set[str] = set()
+    for path in sorted(map(Path, paths), key=lambda path: (not path.is_dir(), os.path.realpath(path).count(os.sep))):
         with problems.collecting():
-            inside = files_below(Path(name))
-            for source in sorted(inside.keys() & found.keys()):
-                both = f"{found[source].path} and {inside[source].path}"
-                problems.add(f"two files with one name, {source}", both, "ingest the folder above them")
-            found |= inside
+            for file in files_below(path, unreadable):
+                if (real := os.path.realpath(file.path)) in seen:
+                    continue
+                seen.add(real)
+                if other := found.get(file.source):
+                    both = f"{other.path} and {file.path}"
+                    problems.add(f"two files with one name, {file.source}", both, "ingest the folder above them")
+                found[file.source] = file
     problems.raise_if_any()
     return list(found.values())
 
 
-def files_below(path: Path) -> dict[str, SourceFile]:
-    """Source -> file for a folder, or for one file."""
+def files_below(path: Path, unreadable: Problems) -> list[SourceFile]:
+    """The documents of a folder, or the one file."""
     if path.is_dir():
-        root = str(path.resolve())
-        files = [file for file in sorted(path.rglob("*")) if is_document(file, path)]
-        if not files:
+        files = sorted(walk_folder(path, unreadable))
+        if not files and not unreadable.found:
             raise fail("no documents in the folder", str(path), f"give files of type {', '.join(SUFFIXES)}")
-        sources = [file.relative_to(path).as_posix() for file in files]
-        return {source: SourceFile(file, source, root) for file, source in zip(files, sources, strict=True)}
+        return [SourceFile(file, file.relative_to(path).as_posix(), os.path.realpath(path)) for file in files]
     if not path.is_file():
-        raise fail("file not found", str(path), "check the path")
+        raise fail("not a file" if path.exists() else "file not found", str(path), "check the path")
     if path.suffix.lower() not in SUFFIXES:
         fix = f"convert it to one of {', '.join(SUFFIXES)}"
         raise fail(f"unknown file type {path.suffix or '(none)'}", str(path), fix)
-    return {path.name: SourceFile(path, path.name, None)}
+    return [SourceFile(path, path.name, None)]
 
 
-def is_document(file: Path, root: Path) -> bool:
-    """Whether a folder's file is ingested: not hidden, not of a version control system, not a link out of it."""
-    skipped = any(part.startswith(".") or part in VERSION_CONTROL for part in file.relative_to(root).parts)
-    if skipped or file.suffix.lower() not in SUFFIXES or not file.is_file():
-        return False
-    return not file.is_symlink() and file.resolve().is_relative_to(root.resolve())
+def walk_folder(folder: Path, unreadable: Problems) -> Iterator[Path]:
+    """The documents in it: not hidden, not of a version control system, not links."""
+
+    def report(error: OSError) -> None:
+        unreadable.add(f"unreadable folder ({error.strerror.lower()})", error.filename, "give yourself the right")
+
+    for place, folders, names in os.walk(folder, onerror=report):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in VERSION_CONTROL]
+        for file in (Path(place, name) for name in names if not name.startswith(".")):
+            if file.suffix.lower() in SUFFIXES and file.is_file() and not file.is_symlink():
+                yield file
+
+
+def check_name(file: SourceFile) -> None:
+    """Raises UserError for a name that is not UTF-8: a database takes no other."""
+    try:
+        f"{file.source}{file.folder}".encode()
+    except UnicodeEncodeError as error:
+        fix = "rename it, such as with convmv -f latin1 -t utf8"
+        raise fail("the file's name is not UTF-8", os.fsencode(file.path).decode(errors="replace"), fix) from error
 
 
 def fingerprint_file(file: Path, splitting: object) -> str:
@@ -115,18 +133,13 @@ def load_passages(file: Path, source: str, tokenizer, window: int, size: int, ov
     with explaining_file(file):
         pages = list(read_pages(file))
         for page in pages:
-            page.page_content = clean(page.page_content)
+            page.page_content = clean(page.page_content).replace("\r\n", "\n").replace("\r", "\n")
             page.metadata["source"] = source
         passages = split_pages(pages, tokenizer, window, size, overlap)
     if not passages:
         fix = "scanned? run OCR on it first" if file.suffix.lower() == ".pdf" else "leave it out"
         raise fail("the document holds no text", str(file), fix)
     return passages
-
-
-def clean(text: str) -> str:
-    """The text without NUL bytes and lone surrogates, which PostgreSQL or a tokenizer cannot hold."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "").replace("\r\n", "\n")
 
 
 def read_pages(file: Path) -> Iterator[Document]:
@@ -219,27 +232,32 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
 
 
 def split_sections(page: Document) -> Iterator[tuple[str, str, int, int]]:
-    """(heading path, text, first line, first character) of every section under a Markdown heading.
-
-    A line in fenced code is never a heading.
-    """
+    """(heading path, text, first line, first character) of every section under a Markdown heading."""
+    lines = page.page_content.split("\n")
+    starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
     path: list[tuple[int, str]] = []
-    lines: list[str] = []
-    first, offset, end, fenced = 1, 0, 0, False
-    for number, line in enumerate(page.page_content.split("\n"), 1):
-        end += len(line) + 1
-        fenced ^= line.lstrip().startswith("```")
-        heading = None if fenced else HEADING.match(line)
-        if not heading:
-            lines.append(line)
-            continue
-        if any(map(str.strip, lines)):
-            yield " > ".join(title for _, title in path), "\n".join(lines), first, offset
-        level = len(heading[1])
-        path = [*(entry for entry in path if entry[0] < level), (level, heading[2])]
-        lines, first, offset = [], number + 1, end
-    if any(map(str.strip, lines)):
-        yield " > ".join(title for _, title in path), "\n".join(lines), first, offset
+    first = 0
+    for begin, end, level, title in [*find_headings(page.page_content), (len(lines), len(lines), 1, "")]:
+        if any(map(str.strip, lines[first:begin])):
+            yield " > ".join(title for _, title in path), "\n".join(lines[first:begin]), first + 1, starts[first]
+        path = [*(entry for entry in path if entry[0] < level), (level, title)]
+        first = end
+
+
+def find_headings(text: str) -> Iterator[tuple[int, int, int, str]]:
+    """(first line, line after it, level, title) of every Markdown heading, by CommonMark's rules for blocks.
+
+    What looks like one in code, HTML, lists or quotations is none, and neither is the end of the front matter.
+    """
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark")
+    parser.core.ruler.enableOnly(["normalize", "block"])  # titles stay as they are written
+    front = text.find("\n---\n", 3) if text.startswith("---\n") else -1
+    body = text.count("\n", 0, front + 1) + 1 if front >= 0 else 0
+    for heading, title in pairwise(parser.parse(text)):
+        if heading.type == "heading_open" and heading.level == 0 and heading.map[0] >= body and title.content:
+            yield *heading.map, int(heading.tag[1]), " ".join(title.content.split())
 
 
 def place(metadata: dict) -> str:

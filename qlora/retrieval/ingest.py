@@ -49,7 +49,7 @@ def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False
     """
     embedder = store.embeddings._client  # the SentenceTransformer
     problems = Problems()
-    plan = make_plan(store, documents.find_files(paths), splitting, prune, problems)
+    plan = make_plan(store, documents.find_files(paths, problems), splitting, prune, problems)
     if dry_run:
         print_plan(plan)
     else:
@@ -65,11 +65,18 @@ def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False
 
 
 def make_plan(store, files: list[SourceFile], splitting: Splitting, prune: bool, problems: Problems) -> Plan:
-    """What to write and what to remove; files that cannot be read are added to the problems."""
+    """What to write and what to remove; files that cannot be read are added to the problems.
+
+    `problems` has the folders that could not be read: then nothing is removed.
+    """
     known = {entry.source: entry for entry in store.documents()}
     put, unchanged = [], 0
+    if prune and problems.found:
+        note("Nothing is removed: a folder could not be read")
+    prune = prune and not problems.found
     for file in files:
         with problems.collecting():
+            documents.check_name(file)
             fingerprint = documents.fingerprint_file(file.path, splitting)
             entry = Entry(file.source, fingerprint, file.folder, file.path.stat().st_size)
             if file.source in known and known[file.source].fingerprint == fingerprint:

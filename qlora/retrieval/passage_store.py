@@ -14,6 +14,7 @@ from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from qlora.retrieval import metadata_filter, search_modes
 from qlora.retrieval.metadata_filter import Condition
+from qlora.words import clean
 
 ADDED_AS_TEXT = "added as text"  # the fingerprint of what came through LangChain's add_texts
 
@@ -98,7 +99,7 @@ class PassageStore(VectorStore):
 
     @abstractmethod
     def drop(self) -> None:
-        """Removes the collection with everything in it."""
+        """Removes the collection with everything in it, and closes the store."""
 
     @abstractmethod
     def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
@@ -145,7 +146,7 @@ class PassageStore(VectorStore):
         Each leg ranks `fetch_k` passages. With `diversity` above 0, passages that repeat a better one move
         down (maximal marginal relevance, lambda = 1 - diversity).
         """
-        question = question.replace("\0", " ")
+        question = clean(question)
         vector = self._embeddings.embed_query(question)
         pool = max(k, fetch_k)
         found = self._find_passages(question, vector, pool if diversity else k, mode, where, pool)
@@ -158,7 +159,7 @@ class PassageStore(VectorStore):
 
     def similarity_search_with_score(self, query: str, k: int = 4, filter: dict | None = None, **kwargs):
         """(passage, cosine similarity) of the nearest, best first; metadata as they were given."""
-        return self._nearest(query, self._embeddings.embed_query(query.replace("\0", " ")), k, filter)
+        return self._nearest(query, self._embeddings.embed_query(clean(query)), k, filter)
 
     def similarity_search_by_vector(self, embedding: list[float], k: int = 4, filter: dict | None = None, **kwargs):
         return [document for document, _ in self._nearest("", embedding, k, filter)]
@@ -168,7 +169,7 @@ class PassageStore(VectorStore):
         return [(Document(hit.text, metadata=hit.metadata, id=hit.id), hit.score) for hit in found]
 
     def max_marginal_relevance_search(self, query, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs):
-        vector = self._embeddings.embed_query(query.replace("\0", " "))
+        vector = self._embeddings.embed_query(clean(query))
         return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult, filter)
 
     def max_marginal_relevance_search_by_vector(

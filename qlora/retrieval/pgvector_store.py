@@ -96,10 +96,11 @@ class PgVectorStore(PassageStore):
             cursor.execute(change, (value, self.collection.id))
 
     def drop(self) -> None:
-        """Removes the collection with everything in it."""
+        """Removes the collection with everything in it, and closes the store."""
         with self.database.transaction() as cursor:
             cursor.execute(sql.SQL("DROP TABLE {}").format(self.collection.table))
             cursor.execute("DELETE FROM rag.collections WHERE id = %s", (self.collection.id,))
+        self.database.close()
 
     def count(self) -> int:
         """The number of passages in the collection."""
