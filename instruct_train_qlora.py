@@ -10,6 +10,7 @@ Every row becomes context / instruction / response in the base model's own chat 
 Precedence: flag > environment > .env > preset or default.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +25,7 @@ from pathlib import Path
 from qlora import console, machine, presets, settings
 from qlora.cli.training_flags import build_parser, choose_selection, resolve_arguments
 from qlora.model import adapter, base_model
+from qlora.model.fingerprint import fingerprint_model
 from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export
 from qlora.training.distractors import add_distractors
@@ -32,6 +34,9 @@ from qlora.training.row_filters import drop_leaked, hold_out, keep_usable
 from qlora.training.rows import load_rows
 
 CHOSEN = ("preset", "base_model", "dataset", "output")
+# Arguments that a resumed run may have anew. Base model and rows are compared by their content.
+FREE = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"}
+FREE |= {"verbose", "base_model", "dataset", "output"}
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
@@ -41,6 +46,11 @@ def main(argv: list[str]) -> int:
     settings.quieten_libraries()
     console.print_settings("QLoRA fine-tuning", args, argv, build_parser(__doc__, STEPS), CHOSEN)
     console.note(f"Computes on {machine.describe()}")
+    with claim_output(args):
+        return run_steps(args)
+
+
+def run_steps(args) -> int:
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
         rows, counts = load_and_filter(args)
@@ -50,6 +60,7 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         return 0
     if args.resume and adapter.is_finished(args.output):
+        check_finished(args, rows)
         publish(args, held_out)
         return 0
     with console.step(STEPS, "Model Setup"):
@@ -100,6 +111,7 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     is also held out, and how many rows of each part were shortened or too long.
     """
     training, held_out = hold_out(rows, args.eval_share, args.seed)
+    note_share(args, len(held_out), len(rows))
     training, counts["leaked"] = drop_leaked(training, held_out)
     note_dropped(counts["leaked"])
 
@@ -113,6 +125,13 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     first = batch(count_rows(args, "training", training, encode(training, 0), counts), 0)
     epochs = Epochs(first, lambda epoch: batch(encode(training, epoch)[0], epoch))
     return epochs, count_rows(args, "held out", held_out, encode(held_out, 0), counts)
+
+
+def note_share(args, held_out: int, rows: int) -> None:
+    """Reports a share of held-out rows that is far from the one that was asked for."""
+    if not 0.5 < held_out / rows / args.eval_share < 2:
+        share = f"{held_out} of {rows} rows are held out ({held_out / rows:.0%}), not {args.eval_share:.0%}"
+        console.note(f"{share}: a document is held out whole or not at all, and there are too few of a fitting size")
 
 
 def count_rows(args, name: str, rows, encoded, counts):
@@ -130,11 +149,14 @@ def count_rows(args, name: str, rows, encoded, counts):
 def plan_run(args, training):
     """The schedule of a run with these batches, and the plan that its costs are estimated from.
 
-    Activations are recomputed (--gradient-checkpointing auto) where, by the estimate, they would not fit.
+    Activations are recomputed (--gradient-checkpointing auto) where, by the estimate, they would not fit. Raises
+    UserError when the disk has no room for a merged model.
     """
     from qlora.training import data_report
 
     outline = base_model.outline_model(base_model.resolve_base_model(args.base_model))
+    if args.merge:
+        machine.check_disk(machine.check_writable(Path(args.merge)), 2 * outline.num_parameters())
     model = add_lora(outline, choose_lora(args), args.seed)
     schedule = plan_schedule(args, len(training.batches))
     plan = data_report.plan_costs(schedule, training.batches, model)
@@ -240,19 +262,36 @@ def describe_start(args, training, held_out) -> dict:
     """The manifest: what a resumed run must have in common with the one that stopped."""
     import torch
 
-    free = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"} | {
-        "verbose"
-    }
     rows = {"training": digest_examples(unbatch(training.batches)), "held out": digest_examples(held_out)}
     return {
-        "arguments": {name: jsonable(value) for name, value in vars(args).items() if name not in free},
+        "arguments": decisive(jsonable(vars(args))),
         "sha256 of rows": rows,
-        "base model": base_model.fingerprint_model(base_model.resolve_base_model(args.base_model)),
+        "base model": fingerprint_model(base_model.resolve_base_model(args.base_model)),
         "processes": settings.process_count(),
         "precision": str(machine.compute_dtype()),
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
     }
+
+
+def decisive(arguments: dict) -> dict:
+    """The arguments without those that are FREE."""
+    return {name: value for name, value in arguments.items() if name not in FREE}
+
+
+def claim_output(args):
+    """A context in which no other process writes to the output; of several processes the first one claims it."""
+    is_first = settings.process_rank() == 0 and not args.dry_run
+    return machine.claiming(args.output) if is_first else contextlib.nullcontext()
+
+
+def check_finished(args, rows) -> None:
+    """Reports that a finished run has nothing left to train. Raises UserError when it was another run."""
+    run = adapter.read_adapter(args.output).run
+    before = {"arguments": decisive(run["arguments"]), "sha256 of rows": run["dataset"]["sha256_of_rows"]}
+    now = {"arguments": decisive(jsonable(vars(args))), "sha256 of rows": digest_rows(rows)}
+    checkpoints.compare_manifests(before, now, args.output).raise_if_any()
+    console.note(f"The run in {args.output} is finished: nothing is left to train")
 
 
 def digest_rows(rows) -> str:
@@ -291,7 +330,10 @@ def publish(args, held_out) -> None:
 def describe_run(args, rows, report: dict, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
     return {
-        "base_model": {"name": args.base_model, "rebuild": rebuild_hint(args.base_model)},
+        "base_model": {
+            **adapter.describe_base(args.base_model, args.output),
+            "rebuild": rebuild_hint(args.base_model),
+        },
         "quantisation": base_model.quantization_config(base_model.resolve_base_model(args.base_model)).to_diff_dict(),
         "dataset": {
             "source": args.dataset,
@@ -302,7 +344,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
         },
-        "arguments": {name: jsonable(value) for name, value in vars(args).items()},
+        "arguments": jsonable(vars(args)),
         "result": result,
         "versions": library_versions(),
         "git_commit": git_commit(),

@@ -40,6 +40,11 @@ def main(argv: list[str]) -> int:
     settings.quieten_libraries()
     parser = build_parser(__doc__, STEPS)[1][args.command]
     console.print_settings(f"RAG: {args.command}", args, argv, parser, CHOSEN)
+    with machine.claiming(args.output) if "output" in args else contextlib.nullcontext():
+        return run_command(args)
+
+
+def run_command(args) -> int:
     if args.command in WITHOUT_STORE:
         return COMMANDS[args.command](args)
     if args.command in WITHOUT_MODEL:
@@ -380,6 +385,8 @@ def evaluate(args, store, prompt, generator) -> int:
     found = evaluation.search_all(make_search(args, store), questions, args.top_k)
     passages = evaluation.gather_passages(questions, found, args.top_k)
     contexts = {name: asked for name, asked in passages.items() if name in args.contexts}
+    if not contexts:
+        raise console.fail("no question has a context", str(args.questions), "add --contexts closed-book retrieved")
     modes = {"base": generator.without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
     modes = {name: mode for name, mode in modes.items() if name in args.models}
     if not args.adapter:
@@ -405,11 +412,12 @@ def evaluate(args, store, prompt, generator) -> int:
     if args.calibrate:
         scores = cells["tuned" if args.adapter else "base", "retrieved"]
         result["calibration"] = evaluation.calibrate(questions, [d[: args.top_k] for d in found], scores, args.seed)
+    say(json_line(result) if args.json else report.as_text(result))  # before anything that could fail
+    if args.calibrate:
         store.refusal_threshold = result["calibration"]["threshold"]
     report.write_report(args.output, result)
     if args.adapter:
-        report.put_evaluation(args.adapter / "README.md", args.output, args.adapter / report.PICTURE)
-    say(json_line(result) if args.json else report.as_text(result))
+        report.put_into_card(args.adapter, args.output)
     note(f"evaluation.md, .json, .png and answers.jsonl: {args.output}")
     return 0
 
@@ -430,8 +438,8 @@ def sweep(args, store) -> int:
 
     search = make_search(args, store)
     results = [sweep.score_values(search, questions, *setting, args.top_k, open_trial) for setting in args.settings]
-    sweep.write_results(args.output, results)
     say(json_line(results) if args.json else sweep.as_text(results))
+    sweep.write_results(args.output, results)
     note(f"sweep.json, .md and .png: {args.output}")
     return 0
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -179,6 +180,55 @@ def list_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def check_writable(path: Path) -> Path:
+    """The nearest existing folder of a folder to write, itself or above it.
+
+    Raises UserError when that is a file or cannot be written to.
+    """
+    nearest = next(above for above in (path.resolve(), *path.resolve().parents) if above.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise fail("no folder can be made there", str(path), "give a place that you can write to")
+    return nearest
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError for a file that cannot be written or made."""
+    if path.is_dir():
+        raise fail("the file to write is a folder", str(path), "give a file")
+    if not path.parent.is_dir():
+        raise fail("the folder of the file does not exist", str(path), f"make {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise fail("the file cannot be written", str(path), "give a place that you can write to")
+
+
+@contextlib.contextmanager
+def claiming(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this project from writing into the folder during the block.
+
+    A file beside it is locked, which the system does for a killed process, too. Raises UserError when another process
+    has it.
+    """
+    import fasteners
+
+    path = folder.resolve().with_name(f".{folder.resolve().name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = fasteners.InterProcessLock(path)
+    while True:
+        if not lock.acquire(blocking=False):
+            raise fail("another process is writing there", str(folder), "wait until it ends, or give another folder")
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.lockfile.fileno())):
+            break
+        lock.release()  # its last owner has just removed it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def check_disk(folder: Path, needed: int) -> None:

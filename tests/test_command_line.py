@@ -185,6 +185,16 @@ def test_no_command_for_the_terminal_passes(collection, documents, tiny_adapter,
     assert not [c for c in said.out + said.err if not c.isprintable() and c not in "\n\t"]
 
 
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_loaded(collection, tiny_adapter, tmp_path, capsys):
+    for trace, message in {
+        tmp_path / "nowhere" / "x.jsonl": "the folder of the file does not exist",
+        tmp_path: "the file to write is a folder",
+    }.items():
+        assert rag("ask", "--adapter", tiny_adapter, "--trace", trace, "Who?") == 2
+        said = capsys.readouterr().err
+        assert message in said and "[1/4]" not in said
+
+
 def test_another_embedding_model_is_refused(collection, documents, capsys, tmp_path):
     from qlora import presets
     from qlora.model import base_model

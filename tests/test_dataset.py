@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, train
 
 from qlora.console import Problems, UserError
 from qlora.model.base_model import load_tokenizer
@@ -206,6 +206,25 @@ def test_no_document_is_on_both_sides():
     assert (training, held_out) == hold_out(ROWS, 0.2, seed=1)
     with pytest.raises(UserError, match="one document"):
         hold_out(ROWS[:3], 0.2, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fewest", "most"),
+    [([1000, *[1] * 20], 20, 20), ([22, 1, 1], 2, 2), ([12, 12], 12, 12), ([30, 20], 20, 20), ([9] * 11, 10, 18)],
+)
+def test_one_large_document_does_not_take_the_training_rows(sizes, fewest, most):
+    rows = [Row(f"{d} {n}", "x", source=f"{d}.md") for d, size in enumerate(sizes) for n in range(size)]
+    for seed in range(10):
+        training, held_out = hold_out(rows, 0.1, seed)
+        assert fewest <= len(held_out) <= most and len(training) + len(held_out) == len(rows)
+
+
+def test_a_share_that_cannot_be_kept_is_told(tmp_path, tiny_base, capsys):
+    rows = [{"instruction": f"{d} {n}?", "response": "yes", "source": f"{d}.md"} for d in "ab" for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "--base-model", tiny_base, "--dataset", tmp_path / "rows.jsonl", "--output", tmp_path / "x"
+    assert train(*words, "--dry-run") == 0
+    assert "12 of 24 rows are held out (50%), not 10%" in capsys.readouterr().err
 
 
 def test_leaked_rows_leave_training():

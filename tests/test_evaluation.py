@@ -264,6 +264,21 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     assert again == report
     assert (tiny_adapter / "README.md").read_text().count("| tuned | retrieved |") == 1  # replaced, not added
 
+    # A smaller run deletes no answer, and the larger one makes none again. A card that cannot be written is told.
+    whole = tmp_path / "out" / "answers.jsonl"
+    before = {json.loads(line)["key"] for line in whole.read_text().splitlines()}
+    (tiny_adapter / "README.md").unlink()
+    capsys.readouterr()
+    assert rag(*words, "--limit", 2, "--contexts", "retrieved") == 0
+    shown = capsys.readouterr()
+    assert "README.md does not show this evaluation" in shown.err and "F1" in shown.out
+    assert {json.loads(line)["key"] for line in whole.read_text().splitlines()} == before
+    assert len(c.read_answers(whole)) == 4
+    made.clear()
+    assert rag(*words, "--seed", 1, "--models", "tuned", "--contexts", "oracle") == 0
+    made.clear()
+    assert rag(*words) == 0 and not made and len(c.read_answers(whole)) == 72
+
     capsys.readouterr()
     assert rag("compare", *[tmp_path / "out" / "evaluation.json"] * 2, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
@@ -308,7 +323,32 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text('{"question": "Why?", "answers": []}\n')
     assert rag(*words, "--questions", tmp_path / "q.jsonl", "--collection", "nothing-here") == 2
     assert "collection nothing-here is empty" in capsys.readouterr().err
+    assert rag(*words, "--questions", tmp_path / "q.jsonl", "--contexts", "oracle") == 2
+    assert "no question has a context" in capsys.readouterr().err
     assert rag(*words, "--questions", tmp_path / "q.jsonl") == 0
+    for flags, message in {
+        ("--models", "tuned"): "no adapter to evaluate",
+        ("--calibrate", "--contexts", "oracle"): "--calibrate needs answers from retrieved passages",
+        ("--output", tmp_path / "q.jsonl"): "no folder can be made there",
+        ("--sweep", "foo=1"): "unknown argument --sweep",
+        ("--questions", tmp_path): "question file not found",
+    }.items():
+        assert rag(*words, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_page_of_one_model_or_none_is_told(collection, tiny_base, tmp_path, capsys):
+    from qlora.console import run
+    from qlora.evaluation import report
+
+    (tmp_path / "page.md").write_text("<!-- proof -->\n<!-- end of proof -->\n")
+    words = "--adapter", "none", "--base-model", tiny_base, "--max-new-tokens", 2, "--limit", 4
+    assert rag("evaluate", *words, "--output", tmp_path / "out") == 0
+    for folder, message in {"out": "no retrieved answers of the tuned model", "gone": "no evaluation there"}.items():
+        assert run(report.main, [str(tmp_path / name) for name in ("page.md", "page.md", folder)]) == 2
+        assert message in capsys.readouterr().err
+    assert run(report.main, []) == 2
+    assert (tmp_path / "page.md").read_text() == "<!-- proof -->\n<!-- end of proof -->\n"
 
 
 def test_calibrate_stores_the_threshold_that_ask_obeys(collection, database, tiny_base, tmp_path, capsys):

@@ -294,14 +294,34 @@ def test_a_finished_run_is_merged_without_training_again(words, tmp_path, capsys
     assert train(*words) == 0
     before = (tmp_path / "mine" / WEIGHTS).read_bytes()
     capsys.readouterr()
+    assert train(*words, "--resume", "--max-steps", 9, "--learning-rate", 0.5) == 2
+    err = capsys.readouterr().err
+    assert "--max-steps was 8, is 9" in err and "--learning-rate was 0.02, is 0.5" in err
     assert train(*words, "--resume", "--merge", tmp_path / "merged") == 0
     err = capsys.readouterr().err
-    assert "greedy answers to 8 held-out rows" in err and "[3/4]" not in err
+    assert "greedy answers to 8 held-out rows" in err and "[3/4]" not in err and "nothing is left to train" in err
     assert (tmp_path / "mine" / WEIGHTS).read_bytes() == before
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     assert train(*words, "--overwrite", "--max-steps", 1, "--merge", tmp_path / "merged") == 2  # before any training
     assert "not empty" in capsys.readouterr().err
+
+
+def test_a_second_run_with_the_same_output_waits_for_nothing_and_harms_nothing(words, tmp_path, capsys):
+    words = [*words, "--output", tmp_path / "mine", "--save-steps", 1]
+    first = start(words, tmp_path)
+    while not (tmp_path / ".mine.partial" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        code = train(*words, *flags)
+        said = capsys.readouterr().err
+        assert code == 2 and ("another process is writing there" in said or "add --resume to continue it" in said)
+    assert "another process is writing there" in said
+    assert first.wait() == 0
+    assert len(losses(tmp_path / "mine")) == 8 and not (tmp_path / ".mine.lock").exists()
+    start([*words, "--overwrite"], tmp_path).kill()
+    assert train(*words, "--overwrite", "--max-steps", 1) == 0  # a killed process holds no claim
 
 
 def test_a_launcher_that_starts_one_process_only_is_told(words, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qlora import console, presets, settings
+from qlora import console, machine, presets, settings
 from qlora.evaluation.comparison import CONTEXTS, MODELS
 from qlora.model import adapter
 from qlora.retrieval.search_modes import DEFAULT_MODE, FETCH, MODES
@@ -43,8 +43,15 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
         check_serving(args, problems)
+    if args.command == "evaluate" and not problems.found:
+        check_cells(args, problems)
     if "top_k" in args:
         args.top_k = args.top_k or TOP_K
+    with problems.collecting():
+        if getattr(args, "output", None):
+            machine.check_writable(args.output)
+        if getattr(args, "trace", None):
+            machine.check_file(args.trace)
     with problems.collecting():
         check_store(args, problems)
     problems.raise_if_any()
@@ -118,6 +125,16 @@ def check_questions(args, problems: console.Problems) -> None:
 
     with problems.collecting():
         load_questions(args.questions)
+
+
+def check_cells(args, problems: console.Problems) -> None:
+    """Adds problems of --models and --contexts that leave nothing to answer or to calibrate."""
+    fitted = "tuned" if args.adapter else "base"
+    if not args.adapter and "base" not in args.models:
+        problems.add("no adapter to evaluate", "--models tuned", "name one with --adapter, or give --models base")
+    elif args.calibrate and (fitted not in args.models or "retrieved" not in args.contexts):
+        fix = f"give --models {fitted} and --contexts retrieved, or leave both out"
+        problems.add("--calibrate needs answers from retrieved passages", "command line", fix)
 
 
 def check_sweep(args, problems: console.Problems) -> None:

@@ -61,10 +61,13 @@ def check_inputs(args, problems: console.Problems) -> None:
         with problems.collecting():
             checkpoints.check_unfinished(adapter.partial_folder(args.output), args.resume, args.overwrite)
             adapter.check_output(args.output, args.overwrite or (args.resume and adapter.is_finished(args.output)))
-            machine.check_disk(adapter.existing_parent(args.output), adapter.bytes_needed(args.rank))
+            machine.check_disk(machine.check_writable(args.output.parent), adapter.bytes_needed(args.rank))
     if args.merge:
         with problems.collecting():
             export.check_target(Path(args.merge))
+    if args.push_to_hub:
+        with problems.collecting():
+            export.check_hub(args.push_to_hub)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         problems.add(f"{args.report_to} is not installed", "--report-to", f"pip install {args.report_to}")
     if args.base_model != presets.EMBEDDED:

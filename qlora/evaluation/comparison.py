@@ -79,12 +79,18 @@ def read_run(report: Path) -> dict[tuple, dict]:
     if not (report.is_file() and answers.is_file()):
         raise fail("no evaluation there", str(report), "name an evaluation.json that has its answers.jsonl beside it")
     try:
-        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
         return {
-            (line["model"], line["context"], line["question"], tuple(line["answers"])): line["scores"] for line in lines
+            (line["model"], line["context"], line["question"], tuple(line["answers"])): line["scores"]
+            for line in read_answers(answers)
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise fail(f"damaged answers ({error})", str(answers), "evaluate again") from error
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The lines of an answers.jsonl that the report beside it is about."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [line for line in lines if line.get("asked", True)]
 
 
 def compare_runs(first: Path, second: Path, seed: int) -> list[dict]:

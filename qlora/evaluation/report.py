@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qlora.evaluation.comparison import METRICS, MODELS, describe_interval
+from qlora.console import UserError, fail, note, run
+from qlora.evaluation.comparison import METRICS, MODELS, describe_interval, read_answers
 from qlora.markdown import as_markdown_table, put_section
 
 CELL_COLUMNS = {  # key in a cell -> heading of the table
@@ -36,14 +37,15 @@ PICTURE = "evaluation.png"
 class AnswerLog:
     """answers.jsonl: one line per answer, written at once, so that a stopped evaluation continues where it was.
 
-    Lines of other settings (another adapter, prompt, collection, top-k) are dropped when the log is closed.
+    Nothing is ever deleted: after those of the report come the other answers, with `"asked": false`. They were given
+    with other settings (adapter, prompt, top-k), or to questions that a smaller run left out.
     """
 
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        self.known = {line["key"]: line for line in map(read_line, lines) if line.get("settings") == self.settings}
+        self.known = {line["key"]: line for line in map(read_line, lines) if line.get("key")}
 
     def key(self, *parts) -> str:
         """The key of an answer: a digest of everything that it depends on."""
@@ -55,8 +57,11 @@ class AnswerLog:
             file.write(json.dumps(self.known[key], ensure_ascii=False) + "\n")
 
     def close(self, asked: Iterable[tuple[str, str]]) -> None:
-        """Rewrites the file with the answers of these (key, context), in this order."""
-        answers = [self.known[key] | {"context": context} for key, context in asked]
+        """Rewrites the file with the answers of these (key, context), in this order, and then all others."""
+        asked = list(asked)
+        answers = [self.known[key] | {"context": context, "asked": True} for key, context in asked]
+        others = self.known.keys() - {key for key, _ in asked}
+        answers += [line | {"asked": False} for key, line in self.known.items() if key in others]
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(lines), encoding="utf-8")
@@ -66,9 +71,10 @@ class AnswerLog:
 def read_line(line: str) -> dict:
     """A logged answer, or nothing when the line was cut off by a kill."""
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except ValueError:
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_report(folder: Path, report: dict) -> None:
@@ -183,7 +189,7 @@ def describe_answers(folder: Path) -> str:
 
     One that is right, one that is wrong, and one to a question without an answer, all of the tuned model.
     """
-    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_answers(folder / "answers.jsonl")
     given = {(line["model"], line["question"]): line for line in lines if line["context"] == "retrieved"}
     tuned = [line for (model, _), line in given.items() if model == "tuned"]
     kinds = (lambda s: s["f1"] == 1, lambda s: s["f1"] == 0, lambda s: not s["answerable"])
@@ -201,11 +207,12 @@ def compare_files(folders: Iterable[Path]) -> str:
     keys = "refusal_f1", "citation_precision"
     rows = [["questions", "number", "answerable", "base F1", "tuned F1", "refusal F1", "citation P", "recall@3"]]
     for folder in folders:
-        report = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        base, tuned = (
-            next(cell for cell in report["cells"] if (cell["model"], cell["context"]) == (model, "retrieved"))
-            for model in MODELS
-        )
+        report = read_report(folder)
+        cells = {cell["model"]: cell for cell in report["cells"] if cell["context"] == "retrieved"}
+        if cells.keys() < set(MODELS):
+            what = f"the evaluation has no retrieved answers of the {' and '.join(set(MODELS) - cells.keys())} model"
+            raise fail(what, str(folder), "evaluate both models: python rag_qlora.py evaluate --adapter FOLDER")
+        base, tuned = (cells[model] for model in MODELS)
         values = [report["questions"], report["answerable"], base["f1"], tuned["f1"], *(tuned[key] for key in keys)]
         name = Path(report["settings"]["questions"]).name
         rows.append([f"`{name}`", *map(show, [*values, report["retrieval"]["recall@3"]])])
@@ -220,9 +227,17 @@ def put_evaluation(page: Path, folder: Path, picture: Path, details: str = "") -
     put_section(page, "evaluation", f"{link}\n\n{table}{details}".rstrip(), "Evaluation")
 
 
+def put_into_card(adapter: Path, folder: Path) -> None:
+    """Puts an evaluation into the adapter's README.md; reports when that is missing or cannot be written."""
+    try:
+        put_evaluation(adapter / "README.md", folder, adapter / PICTURE)
+    except (OSError, UserError) as error:
+        note(f"{adapter / 'README.md'} does not show this evaluation: {error}")
+
+
 def put_proof(page: Path, folders: Sequence[Path]) -> None:
     """Puts the verdict of the first evaluation, and one line per evaluation, into a page."""
-    report = json.loads((folders[0] / "evaluation.json").read_text(encoding="utf-8"))
+    report = read_report(folders[0])
     put_section(page, "proof", f"**{verdict(report)}**\n\n{compare_files(folders)}")
 
 
@@ -250,8 +265,18 @@ def plot_cells(report: dict, picture: Path) -> None:
     figure.savefig(picture)
 
 
+def read_report(folder: Path) -> dict:
+    """evaluation.json of a folder. Raises UserError without one."""
+    try:
+        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise fail(f"no evaluation there ({error})", str(folder), "name a folder that evaluate wrote") from error
+
+
 def main(argv: list[str]) -> None:
     """Writes the evaluations of some folders into a page of measurements, and their proof into the README."""
+    if len(argv) < 3:
+        raise fail("expected two pages and at least one folder", "command line", "PAGE README FOLDER ...")
     measurements, readme, *folders = map(Path, argv)
     details = f"\n{compare_files(folders)}\n\n{describe_answers(folders[0])}"
     put_evaluation(measurements, folders[0], readme.parent / PICTURE, details)
@@ -259,4 +284,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run(main))

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora.console import Problems, fail
+from qlora.model.fingerprint import fingerprint_model
+from qlora.presets import EMBEDDED
 from qlora.prompt import SCHEMA, Prompt
 
 RUN_SCHEMA = 1
@@ -31,11 +33,7 @@ class Adapter:
     folder: Path
     prompt: Prompt
     run: dict
-
-    @property
-    def base_model(self) -> str:
-        """The name that `resolve_base_model` takes."""
-        return self.run["base_model"]["name"]
+    base_model: str  # the name that `resolve_base_model` takes: of the base model on this machine
 
     @property
     def passages(self) -> int:
@@ -56,14 +54,6 @@ def bytes_needed(rank: int) -> int:
 def partial_folder(folder: Path) -> Path:
     """Where a run writes until it is complete; `folder` itself only ever holds a whole adapter."""
     return folder.with_name(f".{folder.name}.partial")
-
-
-def existing_parent(folder: Path) -> Path:
-    """The nearest folder above that exists. Raises UserError when it is a file or cannot be written to."""
-    parent = next(above for above in folder.resolve().parents if above.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise fail("no folder can be made there", str(folder), "give a place that you can write to")
-    return parent
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -115,8 +105,8 @@ def write_json(path: Path, value: dict) -> None:
 def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
     """The verified adapter. Raises UserError with everything that is wrong with the folder:
 
-    missing, files missing, not our JSON, another prompt schema, or made for a base other than
-    `base_model` (when one is named).
+    missing, files missing, not our JSON, another prompt schema, made for a base other than `base_model` (when one is
+    named), or for one that is not on this machine.
     """
     where = str(folder)
     if not folder.is_dir():
@@ -131,7 +121,7 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
         digest = texts.pop("digest")
         schema = texts.get("schema")
         prompt = Prompt(**texts) if schema == SCHEMA else None
-        made_for = run["base_model"]["name"]
+        base = find_base(folder, run["base_model"], base_model)
     except (ValueError, KeyError, TypeError) as error:
         raise fail(f"damaged adapter ({error})", where, "train again, or copy the whole folder") from error
     problems = Problems()
@@ -139,11 +129,43 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
         problems.add(f"prompt schema {schema}, this version reads {SCHEMA}", where, "train again with this version")
     elif prompt.digest != digest:
         problems.add("prompt.json was changed after training", where, "restore the file, or train again")
-    if base_model and base_model != made_for:
-        fix = f"leave --base-model out, or train an adapter for {base_model}"
-        problems.add(f"the adapter was made for {made_for}, not for {base_model}", where, fix)
+    if base is None:
+        made_for = run["base_model"]["name"]
+        if base_model:
+            fix = f"leave --base-model out, or train an adapter for {base_model}"
+            problems.add(f"the adapter was made for {made_for}, not for {base_model}", where, fix)
+        else:
+            what = f"the base model of the adapter, {made_for}, is not here or was changed"
+            problems.add(what, where, "name its folder with --base-model")
     problems.raise_if_any()
-    return Adapter(folder, prompt, run)
+    return Adapter(folder, prompt, run, base)
+
+
+def describe_base(name: str, folder: Path) -> dict:
+    """The base model as run.json of an adapter `folder` keeps it: how it was named, where it was, and its fingerprint.
+
+    `near` is its place seen from the adapter: both may be copied to another machine together.
+    """
+    path = Path(name).expanduser()
+    places = {}
+    if name != EMBEDDED and path.is_dir():
+        places = {"folder": str(path.resolve()), "near": os.path.relpath(path.resolve(), folder.resolve())}
+    return {"name": name, **places, "fingerprint": fingerprint_model(name)}
+
+
+def find_base(folder: Path, made_for: dict, named: str | None) -> str | None:
+    """The name of the adapter's base model on this machine: the one `named`, else where it was or beside the adapter.
+
+    None where no such model has its fingerprint. Adapters of earlier versions have none: then the names must be equal.
+    """
+    places = [made_for["folder"], str(folder / made_for["near"])] if "near" in made_for else [made_for["name"]]
+    for name in [named] if named else places:
+        if "near" in made_for and not Path(name).expanduser().is_dir():
+            continue
+        found = fingerprint_model(name) if made_for.get("fingerprint") else None
+        if found == made_for["fingerprint"] if found else name == made_for["name"]:
+            return name
+    return None
 
 
 def suggest_adapters(parent: Path) -> str:
@@ -191,7 +213,7 @@ def model_card(run: dict) -> str:
     """README.md of the adapter folder, with the front matter the hub reads."""
     base, data, result = run["base_model"]["name"], run["dataset"], run["result"]
     kept = ", ".join(run["quantisation"].get("llm_int8_skip_modules") or ["lm_head"])
-    line = "" if Path(base).is_dir() else f"base_model: {base}\n"  # the hub knows no local folders
+    line = "" if "folder" in run["base_model"] else f"base_model: {base}\n"  # the hub knows no local folders
     return f"""---
 {line}library_name: peft
 pipeline_tag: text-generation

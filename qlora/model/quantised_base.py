@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qlora import settings
 from qlora.console import note
+from qlora.model.fingerprint import fingerprint_model
 
 LIBRARIES = ("bitsandbytes", "transformers", "torch")  # another version may quantise to other bits
 ORIGIN = "origin.json"
@@ -22,7 +23,7 @@ SMALL = 1e8  # bytes of a model below which quantising is faster than looking he
 def folder_for(source: str, quantisation) -> Path | None:
     """The folder for the base model in this quantisation; None when it is published in 4-bit.
 
-    Its name has a digest of what the bits depend on: files or commit, quantisation, library versions.
+    Its name has a digest of what the bits depend on: weights or commit, quantisation, library versions.
     """
     from transformers import AutoConfig
 
@@ -35,12 +36,9 @@ def folder_for(source: str, quantisation) -> Path | None:
     return settings.data_folder() / "quantised" / f"{Path(source).name}-{digest[:16]}"
 
 
-def describe_files(source: str, config) -> list | str:
-    """A text that differs between versions of a model: names, sizes and times of its files, or the hub's commit."""
-    if not Path(source).is_dir():
-        return f"{source} {config._commit_hash}"
-    files = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".json"))
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def describe_files(source: str, config) -> str:
+    """A text that differs between versions of a model: its fingerprint, or the hub's commit."""
+    return fingerprint_model(source) if Path(source).is_dir() else f"{source} {config._commit_hash}"
 
 
 def keep(model, folder: Path, source: str) -> None:

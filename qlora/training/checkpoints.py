@@ -52,18 +52,22 @@ def match_manifest(partial: Path, manifest: dict) -> None:
         path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    problems = Problems()
-    for name, value in flatten(manifest).items():
-        old = flatten(before).get(name)
-        if name == "threads":
+    compare_manifests(before, manifest, path).raise_if_any()
+
+
+def compare_manifests(before: dict, now: dict, where: Path) -> Problems:
+    """A problem for everything in which a resumed run differs from the one that it continues."""
+    problems, old = Problems(), flatten(before)
+    for name, value in flatten(now).items():
+        if name == "threads" or old.get(name, value) == value:
             continue
-        if old != value and name.startswith("versions."):
-            note(f"{name.removeprefix('versions.')} was {old}, is {value}: results may differ in the last digits")
-        elif old != value:
+        if name.startswith("versions."):
+            note(f"{name.removeprefix('versions.')} was {old[name]}, is {value}: the last digits may differ")
+        else:
             fix = "resume with the old value, or start again with --overwrite and without --resume"
             flag = re.sub(r"^arguments\.(\w+)$", lambda match: "--" + match[1].replace("_", "-"), name)
-            problems.add(f"{flag} was {old}, is {value}", str(path), fix)
-    problems.raise_if_any()
+            problems.add(f"{flag} was {old[name]}, is {value}", str(where), fix)
+    return problems
 
 
 def threads(partial: Path) -> int:

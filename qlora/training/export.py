@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qlora import machine, settings
 from qlora.console import UserError, fail, note
-from qlora.machine import check_disk
-from qlora.model.adapter import Adapter, existing_parent, load_adapter
+from qlora.machine import check_disk, check_writable, claiming
+from qlora.model.adapter import Adapter, load_adapter
 from qlora.model.base_model import load_base_model, load_tokenizer, resolve_base_model
 from qlora.training.examples import Example
 
@@ -89,7 +89,29 @@ def check_target(folder: Path) -> None:
     """Raises UserError unless `folder` is empty, or does not exist and can be created."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise fail("the folder for the merged model is not empty", str(folder), "give a new folder")
-    existing_parent(folder)
+    check_writable(folder)
+
+
+def check_hub(repository: str) -> None:
+    """Raises UserError for a name that is not a repository's, and without a token."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise fail(f"not the name of a repository: {repository}", "--push-to-hub", "write USER/NAME") from error
+    hub_token()
+
+
+def hub_token() -> str:
+    """HF_TOKEN, or that of `hf auth login`. Raises UserError without one."""
+    from huggingface_hub import get_token
+
+    token = settings.get("HF_TOKEN") or get_token()
+    if not token:
+        raise fail("no Hugging Face token", "HF_TOKEN", "set one with write access (huggingface.co/settings/tokens)")
+    return token
 
 
 def keeps_answer(model, prompt: list[int], answer: list[int]) -> bool:
@@ -105,19 +127,20 @@ def keeps_answer(model, prompt: list[int], answer: list[int]) -> bool:
 
 def write_model(folder: Path, model, tokenizer, adapter: Adapter) -> None:
     """Puts the whole model in place of the absent or empty `folder`; a failure leaves nothing behind."""
-    check_disk(existing_parent(folder), model.get_memory_footprint())
+    check_disk(check_writable(folder), model.get_memory_footprint())
     # Not adapter.partial_folder: the checkpoints of an unfinished training could be there.
     partial = folder.with_name(f".{folder.name}.merging")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.copyfile(adapter.folder / "prompt.json", partial / "prompt.json")
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
+    with claiming(folder):
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            shutil.copyfile(adapter.folder / "prompt.json", partial / "prompt.json")
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def push_adapter(folder: Path, repository: str, endpoint: str | None = None) -> str:
@@ -127,13 +150,11 @@ def push_adapter(folder: Path, repository: str, endpoint: str | None = None) -> 
     model, without a token, and with the hub's message when it refuses or cannot be reached.
     """
     from httpx import HTTPError
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise fail("no adapter or model to push", str(folder), "give a folder that training or merging wrote")
-    token = settings.get("HF_TOKEN") or get_token()
-    if not token:
-        raise fail("no Hugging Face token", "HF_TOKEN", "set one with write access (huggingface.co/settings/tokens)")
+    token = hub_token()
     api = HfApi(endpoint=endpoint, token=token)
     try:
         created = api.create_repo(repository, private=True, exist_ok=True)

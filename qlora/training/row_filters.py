@@ -203,7 +203,8 @@ def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows and evaluation rows without a document in common; about `share` of the rows are held out.
 
-    Raises UserError when all rows come from one document.
+    At most the share and one document more, which has less than half of all rows; where every document has that many,
+    the smallest. Raises UserError when all rows come from one document.
     """
     by_document = defaultdict(list)
     for row in rows:
@@ -212,9 +213,11 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
         raise fail("all rows come from one document", "dataset", "give rows of two documents, to hold one out")
     documents = sorted(by_document)
     random.Random(seed).shuffle(documents)
+    smallest = min(documents, key=lambda document: len(by_document[document]))
+    smaller = [document for document in documents if len(by_document[document]) < len(rows) / 2] or [smallest]
     held: set[str] = set()
     count = 0
-    for document in documents[:-1]:
+    for document in smaller if len(smaller) < len(documents) else smaller[:-1]:
         if count >= share * len(rows):
             break
         held.add(document)
