@@ -85,9 +85,10 @@ def load_prompt(args):
     """The tokenizer and the prompt's texts; both are saved with the adapter."""
     from qlora.prompt import choose_prompt
 
-    tokenizer = base_model.load_tokenizer(base_model.resolve_base_model(args.base_model))
-    prompt = choose_prompt(tokenizer)
-    return tokenizer, prompt
+    source = base_model.resolve_base_model(args.base_model)
+    base_model.check_trainable(source, args.max_length)
+    tokenizer = base_model.load_tokenizer(source)
+    return tokenizer, choose_prompt(tokenizer)
 
 
 def load_and_filter(args):

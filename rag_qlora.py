@@ -81,13 +81,15 @@ def load_model(args):
         return None, tokenizer, prompt
     from qlora.model.lean_layers import make_lean
 
+    source = base_model.resolve_base_model(args.base_model)
+    check_room(args, tokenizer, prompt, base_model.load_config(source).max_position_embeddings)
     machine.threads()
     note(f"Computes on {machine.describe()}")
     if args.merge_for_speed:
         model = merge_for_speed(trained, tokenizer)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
     else:
-        model = base_model.load_base_model(base_model.resolve_base_model(args.base_model), keep=not args.no_cache)
+        model = base_model.load_base_model(source, keep=not args.no_cache)
         model = adapter.load_adapter(model, trained) if trained else model
         note(f"{args.base_model} in 4-bit {f'with {args.adapter}' if trained else 'without an adapter'}")
     make_lean(model)
@@ -105,6 +107,16 @@ def load_prompt(args):
     tokenizer = base_model.load_tokenizer(str(args.adapter))
     tokenizer.chat_template = trained.prompt.chat_template
     return tokenizer, trained.prompt, trained
+
+
+def check_room(args, tokenizer, prompt, window: int) -> None:
+    """Raises UserError when the answer may fill the window, so that no question fits before it."""
+    from qlora.prompt import encode_prompt
+
+    most = window - len(encode_prompt(tokenizer, prompt.messages("?", ["?"])))
+    if args.max_new_tokens > most:
+        what = f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a window of {window} tokens"
+        raise console.fail(what, args.base_model, f"give less than {most}: question and passages need room, too")
 
 
 def merge_for_speed(trained, tokenizer):
@@ -139,7 +151,9 @@ def make_generator(args, model, tokenizer, prompt):
     if args.base_url:
         from qlora.answering.server_model import connect
 
-        return connect(args.base_url, args.model, tokenizer, decoding)
+        server = connect(args.base_url, args.model, tokenizer, decoding)
+        check_room(args, tokenizer, prompt, server.window)
+        return server
     return Generator(model=model, tokenizer=tokenizer, **vars(decoding))
 
 

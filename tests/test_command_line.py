@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,26 @@ def test_all_mistakes_of_one_call_are_told_together(words, tmp_path, capsys):
         "unknown column subject",
     ):
         assert text in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, "longer than the model's sliding window of 64"),
+        ({"attention_dropout": 0.1}, "training knows no attention_dropout (0.1)"),
+        ({"model_type": "gemma2"}, "training knows no attn_logit_softcapping"),
+        ({"model_type": "unheard-of"}, "cannot be used"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_told_before_its_weights_are_loaded(
+    words, tiny_base, tmp_path, changes, message, capsys
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"nothing")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    assert train(*words, "--base-model", base) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +214,16 @@ def test_a_trace_that_cannot_be_written_is_told_before_anything_is_loaded(collec
         assert rag("ask", "--adapter", tiny_adapter, "--trace", trace, "Who?") == 2
         said = capsys.readouterr().err
         assert message in said and "[1/4]" not in said
+
+
+def test_an_answer_as_long_as_the_window_is_told_before_the_weights_are_loaded(collection, tiny_adapter, capsys):
+    for length in (1024, 1000, 4096):
+        assert rag("ask", "--adapter", tiny_adapter, "--max-new-tokens", length, "Who?") == 2
+        said = capsys.readouterr().err
+        assert f"--max-new-tokens {length} leaves no room for a question in a window of 1024" in said
+        assert "in 4-bit" not in said
+    most = re.search(r"give less than (\d+)", said)[1]
+    assert rag("ask", "--adapter", tiny_adapter, "--max-new-tokens", most, "Who?") in (0, 2)
 
 
 def test_another_embedding_model_is_refused(collection, documents, capsys, tmp_path):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora import machine
@@ -20,21 +20,16 @@ BEGINNING = [5, 6, 7, 8, 9]
 pytestmark = pytest.mark.cpu
 
 
+SHAPE = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": packing.ATTENTION}
+
+
 @pytest.fixture(scope="module")
 def llama():
     """A tiny Llama in fp32 with grouped key heads, as SmolLM2 has."""
     packing.register_attention()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=80,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=packing.ATTENTION,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
 def rows(*rests: tuple[list[int], list[int]], beginning=BEGINNING) -> list[Example]:
@@ -89,6 +84,15 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
     assert all(torch.allclose(found[key], wanted[key], rtol=1e-3, atol=1e-5) for key in wanted)
 
 
+def test_rows_within_a_sliding_window_are_those_of_row_by_row(monkeypatch):
+    packing.register_attention()
+    torch.manual_seed(0)
+    mistral = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=47, head_dim=8))  # the longest row has 47
+    test_losses_and_gradients_are_those_of_row_by_row(
+        mistral, "passages in common", "attend_plain", False, packing.SHORT, monkeypatch
+    )
+
+
 def test_the_common_beginning_is_computed_once_and_nothing_is_padded():
     batch = collate(BATCHES["common beginning"])
     packed = batch["packed"]
@@ -127,8 +131,10 @@ def test_ordinary_batches_are_attended_as_ever(llama):
 
 def test_what_packed_attention_cannot_do_is_refused():
     heads = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        packing.attend(None, heads, heads, heads, None, 1.0, pieces=[(1, ()), (2, (0,))], sliding_window=2)
+    pieces = [(1, ()), (2, (0,))]
+    with pytest.raises(NotImplementedError, match="window that slides"):
+        packing.attend(None, heads, heads, heads, None, 1.0, pieces=pieces, sliding_window=2)
+    packing.attend(None, heads, heads, heads, None, 1.0, pieces=pieces, sliding_window=3)
 
 
 def test_gradients_of_the_lean_layers_are_right(tiny_base):

@@ -53,6 +53,24 @@ def test_the_index_is_made_once_and_waited_for(server):
     assert server.requests["/indexes"] == 1
 
 
+def test_no_two_collections_share_a_namespace(server):
+    names = [
+        "mine",
+        "mine documents",
+        "mine passages",
+        "mine documents passages",
+        "mine passages documents",
+    ]
+    stores = [open_store(name) for name in names]
+    for store in stores:
+        put(store, f"{store.collection}.md", store.collection)
+    for store in stores:
+        assert store.count() == 1 and [entry.source for entry in store.documents()] == [f"{store.collection}.md"]
+        assert [found.page_content for found in store.find("?", 9, mode="dense")] == [store.collection]
+    stores[1].drop()
+    assert [store.count() for store in stores] == [1, 0, 1, 1, 1]
+
+
 def test_documents_are_replaced_listed_and_forgotten(server):
     store = open_store()
     put(store, "a.md", "one", "two", "three")

@@ -98,9 +98,9 @@ def quantization_config(source: str):
     A narrow model keeps SENSITIVE in 16 bit: NF4 of all layers costs the embedded model 0.23 nats per token of plain
     text, NF4 of the others 0.11.
     """
-    from transformers import AutoConfig, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    is_narrow = AutoConfig.from_pretrained(source, trust_remote_code=False).hidden_size < NARROW
+    is_narrow = load_config(source).hidden_size < NARROW
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -108,6 +108,29 @@ def quantization_config(source: str):
         bnb_4bit_compute_dtype=machine.compute_dtype(),
         llm_int8_skip_modules=["lm_head", *SENSITIVE] if is_narrow else None,  # of 4-bit, too, despite the name
     )
+
+
+def load_config(source: str):
+    """The configuration of the language model. Raises UserError for a model that is not there or not understood."""
+    from transformers import AutoConfig
+
+    with explaining(source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+
+
+def check_trainable(source: str, longest: int) -> None:
+    """Raises UserError, before any weights are loaded, when packed attention cannot compute rows of `longest` tokens.
+
+    Within a sliding window (Mistral) every token sees all before it, as in other models.
+    """
+    config = load_config(source)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and window < longest:
+        what = f"rows of {longest} tokens are longer than the model's sliding window of {window}"
+        raise fail(what, source, f"give --max-length {window}")
+    for name in ("attention_dropout", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            raise fail(f"training knows no {name} ({getattr(config, name)})", source, "give another base model")
 
 
 def load_tokenizer(source: str):
@@ -127,11 +150,10 @@ def load_tokenizer(source: str):
 def outline_model(source: str):
     """The base model without weights (on the meta device): its layers and their sizes."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with explaining(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(load_config(source), trust_remote_code=False)
 
 
 def load_base_model(source: str, training: bool = False, keep: bool = True):

@@ -85,8 +85,9 @@ def attend(module, query, key, value, attention_mask, scaling, pieces=None, **kw
     if pieces is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if kwargs.get("dropout") or kwargs.get("sliding_window") or kwargs.get("softcap"):
-        raise NotImplementedError("packed attention has no dropout, sliding window or soft cap")
+    longest = max(length + sum(pieces[n][0] for n in before) for length, before in pieces)
+    if kwargs.get("dropout") or kwargs.get("softcap") or longest > (kwargs.get("sliding_window") or longest):
+        raise NotImplementedError("packed attention has no dropout, soft cap, or window that slides within a row")
     given = query, key, value, pieces, scaling, attend_fused if query.is_cuda else attend_plain
     # checkpoint keeps its arguments even without gradients
     if query.is_cuda or query.shape[2] <= SHORT or not torch.is_grad_enabled():

@@ -1,8 +1,9 @@
 """The LangChain VectorStore over Pinecone: one index for all collections, two namespaces per collection.
 
 `NAME` holds the passages; `NAME documents` holds a record for each complete document and one about the
-collection. Pinecone has no transactions: a document's passages are written first, its record after them, and
-its old passages are removed last. The next run completes one that stopped.
+collection. (A NAME that ends in " documents" or " passages" has its passages in `NAME passages`.) Pinecone has no
+transactions: a document's passages are written first, its record after them, and its old passages are removed last.
+The next run completes one that stopped.
 """
 
 import contextlib
@@ -99,6 +100,12 @@ class PineconeStore(PassageStore):
             self._write([self._record(ABOUT, {"embedding_model": embedding_model})])
 
     @property
+    def passages(self) -> str:
+        """The namespace of the passages; no other collection has it."""
+        ends_like_another = self.collection.endswith((" documents", " passages"))
+        return f"{self.collection} passages" if ends_like_another else self.collection
+
+    @property
     def records(self) -> str:
         """The namespace of the records about documents."""
         return f"{self.collection} documents"
@@ -123,7 +130,7 @@ class PineconeStore(PassageStore):
 
     def count(self) -> int:
         with explaining(self.collection):
-            found = self.index.describe_index_stats().namespaces.get(self.collection)
+            found = self.index.describe_index_stats().namespaces.get(self.passages)
         return found.vector_count if found else 0
 
     def documents(self) -> list[Entry]:
@@ -135,7 +142,7 @@ class PineconeStore(PassageStore):
         return sorted(entries, key=lambda entry: entry.source)
 
     def drop(self) -> None:
-        for namespace in (self.collection, self.records):
+        for namespace in (self.passages, self.records):
             with explaining(namespace), contextlib.suppress(exceptions.NotFoundError):
                 self.index.delete(delete_all=True, namespace=namespace)
 
@@ -165,7 +172,7 @@ class PineconeStore(PassageStore):
         numbered = enumerate(zip(passages, vectors, strict=True), 1)
         start = f"{digest(entry.source)}/{digest(entry.fingerprint)}"
         rows = [as_record(Passage(f"{start}/{n}", *pair), entry) for n, pair in numbered]
-        self._write(rows, self.collection)
+        self._write(rows, self.passages)
         self._write_entry(replace(entry, passages=len(passages)))
         self._delete({"$and": [{SOURCE: {"$eq": entry.source}}, {FINGERPRINT: {"$ne": entry.fingerprint}}]})
         return True
@@ -190,8 +197,8 @@ class PineconeStore(PassageStore):
         for source, passages in by_source.items():
             entry = self._fetch([digest(source)], self.records).get(digest(source))
             entry = as_entry(entry) if entry else Entry(source, ADDED_AS_TEXT)
-            known = self._fetch([passage.id for passage in passages], self.collection)
-            self._write([as_record(passage, entry) for passage in passages], self.collection)
+            known = self._fetch([passage.id for passage in passages], self.passages)
+            self._write([as_record(passage, entry) for passage in passages], self.passages)
             self._write_entry(replace(entry, passages=entry.passages + len(passages) - len(known)))
 
     def forget(self, sources: Sequence[str]) -> int:
@@ -227,7 +234,7 @@ class PineconeStore(PassageStore):
 
     def _delete(self, condition: dict) -> None:
         with explaining(self.collection), contextlib.suppress(exceptions.NotFoundError):
-            self.index.delete(filter=condition, namespace=self.collection)
+            self.index.delete(filter=condition, namespace=self.passages)
 
     # ----------------------------------------------------------------------- read
 
@@ -259,7 +266,7 @@ class PineconeStore(PassageStore):
             answer = self.index.query(
                 top_k=k,
                 vector=[float(x) for x in vector],
-                namespace=self.collection,
+                namespace=self.passages,
                 filter=as_pinecone(where),
                 include_metadata=True,
                 include_values=True,
@@ -281,11 +288,11 @@ class PineconeStore(PassageStore):
             return None
         for at in range(0, len(ids), LISTED):
             with explaining(self.collection), contextlib.suppress(exceptions.NotFoundError):  # nothing was ever written
-                self.index.delete(ids=ids[at : at + LISTED], namespace=self.collection)
+                self.index.delete(ids=ids[at : at + LISTED], namespace=self.passages)
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        found = self._fetch(ids, self.collection)
+        found = self._fetch(ids, self.passages)
         return [
             Document(found[key][TEXT], metadata=json.loads(found[key][GIVEN]), id=key) for key in ids if key in found
         ]
