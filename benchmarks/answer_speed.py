@@ -94,7 +94,12 @@ def load_model(args):
     trained = adapter.read_adapter(args.adapter)
     merge = args.recipe == "merged"
     flags = argparse.Namespace(
-        base_model=trained.base_model, adapter=args.adapter, base_url=None, merge_for_speed=merge
+        base_model=trained.base_model,
+        adapter=args.adapter,
+        base_url=None,
+        merge_for_speed=merge,
+        no_cache=False,
+        max_new_tokens=LONG + 16,
     )
     if args.recipe != "seed":
         return rag_qlora.load_model(flags)

@@ -209,7 +209,12 @@ def ready_to_answer(folder: Path, tokens: int):
 
     trained = adapter.read_adapter(folder)
     flags = Namespace(
-        base_model=trained.base_model, adapter=folder, base_url=None, merge_for_speed=False, no_cache=False
+        base_model=trained.base_model,
+        adapter=folder,
+        base_url=None,
+        merge_for_speed=False,
+        no_cache=False,
+        max_new_tokens=tokens,
     )
     model, tokenizer, prompt = rag_qlora.load_model(flags)
     asked = answer_speed.choose_questions(8)

@@ -7,6 +7,8 @@ theirs to a `Problems` list, so that one run reports everything that the user ha
 import argparse
 import contextlib
 import difflib
+import errno
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 from qlora import settings
 
 RUN_FAILED, USER_MISTAKE = 1, 2
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ def fail(what: str, where: str, fix: str) -> UserError:
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """The exit code of `main(argv)`: 0 done, 2 the user's mistakes, 1 a failed run (both printed), 130 interrupted.
 
-    A reader of stdout that goes away, such as `head`, is 1 as well. Other exceptions are our own mistakes: they pass
-    through, with their traceback.
+    A reader of stdout that goes away, such as `head`, is 1 as well, and so is a full disk. A file that cannot be read
+    or written is the user's mistake. Other exceptions are our own mistakes: they pass through, with their traceback.
     """
     with contextlib.suppress(AttributeError):  # a notebook's stdout takes everything
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of ending the answer
@@ -95,6 +98,30 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     except KeyboardInterrupt:
         note("Stopped.")
         return 130
+    except Exception as error:
+        if not (problem := explain_file(error)):
+            raise
+        print_problems((problem,))
+        return RUN_FAILED if is_disk_full(error) else USER_MISTAKE
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for lack of space; torch and safetensors say so in words of their own."""
+    words = ("No space left", "Disk quota exceeded", "PytorchStreamWriter failed")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or any(
+        word in str(error) for word in words
+    )
+
+
+def explain_file(error: Exception) -> Problem | None:
+    """The problem behind an error of the file system; None for any other."""
+    name = str(getattr(error, "filename", None) or "")
+    if is_disk_full(error):
+        fix = "free some space and run it again: what is complete is kept"
+        return Problem("the disk is full or broken", shorten_text(name or str(error)), fix)
+    if isinstance(error, OSError) and (name or isinstance(error, io.UnsupportedOperation)):
+        return Problem(error.strerror or type(error).__name__, shorten_text(name), "check the path and its rights")
+    return None
 
 
 def print_problems(problems: tuple[Problem, ...]) -> None:
@@ -143,6 +170,12 @@ def choice(*names: str) -> Callable[[str], object]:
 
     parse.metavar = "|".join(names)
     return parse
+
+
+def name(text: str) -> str | Invalid:
+    """An argparse type for a name that is stored, and shown in lists."""
+    usable = text.strip() and text.isprintable() and len(text) <= LONGEST_NAME
+    return text if usable else Invalid(shorten_text(text), f"1 to {LONGEST_NAME} letters, none of them invisible")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -206,6 +206,16 @@ def check_file(path: Path) -> None:
         raise fail("the file cannot be written", str(path), "give a place that you can write to")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file beside its place and renames it: a full disk leaves the old one as it was."""
+    made = path.with_name(f".{path.name}.writing")
+    try:
+        made.write_text(text, encoding="utf-8")
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def claiming(folder: Path) -> Iterator[None]:
     """Keeps other processes of this project from writing into the folder during the block.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qlora.console import fail
+from qlora.machine import write_whole
 
 
 def as_markdown_table(rows: list[list[str]], left: int = 1) -> str:
@@ -23,4 +24,4 @@ def put_section(page: Path, name: str, text: str, title: str = "") -> None:
     if bool(mark) != bool(closed) or not (mark or title):
         raise fail(f"no section {name}", str(page), f"write {begin.strip()} and {end.strip()} into it")
     before += "" if mark else f"\n## {title}\n\n"
-    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+    write_whole(page, f"{before}{begin}{text}\n{end}{after}")

@@ -7,6 +7,7 @@ from qlora.console import fail
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 EMBEDDED_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+SEEDS = 2**32 - 1  # numpy takes no larger one
 SAMPLE_DATA = settings.PROJECT / "sample_data"
 DOLLY_WITH_CONTEXT = "category=closed_qa,information_extraction,summarization"
 

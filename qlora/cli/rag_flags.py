@@ -17,6 +17,7 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
     "What is the penalty for going faster than 4 knots inside the harbour?",
 )
 TOP_K = 3
+SEEDS = presets.SEEDS
 WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
 WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "search", "sweep")
 
@@ -32,7 +33,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         problems.raise_if_any()
         return args
     args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or presets.EMBEDDED_EMBEDDER
-    args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
+    args.collection = args.collection or choose_collection(problems)
     if args.command in ("evaluate", "sweep"):
         check_questions(args, problems)
     if args.command == "sweep":
@@ -56,6 +57,14 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         check_store(args, problems)
     problems.raise_if_any()
     return args
+
+
+def choose_collection(problems: console.Problems) -> str:
+    """QLORA_COLLECTION, or the default."""
+    name = settings.get("QLORA_COLLECTION") or "documents"
+    if isinstance(invalid := console.name(name), console.Invalid):
+        problems.add(f"{invalid.text} is not a name", "QLORA_COLLECTION", f"give {invalid.expected}")
+    return name
 
 
 def check_store(args, problems: console.Problems) -> None:
@@ -249,7 +258,7 @@ def add_comparison_flags(one: console.Parser) -> None:
     """Which evaluations are compared."""
     text = "evaluation.json of each, with its answers.jsonl beside it"
     one.add_argument("evaluations", type=Path, nargs=2, metavar="EVALUATION", help=text)
-    one.add_argument("--seed", type=console.number(int, 0), default=0, help="of the bootstrap")
+    one.add_argument("--seed", type=console.number(int, 0, SEEDS), default=0, help="of the bootstrap")
 
 
 def read_sweep(text: str):
@@ -276,7 +285,7 @@ def add_generation_flags(one: console.Parser, generation: str) -> None:
     flag("--top-p", type=share, default=1.0, help="share of the probability to sample from")
     flag("--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="tokens per answer, at most")
     flag("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is no penalty")
-    flag("--seed", type=console.number(int, 0), default=0, help="of the sampling")
+    flag("--seed", type=console.number(int, 0, SEEDS), default=0, help="of the sampling")
     text = "added to the log-odds of a refusal: above 0 refuses more often (fitted in training)"
     flag("--refusal-bias", type=console.number(float, -100, 100), help=text)
 
@@ -304,7 +313,7 @@ def add_database_flags(flag, one: console.Parser) -> None:
     """Where the passages are."""
     stores = console.choice("pgvector", "pinecone")
     flag("--store", type=stores, help="PostgreSQL or Pinecone (pgvector)")
-    flag("--collection", metavar="NAME", help="name of the collection (documents)")
+    flag("--collection", type=console.name, metavar="NAME", help="name of the collection (documents)")
     text = f"sentence-transformers model ({presets.EMBEDDED_EMBEDDER.partition('/')[2]})"
     flag("--embedding-model", metavar="MODEL", help=text)
     if one.get_default("passage_tokens") is None:  # for the sample documents in an empty collection

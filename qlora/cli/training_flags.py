@@ -102,7 +102,7 @@ def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentP
     parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
     flag("--preset", metavar="NAME", help="auto, laptop, llama2-7b or llama2-13b-chat (auto: by the GPU)")
-    flag("--seed", type=console.number(int, 0), default=0, help="of row order, split and LoRA weights")
+    flag("--seed", type=console.number(int, 0, presets.SEEDS), default=0, help="of row order, split and LoRA weights")
     add_dataset_flags(parser.add_argument_group(steps[0]).add_argument)
     add_model_flags(parser.add_argument_group(steps[1]).add_argument)
     add_training_flags(parser.add_argument_group(steps[2]).add_argument)
@@ -124,14 +124,14 @@ def add_dataset_flags(flag) -> None:
     flag("--filter", metavar="COLUMN=A,B", help="only rows with these values; COLUMN!=A,B: without", **pairs)
     flag("--min-words", metavar="COLUMN=N", help="only rows with at least N words there", **pairs)
     flag("--max-words", metavar="COLUMN=N", help="only rows with at most N words there", **pairs)
-    flag("--max-rows", type=console.number(int, 2), help="a sample of N rows, by --seed")
+    flag("--max-rows", type=console.number(int, 2, 10**9), help="a sample of N rows, by --seed")
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
     flag("--require-extractive", action="store_true", help="only rows whose response is in the context")
     flag("--refusal-share", type=share, default=0.2, help="share of rows that refuse, at most")
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document")
     flag("--distractors", type=console.number(int, 0, 20), help="other passages per row, at most (the preset's)")
     flag("--gold-probability", type=share, help="share of rows with the right passage (the preset's)")
-    flag("--max-length", type=console.number(int, 64), help="tokens per row, at most (the preset's)")
+    flag("--max-length", type=console.number(int, 64, 10**6), help="tokens per row, at most (the preset's)")
 
 
 def add_model_flags(flag) -> None:
@@ -139,8 +139,8 @@ def add_model_flags(flag) -> None:
     choice = console.choice("auto", "on", "off")
     flag("--base-model", metavar="MODEL", help="hub id or folder of a Llama-family model (the preset's)")
     flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
-    flag("--rank", type=console.number(int, 1), default=16, help="LoRA rank")
-    flag("--alpha", type=console.number(int, 1), help="LoRA alpha (twice the rank)")
+    flag("--rank", type=console.number(int, 1, 4096), default=16, help="LoRA rank")
+    flag("--alpha", type=console.number(int, 1, 10**6), help="LoRA alpha (twice the rank)")
     flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout")
     flag("--target-modules", nargs="+", metavar="LAYER", default="all-linear", help="layers to adapt")
     flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
@@ -151,7 +151,7 @@ def add_model_flags(flag) -> None:
 
 def add_training_flags(flag) -> None:
     """How it is trained, measured and stopped."""
-    count, steps = console.number(int, 1), console.number(int, 0)
+    count, steps = console.number(int, 1, 10**5), console.number(int, 0, 10**7)
     schedulers = ("cosine", "linear", "constant_with_warmup")
     flag("--batch-size", type=count, help="rows per forward pass, at most (the preset's)")
     flag("--accumulation", type=count, help="forward passes per optimizer step (the preset's)")

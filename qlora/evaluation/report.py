@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qlora.console import UserError, fail, note, run
 from qlora.evaluation.comparison import METRICS, MODELS, describe_interval, read_answers
+from qlora.machine import write_whole
 from qlora.markdown import as_markdown_table, put_section
 
 CELL_COLUMNS = {  # key in a cell -> heading of the table
@@ -44,7 +45,9 @@ class AnswerLog:
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        if path.exists() and not path.is_file():
+            raise fail("not a file", str(path), "remove it, or give another --output")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         self.known = {line["key"]: line for line in map(read_line, lines) if line.get("key")}
 
     def key(self, *parts) -> str:
@@ -63,9 +66,7 @@ class AnswerLog:
         others = self.known.keys() - {key for key, _ in asked}
         answers += [line | {"asked": False} for key, line in self.known.items() if key in others]
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, "".join(lines))
 
 
 def read_line(line: str) -> dict:
@@ -79,8 +80,8 @@ def read_line(line: str) -> dict:
 
 def write_report(folder: Path, report: dict) -> None:
     """Writes evaluation.json, evaluation.md and evaluation.png."""
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "evaluation.md").write_text(as_markdown(report), encoding="utf-8")
+    write_whole(folder / "evaluation.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "evaluation.md", as_markdown(report))
     plot_cells(report, folder / PICTURE)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora.console import Invalid, choice, note, number
 from qlora.evaluation.evaluation import score_retrieval, search_all
 from qlora.evaluation.report import as_text_table, show
+from qlora.machine import write_whole
 from qlora.markdown import as_markdown_table
 from qlora.retrieval.search_modes import MODES
 
@@ -95,9 +96,9 @@ def as_text(results: list[dict]) -> str:
 def write_results(folder: Path, results: list[dict]) -> None:
     """Writes sweep.json, sweep.md and sweep.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "sweep.json", json.dumps(results, indent=2) + "\n")
     parts = [f"{title_of(result)}\n\n{as_markdown_table(table_of(result))}\n" for result in results]
-    (folder / "sweep.md").write_text("\n".join(parts), encoding="utf-8")
+    write_whole(folder / "sweep.md", "\n".join(parts))
     plot_values(results, folder / "sweep.png")
 
 

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora.console import Problems, fail
+from qlora.console import Problems, fail, shorten_text
 from qlora.model.fingerprint import fingerprint_model
 from qlora.presets import EMBEDDED
 from qlora.prompt import SCHEMA, Prompt
@@ -23,7 +23,8 @@ OURS = {  # what a folder may hold that --overwrite replaces
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "README.md", "loss.png", "evaluation.png", "data_report.json"),
 }
-REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "run.json")
+REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json")
+REQUIRED_FILES += ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def read_adapter(folder: Path, base_model: str | None = None) -> Adapter:
         schema = texts.get("schema")
         prompt = Prompt(**texts) if schema == SCHEMA else None
         base = find_base(folder, run["base_model"], base_model)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise fail(f"damaged adapter ({error})", where, "train again, or copy the whole folder") from error
     problems = Problems()
     if prompt is None:
@@ -188,8 +189,8 @@ def load_adapter(base, adapter: Adapter):
 
     try:
         return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        message = f"the weights do not fit {adapter.base_model} ({str(error).splitlines()[0][:160]})"
+    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        message = f"the weights do not fit {adapter.base_model} ({shorten_text(str(error), 160)})"
         raise fail(message, str(adapter.folder), "train again, or copy the whole folder") from error
 
 

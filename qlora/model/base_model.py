@@ -119,15 +119,16 @@ def load_config(source: str):
 
 
 def check_trainable(source: str, longest: int) -> None:
-    """Raises UserError, before any weights are loaded, when packed attention cannot compute rows of `longest` tokens.
+    """Raises UserError, before any weights are loaded, when the model cannot learn from rows of `longest` tokens.
 
-    Within a sliding window (Mistral) every token sees all before it, as in other models.
+    They must fit its window. Within a sliding window (Mistral) every token sees all before it, as in other models.
     """
     config = load_config(source)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window and window < longest:
-        what = f"rows of {longest} tokens are longer than the model's sliding window of {window}"
-        raise fail(what, source, f"give --max-length {window}")
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    for name, window in (("window", config.max_position_embeddings), ("sliding window", sliding)):
+        if window and window < longest:
+            what = f"rows of {longest} tokens are longer than the model's {name} of {window}"
+            raise fail(what, source, f"give --max-length {window}")
     for name in ("attention_dropout", "attn_logit_softcapping"):
         if getattr(config, name, None):
             raise fail(f"training knows no {name} ({getattr(config, name)})", source, "give another base model")
@@ -209,6 +210,8 @@ def load_model(source: str, attention: str, **options):
 @contextlib.contextmanager
 def explaining(source: str, flag: str = "--base-model") -> Iterator[None]:
     """Turns the errors of transformers for a model that cannot be loaded into a UserError."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:
@@ -217,7 +220,7 @@ def explaining(source: str, flag: str = "--base-model") -> Iterator[None]:
             flag,
             "gated? accept its licence on the hub and set HF_TOKEN; offline? use --preset laptop, or a local folder",
         ) from error
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, SafetensorError) as error:  # damaged files
         fix = "give a Llama-family model saved as safetensors"
         raise fail(f"model {source} cannot be used ({first_line(error)})", flag, fix) from error
 

@@ -8,6 +8,8 @@ skips passages whose key does not hold one; anything else compares text.
 import re
 from dataclasses import dataclass
 
+from qlora.words import clean
+
 OPERATORS = {"=": "=", "!=": "IS DISTINCT FROM", "<": "<", "<=": "<=", ">": ">", ">=": ">="}
 LANGCHAIN = {"$eq": "=", "$ne": "!=", "$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
 CONDITION = re.compile(r"(?P<key>[^=!<>]+?)\s*(?P<operator>!=|<=|>=|=|<|>)\s*(?P<value>.*)", re.DOTALL)
@@ -27,7 +29,7 @@ class Condition:
 def read_condition(text: str) -> Condition:
     """`source=ferry/crew.md`, `year>=2020`. Raises ValueError for anything else."""
     match = CONDITION.fullmatch(text.strip())
-    if not match or "\0" in text:
+    if not match or text != clean(text):
         raise ValueError(f"{text!r} is not a condition: write KEY=VALUE, or !=, <, <=, >, >= between them")
     return Condition(match["key"].strip(), match["operator"], (match["value"],))
 

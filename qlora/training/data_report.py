@@ -81,7 +81,7 @@ def build_data_report(
 
 def write_report(path: Path, report: dict) -> None:
     """Writes the report as indented JSON."""
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    machine.write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------- check

@@ -71,15 +71,15 @@ def load_file(path: Path):
         raise fail(f"unknown dataset type {path.suffix or '(none)'}", str(path), f"give one of {known}")
     if path.stat().st_size == 0:
         raise fail("the dataset has no rows", str(path), "give a dataset with at least two rows")
-    if path.suffix == ".jsonl":
-        check_json_lines(path)
+    if path.suffix in (".json", ".jsonl"):
+        check_json(path)
     import datasets
 
     try:
         options = csv_options(path) if path.suffix == ".csv" else {}
         return datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+    except (datasets.exceptions.DatasetGenerationError, ValueError, csv.Error, StopIteration, OSError) as error:
+        cause = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         if "no data" in cause:
             raise fail("the dataset has no rows", str(path), "give a dataset with at least two rows") from error
         raise fail(f"unreadable dataset ({cause})", str(path), "fix the file, or convert it to JSON Lines") from error
@@ -94,6 +94,24 @@ def csv_options(path: Path) -> dict:
     return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
 
 
+def check_json(path: Path) -> None:
+    """Raises UserError for what is neither JSON Lines nor, in a .json file, a list of objects.
+
+    pyarrow ends the process when it reads `null`.
+    """
+    if path.suffix == ".jsonl":
+        return check_json_lines(path)
+    content = path.read_bytes().strip()
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        if not content.startswith(b"["):
+            return check_json_lines(path)
+        raise fail(f"unreadable dataset ({error})", str(path), "fix the file, or convert it to JSON Lines") from error
+    if not all(isinstance(row, dict) for row in (whole if isinstance(whole, list) else [whole])):
+        raise fail("not a list of JSON objects", str(path), 'write [{"instruction": "...", "response": "..."}, ...]')
+
+
 def check_json_lines(path: Path) -> None:
     """Raises UserError that names every line (the first five) that is not a JSON object with text cells."""
     problems = Problems()
@@ -103,7 +121,7 @@ def check_json_lines(path: Path) -> None:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.add(f"not JSON ({error})", f"{path}:{number}", "fix or remove the line")
                 continue
             if not isinstance(row, dict):
