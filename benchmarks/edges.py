@@ -34,7 +34,7 @@ from qlora.presets import SAMPLE_DATA
 SECONDS = 120
 SCRIPTS = {"instruct_train_qlora.py": instruct_train_qlora, "rag_qlora.py": rag_qlora}
 TRAIN, RAG = SCRIPTS
-TEXTS = (
+TEXTS = ("", " ", "-1", "0", "1e999", "nan", "9" * 40, "a" * 5000, "../../x", "*", "a=b", "=", "\udce9", "\x1b[31m")
     "",
     " ",
     "-1",
@@ -188,7 +188,7 @@ class Stuck(BaseException):
 
 
 def make_call(call: Call) -> tuple[str, str]:
-    """The call's exit code, or the name of the exception that escaped; and what it printed on stderr, or where it broke."""
+    """The exit code of the call, or the name of the exception that escaped; and its stderr, or where it broke."""
 
     def stop(*given):
         raise Stuck
