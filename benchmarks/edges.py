@@ -35,21 +35,6 @@ SECONDS = 120
 SCRIPTS = {"instruct_train_qlora.py": instruct_train_qlora, "rag_qlora.py": rag_qlora}
 TRAIN, RAG = SCRIPTS
 TEXTS = ("", " ", "-1", "0", "1e999", "nan", "9" * 40, "a" * 5000, "../../x", "*", "a=b", "=", "\udce9", "\x1b[31m")
-    "",
-    " ",
-    "-1",
-    "0",
-    "1e999",
-    "nan",
-    "9" * 40,
-    "\u00e4\udce9",
-    "\x1b[31m",
-    "a" * 5000,
-    "../../x",
-    "*",
-    "a=b",
-    "=",
-)
 FACT = "The gale flag is hoisted at force seven."
 STATES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
