@@ -43,6 +43,9 @@ class UserError(Exception):
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
+    def __reduce__(self):
+        return type(self), self.problems  # so that it passes from one process to another
+
 
 class RunError(UserError):
     """Raised when a run fails in a known way, without a mistake in the call; exit code 1, no traceback."""

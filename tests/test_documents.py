@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zipfile
 
 import pytest
 from langchain_core.documents import Document
@@ -9,7 +10,7 @@ from langchain_core.documents import Document
 from qlora import presets
 from qlora.console import UserError
 from qlora.model import base_model
-from qlora.retrieval import documents
+from qlora.retrieval import documents, reading
 from qlora.retrieval.documents import (
     embedded_text,
     find_files,
@@ -172,13 +173,39 @@ def test_other_encodings_are_detected(tmp_path, tokenizer):
 
 def test_too_large_and_too_long_files_are_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(documents, "MOST_BYTES", 100)
-    monkeypatch.setattr(documents, "MOST_PAGES", 0)
+    monkeypatch.setattr(reading, "MOST_PAGES", 0)
     (tmp_path / "large.txt").write_text("x" * 101)
     with pytest.raises(UserError, match="too large"):
         fingerprint_file(tmp_path / "large.txt", 1)
     make_pdf(tmp_path / "long.pdf", "A page.")
     with pytest.raises(UserError, match="too many"):
-        load(tmp_path / "long.pdf", tokenizer)
+        list(reading.read_pages(tmp_path / "long.pdf"))
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    """A reading process of this test's own, with other bounds."""
+    reading.reader.cache_clear()
+    monkeypatch.setattr(reading, "MEMORY", 1_500_000_000)
+    yield
+    reading.reader().stop()
+    reading.reader.cache_clear()
+
+
+def test_a_file_that_takes_too_long_or_too_much_memory_stops_no_other(tmp_path, tokenizer, reader, monkeypatch):
+    (tmp_path / "good.md").write_text("The gale flag is hoisted.")
+    (tmp_path / "slow.html").write_bytes(b"<!--" * 1_000_000)
+    with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("word/document.xml", bytes(1_000_000_000))
+    assert load(tmp_path / "good.md", tokenizer)
+    monkeypatch.setattr(reading, "SECONDS", 1)
+    monkeypatch.setattr(reading, "SECONDS_PER_MB", 0)
+    with pytest.raises(UserError, match=r"takes longer than 1 s - .*slow.html"):
+        load(tmp_path / "slow.html", tokenizer)
+    monkeypatch.setattr(reading, "SECONDS", 60)
+    with pytest.raises(UserError, match=r"takes more than 2 GB - .*bomb.docx"):
+        load(tmp_path / "bomb.docx", tokenizer)
+    assert load(tmp_path / "good.md", tokenizer)
 
 
 def test_nothing_outside_the_folder_is_taken(tmp_path):

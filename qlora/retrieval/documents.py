@@ -4,10 +4,8 @@ A passage keeps its source, the path of headings above it, and its place: a line
 HTML), a page (PDF) or a row (CSV, JSON), and its span of characters in that text.
 """
 
-import contextlib
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +14,11 @@ from pathlib import Path
 
 from langchain_core.documents import Document
 
-from qlora.console import Problems, UserError, fail
+from qlora.console import Problems, fail
+from qlora.retrieval.reading import explaining_file, read_file
 from qlora.words import clean
 
-MOST_BYTES, MOST_PAGES = 100_000_000, 5_000
+MOST_BYTES = 100_000_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
 VERSION = 3  # of the splitting: raised when it changes, so that all documents are ingested again
@@ -109,19 +108,6 @@ def fingerprint_file(file: Path, splitting: object) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def explaining_file(file: Path) -> Iterator[None]:
-    """Turns any error of a file's parser into a UserError that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause = (str(error).splitlines() or [""])[0][:120]
-        message = f"unreadable {file.suffix} file ({type(error).__name__}: {cause})"
-        raise fail(message, str(file), "open and save it again, or leave it out") from error
-
-
 # ------------------------------------------------------------------------------- load
 
 
@@ -131,7 +117,7 @@ def load_passages(file: Path, source: str, tokenizer, window: int, size: int, ov
     Raises UserError when it cannot be read or holds no text.
     """
     with explaining_file(file):
-        pages = list(read_pages(file))
+        pages = read_file(file)
         for page in pages:
             page.page_content = clean(page.page_content).replace("\r\n", "\n").replace("\r", "\n")
             page.metadata["source"] = source
@@ -140,56 +126,6 @@ def load_passages(file: Path, source: str, tokenizer, window: int, size: int, ov
         fix = "scanned? run OCR on it first" if file.suffix.lower() == ".pdf" else "leave it out"
         raise fail("the document holds no text", str(file), fix)
     return passages
-
-
-def read_pages(file: Path) -> Iterator[Document]:
-    """Pages with `page` (PDF) or `row` (CSV, JSON) in their metadata, through LangChain's loaders."""
-    from langchain_community import document_loaders as loaders
-
-    suffix = file.suffix.lower()
-    if suffix == ".pdf":
-        pages = loaders.PyPDFLoader(str(file)).load()
-        if len(pages) > MOST_PAGES:
-            raise fail(f"{len(pages)} pages are too many (limit {MOST_PAGES})", str(file), "split it")
-        for page in pages:
-            yield Document(page.page_content, metadata={"page": page.metadata["page"] + 1})
-    elif suffix == ".docx":
-        yield from strip_metadata(loaders.Docx2txtLoader(str(file)).load())
-    elif suffix in (".html", ".htm"):
-        yield from strip_metadata(
-            loaders.BSHTMLLoader(str(file), get_text_separator=" ", bs_kwargs={"features": "html.parser"}).load()
-        )
-    elif suffix == ".csv":
-        for row in loaders.CSVLoader(str(file), encoding="utf-8-sig", autodetect_encoding=True).load():
-            yield Document(row.page_content, metadata={"row": row.metadata["row"] + 1})
-    elif suffix in (".json", ".jsonl"):
-        yield from read_json(file)
-    else:
-        yield from strip_metadata(loaders.TextLoader(str(file), encoding="utf-8", autodetect_encoding=True).load())
-
-
-def strip_metadata(pages: list[Document]) -> list[Document]:
-    """The pages without the loader's own metadata, which holds absolute paths."""
-    return [Document(page.page_content) for page in pages]
-
-
-def read_json(file: Path) -> Iterator[Document]:
-    """One page for every line of a .jsonl file or item of a .json list, written as `key: value` lines."""
-    content = file.read_bytes()
-    text = content.decode(json.detect_encoding(content))  # UTF-8, 16 or 32, with or without a byte order mark
-    if file.suffix.lower() == ".jsonl":
-        items = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                items += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise fail(f"not JSON ({error})", f"{file}:{number}", "fix or remove the line") from error
-    else:
-        whole = json.loads(text)
-        items = whole if isinstance(whole, list) else [whole]
-    for row, item in enumerate(items, 1):
-        lines = [f"{key}: {value}" for key, value in item.items()] if isinstance(item, dict) else [str(item)]
-        yield Document("\n".join(lines), metadata={"row": row})
 
 
 # ------------------------------------------------------------------------------- split
