@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
 
 
 def run_steps(args) -> int:
+    if not args.dry_run and settings.process_rank() == 0 and adapter.put_in_place(args.output):
+        adapter.check_output(args.output, args.overwrite or args.resume)
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
         rows, counts = load_and_filter(args)

@@ -216,6 +216,40 @@ def write_whole(path: Path, text: str) -> None:
         made.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it is there. It loses its name first: what is half removed must not look whole."""
+    if folder.exists():
+        going = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+        shutil.rmtree(going, ignore_errors=True)
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A folder to fill, beside its place; at the end it is renamed, so that `folder` is whole or absent.
+
+    Another process may be first: then its folder stays. What killed processes have left is removed.
+    """
+    import psutil
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".*.making"):
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    made = folder.with_name(f".{folder.name}.{os.getpid()}.making")
+    made.mkdir()
+    try:
+        yield made
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def claiming(folder: Path) -> Iterator[None]:
     """Keeps other processes of this project from writing into the folder during the block.

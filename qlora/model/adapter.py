@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora.console import Problems, fail, shorten_text
+from qlora.machine import remove_folder
 from qlora.model.fingerprint import fingerprint_model
 from qlora.presets import EMBEDDED
 from qlora.prompt import SCHEMA, Prompt
@@ -72,7 +73,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> None:
-    """Puts a whole adapter in place of `folder`, then removes the partial folder (metrics.jsonl lies there)."""
+    """Puts a whole adapter in place of `folder`, and removes the partial folder (metrics.jsonl lies there)."""
     partial = partial_folder(folder) / "adapter"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -85,13 +86,32 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
     write_json(partial / "run.json", {"schema": RUN_SCHEMA, **run})
     plot_losses(partial / "metrics.jsonl", partial / "loss.png")
     (partial / "README.md").write_text(model_card(run), encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(finished_folder(folder))
+    partial.parent.rename(finished_folder(folder))
+    put_in_place(folder)
+
+
+def finished_folder(folder: Path) -> Path:
+    """What a partial folder is called from the moment on that its adapter is whole."""
+    return folder.with_name(f".{folder.name}.finished")
+
+
+def put_in_place(folder: Path) -> bool:
+    """Moves a finished adapter to its place; returns whether there was one, as after a kill in this very moment.
+
+    The adapter that it replaces stays until then.
+    """
+    finished, old = finished_folder(folder), folder.with_name(f".{folder.name}.replaced")
+    is_there = (finished / "adapter").is_dir()
+    if is_there:
+        if folder.exists():
+            remove_folder(old)
+            folder.rename(old)
+        (finished / "adapter").rename(folder)
+    remove_folder(finished)
     if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(partial.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
+    return is_there
 
 
 def is_finished(folder: Path) -> bool:

