@@ -33,9 +33,14 @@ LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
 
 
 def pdf(*objects: bytes) -> bytes:
-    """A PDF file of these objects, the first its catalog; without a table of them, which readers make again."""
-    body = b"".join(b"%d 0 obj\n%s\nendobj\n" % (n, text) for n, text in enumerate(objects, 1))
-    return b"%PDF-1.7\n" + body + b"trailer << /Root 1 0 R /Size %d >>\n%%%%EOF\n" % (len(objects) + 1)
+    """A PDF file of these objects, the first its catalog."""
+    file, places = b"%PDF-1.7\n", []
+    for n, text in enumerate(objects, 1):
+        places.append(b"%010d 00000 n \n" % len(file))
+        file += b"%d 0 obj\n%s\nendobj\n" % (n, text)
+    size = len(objects) + 1
+    table = b"xref\n0 %d\n0000000000 65535 f \n%s" % (size, b"".join(places))
+    return file + table + b"trailer << /Root 1 0 R /Size %d >>\nstartxref\n%d\n%%%%EOF\n" % (size, len(file))
 
 
 def stream(content: bytes, rounds: int = 1) -> bytes:
@@ -45,7 +50,8 @@ def stream(content: bytes, rounds: int = 1) -> bytes:
     return b"<< /Length %d /Filter %s >> stream\n%s\nendstream" % (len(content), filters, content)
 
 
-PAGE = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R >>"
+FONT = b"/Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >>"
+PAGE = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Contents 4 0 R /Resources << %s >> >>" % FONT
 CATALOG, PAGES = b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>"
 FILES = {
     "a 5 MB line": (".txt", lambda: b"word " * MB),
@@ -78,18 +84,22 @@ FILES = {
         ".docx",
         lambda: docx(f"{WORD}{'<w:p><w:r><w:t>x</w:t></w:r></w:p>' * MB}</w:body></w:document>".encode()),
     ),
+    "a good PDF": (".pdf", lambda: pdf(CATALOG, PAGES, PAGE, stream(b"BT /F1 9 Tf (word) Tj ET"))),
     "a page tree that is a loop": (".pdf", lambda: pdf(CATALOG, b"<< /Type /Pages /Kids [2 0 R 2 0 R] /Count 2 >>")),
     "1,000,000,000 pages": (".pdf", lambda: pdf(CATALOG, b"<< /Type /Pages /Kids [3 0 R] /Count 1000000000 >>", PAGE)),
     "a stream that is a bomb, 1 GB": (".pdf", lambda: pdf(CATALOG, PAGES, PAGE, stream(bytes(1000 * MB)))),
     "a bomb in a bomb": (".pdf", lambda: pdf(CATALOG, PAGES, PAGE, stream(bytes(1000 * MB), 2))),
-    "5 MB of operators": (".pdf", lambda: pdf(CATALOG, PAGES, PAGE, stream(b"BT (x) Tj ET " * (5 * MB // 13)))),
+    "5 MB of operators": (
+        ".pdf",
+        lambda: pdf(CATALOG, PAGES, PAGE, stream(b"BT /F1 9 Tf (x) Tj ET " * (5 * MB // 22))),
+    ),
     "100,000 nested PDF lists": (".pdf", lambda: pdf(CATALOG, PAGES, PAGE, stream(b"[" * 100_000))),
     "a form that draws itself": (
         ".pdf",
         lambda: pdf(
             CATALOG,
             PAGES,
-            PAGE[:-2] + b"/Resources << /XObject << /F 5 0 R >> >> >>",
+            PAGE.replace(FONT, b"/XObject << /F 5 0 R >>"),
             stream(b"/F Do"),
             b"<< /Type /XObject /Subtype /Form /BBox [0 0 9 9] /Resources << /XObject << /F 5 0 R >> >> /Length 5 >> "
             b"stream\n/F Do\nendstream",

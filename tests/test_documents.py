@@ -18,6 +18,7 @@ from qlora.retrieval.documents import (
     fingerprint_file,
     load_passages,
     place,
+    split_pages,
     split_sections,
 )
 
@@ -206,6 +207,18 @@ def test_a_file_that_takes_too_long_or_too_much_memory_stops_no_other(tmp_path, 
     with pytest.raises(UserError, match=r"takes more than 2 GB - .*bomb.docx"):
         load(tmp_path / "bomb.docx", tokenizer)
     assert load(tmp_path / "good.md", tokenizer)
+
+
+@pytest.mark.parametrize("separator", ["\n", " "])
+def test_a_long_section_is_split_in_parts_that_know_their_place(tmp_path, tokenizer, monkeypatch, separator):
+    text = separator.join(f"Sentence number {n} is here." for n in range(300))
+    whole = split_pages([Document(text)], tokenizer, 256, 60, 0)
+    monkeypatch.setattr(documents, "AT_ONCE", 1000)
+    parts = split_pages([Document(text)], tokenizer, 256, 60, 0)
+    assert len(parts) > len(whole) and "".join("".join(p.page_content.split()) for p in parts) == "".join(text.split())
+    for part in parts:
+        begin, end = part.metadata["span"]
+        assert text[begin:end] == part.page_content and text.count("\n", 0, begin) + 1 == part.metadata["line"]
 
 
 def test_nothing_outside_the_folder_is_taken(tmp_path):

@@ -329,6 +329,7 @@ def test_base_alone_and_mistakes(collection, tiny_base, tmp_path, capsys):
     for flags, message in {
         ("--models", "tuned"): "no adapter to evaluate",
         ("--calibrate", "--contexts", "oracle"): "--calibrate needs answers from retrieved passages",
+        ("--calibrate", "--limit", 9): "9 questions are too few - --calibrate - give 10 or more",
         ("--output", tmp_path / "q.jsonl"): "no folder can be made there",
         ("--sweep", "foo=1"): "unknown argument --sweep",
         ("--questions", tmp_path): "question file not found",

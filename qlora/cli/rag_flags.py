@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora import console, machine, presets, settings
 from qlora.evaluation.comparison import CONTEXTS, MODELS
 from qlora.model import adapter
+from qlora.refusal import FEW
 from qlora.retrieval.search_modes import DEFAULT_MODE, FETCH, MODES
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
@@ -133,7 +134,9 @@ def check_questions(args, problems: console.Problems) -> None:
     from qlora.evaluation.questions import load_questions
 
     with problems.collecting():
-        load_questions(args.questions)
+        count = len(load_questions(args.questions, args.limit))
+        if getattr(args, "calibrate", False) and count < FEW:
+            problems.add(f"{count} questions are too few", "--calibrate", f"give {FEW} or more, half of them to fit on")
 
 
 def check_cells(args, problems: console.Problems) -> None:

@@ -21,6 +21,7 @@ from qlora.words import clean
 MOST_BYTES = 100_000_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
+AT_ONCE = 500_000  # characters that the splitter gets; it keeps a list of all lines
 VERSION = 3  # of the splitting: raised when it changes, so that all documents are ingested again
 
 
@@ -145,7 +146,7 @@ def split_pages(pages: list[Document], tokenizer, window: int, size: int, overla
 
     passages = []
     for page in pages:
-        for heading, text, line, offset in split_sections(page):
+        for heading, text, line, offset in (part for section in split_sections(page) for part in cut_section(*section)):
             while count(heading) > window // 2:  # a line that looks like a heading but is not
                 heading = heading[: len(heading) // 2]
             room = min(size, window - 2 - count(heading + "\n"))
@@ -178,6 +179,15 @@ def split_sections(page: Document) -> Iterator[tuple[str, str, int, int]]:
             yield " > ".join(title for _, title in path), "\n".join(lines[first:begin]), first + 1, starts[first]
         path = [*(entry for entry in path if entry[0] < level), (level, title)]
         first = end
+
+
+def cut_section(heading: str, text: str, line: int, offset: int) -> Iterator[tuple[str, str, int, int]]:
+    """The section in parts of at most AT_ONCE characters, each of whole lines where it has any."""
+    while len(text) > AT_ONCE:
+        end = text.rfind("\n", 0, AT_ONCE) + 1 or AT_ONCE
+        yield heading, text[:end], line, offset
+        line, offset, text = line + text.count("\n", 0, end), offset + end, text[end:]
+    yield heading, text, line, offset
 
 
 def find_headings(text: str) -> Iterator[tuple[int, int, int, str]]:
