@@ -78,6 +78,16 @@ def test_a_stopped_set_up_goes_on_and_a_done_one_does_nothing(place, monkeypatch
     assert set_up.main() == 0 and ran
 
 
+def test_a_package_whose_installation_was_killed_is_installed_again(place):
+    packages = place / ".venv" / "lib" / "python3.11" / "site-packages"
+    for name, files in {"whole": ("METADATA", "RECORD", "INSTALLER"), "half": ("METADATA", "RECORD")}.items():
+        (packages / f"{name}-1.dist-info").mkdir(parents=True)
+        for file in files:
+            (packages / f"{name}-1.dist-info" / file).touch()
+    set_up.drop_half_installed()
+    assert [path.name for path in packages.iterdir()] == ["whole-1.dist-info"]
+
+
 def test_a_broken_venv_is_made_anew(place, capsys):
     python = place / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

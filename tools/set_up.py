@@ -7,6 +7,7 @@ It needs only Python, and runs on Python 3.6, so that an old one gets a sentence
 """
 
 import argparse
+import glob
 import hashlib
 import os
 import re
@@ -48,7 +49,8 @@ def main():
 
 
 def install(index):
-    """What an earlier, stopped set-up installed stays. Raises Stop."""
+    """What an earlier, stopped set-up installed whole stays. Raises Stop."""
+    drop_half_installed()
     # Wheels only: compiling a package would need a compiler.
     locked = ["--require-hashes", "--no-deps", "--only-binary", ":all:"]
     say("Installing the packages of requirements.lock")
@@ -65,6 +67,16 @@ def install(index):
     say(f"Ready: Python {name(sys.version_info)}, torch {describe_torch()}")
     with open(READY, "w") as file:
         file.write(fingerprint())
+
+
+def drop_half_installed():
+    """Forgets packages whose installation was killed, so that they are installed again.
+
+    pip and uv take a package for installed as soon as its METADATA is there, and write INSTALLER and RECORD last.
+    """
+    for metadata in glob.glob(os.path.join(VENV, "lib", "python*", "site-packages", "*.dist-info")):
+        if not all(os.path.exists(os.path.join(metadata, each)) for each in ("INSTALLER", "RECORD")):
+            shutil.rmtree(metadata)
 
 
 def run(*command):

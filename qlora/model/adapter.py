@@ -81,6 +81,7 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
         shutil.copyfile(partial.parent / name, partial / name)
     # save_embedding_layers="auto" would ask the hub whether the vocabulary grew; ours never does.
     model.save_pretrained(partial, save_embedding_layers=False)
+    sort_layers(partial / "adapter_config.json")
     tokenizer.save_pretrained(partial)
     write_json(partial / "prompt.json", {**asdict(prompt), "digest": prompt.digest})
     write_json(partial / "run.json", {"schema": RUN_SCHEMA, **run})
@@ -89,6 +90,12 @@ def write_adapter(folder: Path, model, tokenizer, prompt: Prompt, run: dict) -> 
     remove_folder(finished_folder(folder))
     partial.parent.rename(finished_folder(folder))
     put_in_place(folder)
+
+
+def sort_layers(path: Path) -> None:
+    """Sorts the names of layers in PEFT's configuration, which writes a set: equal runs should give equal files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {name: sorted(value) if isinstance(value, list) else value for name, value in config.items()})
 
 
 def finished_folder(folder: Path) -> Path:
