@@ -1,7 +1,9 @@
 """The store over a real PostgreSQL, and the embedded server's life."""
 
+import contextlib
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,10 +17,11 @@ import pytest
 from conftest import PROJECT, rag
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from test_ingest import FakeEmbeddings
 
 from qlora import settings
 from qlora.console import UserError
-from qlora.retrieval import embedded_postgres
+from qlora.retrieval import embedded_postgres, ingest
 from qlora.retrieval.database import Database, connect, describe_url, read_url
 from qlora.retrieval.passage_store import Entry
 from qlora.retrieval.pgvector_store import PgVectorStore
@@ -144,7 +147,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a sh
 sys.path.insert(0, {project!r})
 import psycopg2
 from qlora import settings
-from qlora.retrieval import embedded_postgres
+from qlora.retrieval import embedded_postgres, ingest
 psycopg2.connect(embedded_postgres.start_server(Path({folder!r})))
 print("ready", flush=True)
 time.sleep(60)
@@ -207,6 +210,55 @@ def test_path_too_long_for_a_socket():
     with pytest.raises(UserError, match="too long"):
         embedded_postgres.start_server(Path("/tmp") / ("x" * 120))
     assert not os.path.exists("/tmp/" + "x" * 120)
+
+
+def kill_server(folder: Path) -> None:
+    """kill -9 of the server, as for lack of memory."""
+    os.kill(int((folder / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+
+def test_a_killed_server_is_started_again_for_the_next_search_and_a_killed_ingest_is_completed(tmp_path, capsys):
+    folder = open_folder() / "data"
+    database = Database(embedded_postgres.start_server(folder), embedded_postgres.revive_server)
+    store = PgVectorStore(database, FakeEmbeddings(size=8, embedded=[]), "fake", "mine")
+    for n in range(40):
+        (tmp_path / f"{n}.md").write_text(f"# Part {n}\n\n" + f"word{n} says a thing. " * 60)
+    for moment in (0, 3, 9):
+        embed = store.embeddings.embed_documents
+        calls = iter(range(moment + 1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ingest, "BATCH", 4)
+            patch.setattr(
+                FakeEmbeddings,
+                "embed_documents",
+                lambda self, texts, calls=calls, embed=embed: (
+                    kill_server(folder) if next(calls, None) == moment else None,  # noqa: B023
+                    embed(texts),
+                )[1],
+            )
+            with contextlib.suppress(UserError):
+                ingest.put_files(store, [str(tmp_path)], ingest.choose_splitting(store, "fake", 60, 10))
+        ingest.put_files(store, [str(tmp_path)], ingest.choose_splitting(store, "fake", 60, 10))
+        assert len(store.documents()) == 40 and len({entry.passages for entry in store.documents()}) == 1
+        store.forget([f"{n}.md" for n in range(40)])
+    assert "Lost the connection to the database" in capsys.readouterr().err
+
+
+def test_a_chat_goes_on_after_its_server_was_killed(tiny_adapter, monkeypatch, capsys):
+    data = open_folder()
+    monkeypatch.setenv("QLORA_DATA_DIR", str(data))
+    questions = iter(["When may the night shift eat?", "kill", "Who signs form B7?", ""])
+
+    def ask(prompt):
+        if (question := next(questions)) == "kill":
+            kill_server(data / "postgres")
+            question = next(questions)
+        return question
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert rag("chat", "--adapter", tiny_adapter, "--max-new-tokens", 2) == 0
+    said = capsys.readouterr()
+    assert said.out.count("A: ") == 2 and "Lost the connection to the database; trying again" in said.err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as another user")

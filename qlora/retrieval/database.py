@@ -9,7 +9,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psycopg2
 from pgvector.psycopg2 import register_vector
@@ -77,10 +77,10 @@ SELECT CASE WHEN to_regclass('rag.collections') IS NULL THEN 0 WHEN to_regclass(
 
 
 class Database:
-    """One connection, used by one thread at a time."""
+    """One connection, used by one thread at a time. `revive` starts a server of our own that was killed."""
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self, url: str, revive: Callable[[], None] | None = None):
+        self.url, self.revive = url, revive
         self.lock = threading.RLock()
         self.connection = connect(url)
 
@@ -110,6 +110,8 @@ class Database:
             time.sleep(pause)
             self.close()
             with contextlib.suppress(UserError):
+                if self.revive:
+                    self.revive()
                 self.connection = connect(self.url)
 
     def close(self) -> None:

