@@ -66,9 +66,8 @@ def revive_server() -> None:
             with PostgresServer._lock:
                 server.ensure_postgres_running()
         except (subprocess.SubprocessError, RuntimeError, OSError) as error:
-            raise fail(
-                f"the embedded PostgreSQL does not start again ({error})", str(folder), "wait a moment"
-            ) from error
+            what = f"the embedded PostgreSQL does not start again ({error})"
+            raise fail(what, str(folder), "wait a moment, then ask again") from error
 
 
 def choose_folder() -> Path:
