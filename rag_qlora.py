@@ -328,12 +328,12 @@ def ask(args, chain, prompt) -> int:
             note(f"Refused because no cited passage supports it: {turn.answer.text}")
             turn.answer = refuse([cited.document for cited in turn.answer.passages], prompt.refusal)
         refused |= turn.answer.refused
-        if args.trace:
-            write_trace(args.trace, describe_turn(args, turn, prompt))
         if args.json:
             say(json_line(describe_turn(args, turn, prompt)))
         else:
             print_turn(turn)
+        if args.trace:
+            write_trace(args.trace, describe_turn(args, turn, prompt))
     note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} {same_places(args)}")
     return 3 if args.strict and refused else 0
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -128,6 +129,19 @@ def test_database_without_pgvector(database, tmp_path):
     url = database.replace("/postgres?", "/plain?") + f"&options=-c%20extension_control_path%3D{tmp_path}"
     with pytest.raises(UserError, match="no pgvector"):
         connect(url)
+
+
+def test_first_runs_at_once_make_the_schema_once(database):
+    admin = psycopg2.connect(database)
+    admin.autocommit = True
+    for n in range(3):
+        admin.cursor().execute(f"CREATE DATABASE fresh{n}")
+        url = database.replace("/postgres?", f"/fresh{n}?")
+        with ThreadPoolExecutor(8) as pool:
+            stores = list(pool.map(lambda name, url=url: open_store(url, name), ["a", "b"] * 4))
+        assert len({store.collection.id for store in stores}) == 2
+        for store in stores:
+            store.database.close()
 
 
 def test_tools_tell_what_is_wrong(collection, capsys, monkeypatch, tiny_adapter):

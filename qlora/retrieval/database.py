@@ -71,8 +71,12 @@ BEGIN
 END $$;
 """
 MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA)
+# Not to_regclass: it answers from a cache that does not see what another process made while this one waited.
 VERSION = """
-SELECT CASE WHEN to_regclass('rag.collections') IS NULL THEN 0 WHEN to_regclass('rag.schema') IS NULL THEN 1 END
+SELECT CASE
+    WHEN NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'rag' AND tablename = 'collections') THEN 0
+    WHEN NOT EXISTS (SELECT FROM pg_tables WHERE schemaname = 'rag' AND tablename = 'schema') THEN 1
+END
 """
 
 
