@@ -22,6 +22,7 @@ from qlora import settings
 
 RUN_FAILED, USER_MISTAKE = 1, 2
 LONGEST_NAME = 200
+FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, io.UnsupportedOperation)
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def explain_file(error: Exception) -> Problem | None:
     if is_disk_full(error):
         fix = "free some space and run it again: what is complete is kept"
         return Problem("the disk is full or broken", shorten_text(name or str(error)), fix)
-    if isinstance(error, OSError) and (name or isinstance(error, io.UnsupportedOperation)):
-        return Problem(error.strerror or type(error).__name__, shorten_text(name), "check the path and its rights")
+    if isinstance(error, FILE_ERRORS) or (isinstance(error, OSError) and name):
+        what = error.strerror or shorten_text(str(error))
+        return Problem(what, shorten_text(name) or "the file system", "check the path and its rights")
     return None
 
 

@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import pytest
+from conftest import process
 from langchain_core.documents import Document
 
 from qlora import presets
@@ -219,6 +220,17 @@ def test_a_long_section_is_split_in_parts_that_know_their_place(tmp_path, tokeni
     for part in parts:
         begin, end = part.metadata["span"]
         assert text[begin:end] == part.page_content and text.count("\n", 0, begin) + 1 == part.metadata["line"]
+
+
+def test_a_script_that_reads_files_is_not_run_twice(tmp_path):
+    (tmp_path / "a.md").write_text(FACT)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom qlora.retrieval.reading import read_file\n"
+        f"print('run', read_file(Path({str(tmp_path / 'a.md')!r}))[0].page_content)\n"
+    )
+    done = process(script)
+    assert done.stdout == f"run {FACT}\n", done.stderr
 
 
 def test_nothing_outside_the_folder_is_taken(tmp_path):

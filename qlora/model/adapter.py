@@ -216,7 +216,7 @@ def load_adapter(base, adapter: Adapter):
 
     try:
         return PeftModel.from_pretrained(base, str(adapter.folder)).eval()
-    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         message = f"the weights do not fit {adapter.base_model} ({shorten_text(str(error), 160)})"
         raise fail(message, str(adapter.folder), "train again, or copy the whole folder") from error
 

@@ -8,10 +8,12 @@ import atexit
 import contextlib
 import functools
 import json
-import multiprocessing
 import resource
+import sys
 from collections.abc import Iterator
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from types import ModuleType
 
 from langchain_core.documents import Document
 
@@ -43,14 +45,32 @@ def read_file(file: Path) -> list[Document]:
         reading.cancel()  # after Ctrl-C
 
 
+class ReaderProcess(SpawnProcess):
+    """A new process, not a fork, since torch's threads may hold locks. It does not import the caller's script again.
+
+    spawn would run a script that has no `if __name__ == "__main__"` a second time.
+    """
+
+    @staticmethod
+    def _Popen(process):
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            return SpawnProcess._Popen(process)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class ReaderContext(SpawnContext):
+    Process = ReaderProcess
+
+
 @functools.cache
 def reader():
     """A pool of one process, started by its first task and stopped with this process."""
     from pebble import ProcessPool
 
-    # Not a fork: torch's threads may hold locks.
-    context, bounds = multiprocessing.get_context("spawn"), (resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pool = ProcessPool(max_workers=1, context=context, initializer=resource.setrlimit, initargs=bounds)
+    bounds = resource.RLIMIT_AS, (MEMORY, MEMORY)
+    pool = ProcessPool(max_workers=1, context=ReaderContext(), initializer=resource.setrlimit, initargs=bounds)
     atexit.register(pool.stop)
     return pool
 
