@@ -188,7 +188,7 @@ def check(prose: Path, problems: console.Problems) -> None:
 
 
 def check_steps(script: str, notebook, problems: console.Problems) -> None:
-    """Adds headings that are not the script's STEPS, and step functions called otherwise than in main()."""
+    """Adds headings that are not the script's STEPS, and step functions called otherwise than in the script's steps."""
     tree = ast.parse((PROJECT / f"{script}.py").read_text(encoding="utf-8"))
     constants = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
     steps = ast.literal_eval(constants["STEPS"])
@@ -197,13 +197,13 @@ def check_steps(script: str, notebook, problems: console.Problems) -> None:
     if headings != list(steps):
         problems.add(f"the numbered headings are {headings}", f"{script}.md", f"write {list(steps)}")
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    blocks = [node for node in ast.walk(functions["main"]) if isinstance(node, ast.With)]
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "console.step(" in ast.unparse(node)]
     wanted = [name for name in called(blocks) if name in functions and name not in NOT_STEPPED]
     cells = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     code = [node for cell in cells for node in cell.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     order = [name for name in called(code) if name in wanted]
     if order != wanted:
-        problems.add(f"the steps are called as {order}", f"{script}.md", f"main() calls {wanted}")
+        problems.add(f"the steps are called as {order}", f"{script}.md", f"the script calls {wanted}")
 
 
 def called(nodes: list[ast.AST]) -> list[str]:

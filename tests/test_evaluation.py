@@ -357,7 +357,7 @@ def test_calibrate_stores_the_threshold_that_ask_obeys(collection, database, tin
     from qlora.retrieval.database import Database
     from qlora.retrieval.pgvector_store import PgVectorStore
 
-    sample = [q for q in sample_questions(40) if q.source.startswith("canteen/")]
+    sample = [q for q in sample_questions(60) if q.source.startswith("canteen/")]
     assert rag("ingest", SAMPLE / "documents" / "canteen") == 0
     lines = [{"question": q.question, "answers": q.answers, "source": q.source} for q in sample]
     far = ["How hot is the core of Jupiter?", "Who won the chess final of 1972?", "What is an eigenvector?"]
