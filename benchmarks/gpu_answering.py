@@ -154,6 +154,7 @@ def put_passages(passages: list[str], vectors: list[list[float]], embeddings) ->
     from qlora.retrieval.passage_store import Entry
 
     with tempfile.TemporaryDirectory(prefix="pg") as folder:  # a short path: it holds a socket
+        Path(folder).chmod(0o755)  # for root's server
         opened = database.Database(embedded_postgres.start_server(Path(folder, "data")))
         store = pgvector_store.PgVectorStore(opened, embeddings, "embedder", "gpu-check")
         started = time.perf_counter()

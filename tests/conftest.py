@@ -40,7 +40,8 @@ def tiny_base(tmp_path_factory) -> Path:
     tokenizer = make_tokenizer([row["context"] for row in sample_rows()[::5]], 1000, 1024)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES["tiny"] | {"vocab_size": len(tokenizer)}, bos_token_id=1, eos_token_id=2)
+    sizes = SHAPES["tiny"] | {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    config = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def read_file(file: Path) -> list[Document]:
     from pebble import ProcessExpired
 
     seconds = SECONDS + SECONDS_PER_MB * file.stat().st_size / 1e6
-    reading = reader().schedule(read_all, args=[file], timeout=seconds)
+    reading = reader().schedule(read_all, args=[file, os.getcwd()], timeout=seconds)
     try:
         return reading.result()
     except TimeoutError as error:
@@ -75,7 +76,9 @@ def reader():
     return pool
 
 
-def read_all(file: Path) -> list[Document]:
+def read_all(file: Path, folder: str) -> list[Document]:
+    """The pages of a file, whose path may be relative to this folder."""
+    os.chdir(folder)
     return list(read_pages(file))
 
 
