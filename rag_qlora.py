@@ -190,10 +190,8 @@ def open_pgvector(embeddings, embedding_model: str, name: str):
     from qlora.retrieval import database, embedded_postgres, pgvector_store
 
     url = settings.get("DATABASE_URL")
-    if url:
-        connected = database.Database(url)
-    else:
-        connected = database.Database(embedded_postgres.start_server(), embedded_postgres.revive_server)
+    server = (url, None) if url else (embedded_postgres.start_server(), embedded_postgres.revive_server)
+    connected = database.Database(*server)
     where = database.describe_url(url) if url else "the embedded PostgreSQL"
     return pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name), where
 

@@ -241,11 +241,11 @@ def parse_arguments(
         problems.add("the file of settings cannot be read", path, "check the path in QLORA_ENV_FILE and its rights")
     flags = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     for text in unknown:
-        name = text.partition("=")[0]
-        if (key := name.strip("-").replace("-", "_").upper()) in settings.KEYS:
-            problems.add(f"unknown argument {name}", "command line", f"set {key} in the environment or in .env")
+        flag = text.partition("=")[0]
+        if (key := flag.strip("-").replace("-", "_").upper()) in settings.KEYS:
+            problems.add(f"unknown argument {flag}", "command line", f"set {key} in the environment or in .env")
             continue
-        nearest = difflib.get_close_matches(name, flags, n=1)
+        nearest = difflib.get_close_matches(flag, flags, n=1)
         fix = f"did you mean {nearest[0]}?" if nearest else "see --help"
         problems.add(f"unknown argument {re.sub('://.*', '://...', text)}", "command line", fix)
     for action in parser._actions:

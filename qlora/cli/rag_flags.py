@@ -18,7 +18,6 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
     "What is the penalty for going faster than 4 knots inside the harbour?",
 )
 TOP_K = 3
-SEEDS = presets.SEEDS
 WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
 WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "search", "sweep")
 
@@ -261,7 +260,7 @@ def add_comparison_flags(one: console.Parser) -> None:
     """Which evaluations are compared."""
     text = "evaluation.json of each, with its answers.jsonl beside it"
     one.add_argument("evaluations", type=Path, nargs=2, metavar="EVALUATION", help=text)
-    one.add_argument("--seed", type=console.number(int, 0, SEEDS), default=0, help="of the bootstrap")
+    one.add_argument("--seed", type=console.number(int, 0, presets.SEEDS), default=0, help="of the bootstrap")
 
 
 def read_sweep(text: str):
@@ -288,7 +287,7 @@ def add_generation_flags(one: console.Parser, generation: str) -> None:
     flag("--top-p", type=share, default=1.0, help="share of the probability to sample from")
     flag("--max-new-tokens", type=console.number(int, 1, 4096), default=96, help="tokens per answer, at most")
     flag("--repetition-penalty", type=console.number(float, 1, 3), default=1.0, help="1 is no penalty")
-    flag("--seed", type=console.number(int, 0, SEEDS), default=0, help="of the sampling")
+    flag("--seed", type=console.number(int, 0, presets.SEEDS), default=0, help="of the sampling")
     text = "added to the log-odds of a refusal: above 0 refuses more often (fitted in training)"
     flag("--refusal-bias", type=console.number(float, -100, 100), help=text)
 
