@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     args = resolve_arguments(argv, __doc__, STEPS)
     settings.quieten_libraries()
     console.print_settings("QLoRA fine-tuning", args, argv, build_parser(__doc__, STEPS), CHOSEN)
+    machine.check_card()
     console.note(f"Computes on {machine.describe()}")
     with claim_output(args):
         return run_steps(args)
@@ -153,18 +154,19 @@ def plan_run(args, training):
     """The schedule of a run with these batches, and the plan that its costs are estimated from.
 
     Activations are recomputed (--gradient-checkpointing auto) where, by the estimate, they would not fit. Raises
-    UserError when the disk has no room for a merged model.
+    UserError when the disk has no room for a merged model, or the GPU none for a row.
     """
-    from qlora.training import data_report
+    from qlora.training import costs
 
     outline = base_model.outline_model(base_model.resolve_base_model(args.base_model))
     if args.merge:
         machine.check_disk(machine.check_writable(Path(args.merge)), 2 * outline.num_parameters())
     model = add_lora(outline, choose_lora(args), args.seed)
     schedule = plan_schedule(args, len(training.batches))
-    plan = data_report.plan_costs(schedule, training.batches, model)
-    if args.gradient_checkpointing == "auto" and not data_report.fits(plan):
+    plan = costs.plan_costs(schedule, training.batches, model)
+    if args.gradient_checkpointing == "auto" and not costs.fits(plan):
         schedule, plan = replace(schedule, checkpointing=True), {**plan, "checkpointing": True}
+    costs.check_gpu_memory(plan)
     return schedule, plan
 
 

@@ -79,8 +79,9 @@ def load_model(args):
     if args.base_url:
         note(f"{args.base_url} answers, with the prompt of {args.adapter or args.base_model}")
         return None, tokenizer, prompt
-    from qlora.model.lean_layers import make_lean
+    from qlora.model.lean_layers import cast_adapter, make_lean
 
+    machine.check_card()
     source = base_model.resolve_base_model(args.base_model)
     check_room(args, tokenizer, prompt, base_model.load_config(source).max_position_embeddings)
     machine.threads()
@@ -92,6 +93,7 @@ def load_model(args):
         model = base_model.load_base_model(source, keep=not args.no_cache)
         model = adapter.load_adapter(model, trained) if trained else model
         note(f"{args.base_model} in 4-bit {f'with {args.adapter}' if trained else 'without an adapter'}")
+    cast_adapter(model)
     make_lean(model)
     return model, tokenizer, prompt
 

@@ -10,6 +10,7 @@ what a run made that nobody killed. A fault is a result that differs or was ther
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -36,13 +37,14 @@ TRAIN, RAG = (str(PROJECT / script) for script in edges.SCRIPTS)
 class Task:
     """A command to kill. `made()` is what it made: equal after every whole run, and a part of that at any moment.
 
-    `again` are the words of a run after a kill; `clear()` removes what was made.
+    `again` are the words of a run after a kill; `clear()` removes what was made. A kill comes within `latest` seconds.
     """
 
     words: tuple[str, ...]
     again: tuple[str, ...]
     made: Callable[[], dict[str, str]]
     clear: Callable[[], object]
+    latest: float = math.inf
 
 
 def start(words: tuple[str, ...]) -> subprocess.Popen:
@@ -86,7 +88,7 @@ def kill_again_and_again(task: Task, times: int) -> dict:
     while killed < times:
         before = {}
         for n in range(CHAIN):
-            killed += kill(task.again if n else task.words, chance.uniform(0, seconds))
+            killed += kill(task.again if n else task.words, chance.uniform(0, min(seconds, task.latest)))
             there = task.made()
             if not before.items() <= there.items() or not there.items() <= wanted.items():
                 faults.append(f"after kill {killed}: {sorted(there.items() ^ wanted.items())[:3]}")
@@ -181,7 +183,7 @@ def make_tasks(folder: Path) -> dict[str, Task]:
         "merge": Task(
             merge, merge, lambda: digest_files(merged, "model.safetensors", "config.json"), lambda: remove(merged)
         ),
-        "setup": Task(set_up, set_up, is_set_up, clone_project),
+        "setup": Task(set_up, set_up, is_set_up, clone_project, latest=30),  # each goes on where the last one stopped
     }
 
 

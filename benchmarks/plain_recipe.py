@@ -117,7 +117,7 @@ def train_plain(setup: Setup, source: str) -> None:
     from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
     from trl import SFTConfig, SFTTrainer
 
-    from qlora.training import data_report
+    from qlora.training import costs
     from qlora.training.trainer import checkpointing_field
     from qlora.training.training_run import peak_memory
 
@@ -158,7 +158,7 @@ def train_plain(setup: Setup, source: str) -> None:
     run |= count_tokens(trainer.train_dataset, [encode_row(tokenizer, *pair) for pair in pairs])
     run |= {"useful_tokens_per_second": run["useful_tokens"] / clock.seconds}
     run |= {"train_loss": trained.training_loss, "attention": attention, "liger": config.use_liger_kernel}
-    run |= {"layer_weights": weights, "matmul_gflops": data_report.measure_rate() / 1e9}
+    run |= {"layer_weights": weights, "matmul_gflops": costs.measure_rate() / 1e9}
     trainer.model.save_pretrained(setup.path("plain"))
     setup.path("plain", "run.json").write_text(json.dumps(run), encoding="utf-8")
 

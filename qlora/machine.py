@@ -38,13 +38,23 @@ def compute_dtype():
     return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
 
 
+@cache
+def has_flash_attention(dtype) -> bool:
+    """Whether the GPU runs FlashAttention 2 in this type: Ampere or later, in 16 bit."""
+    import torch
+
+    return torch.cuda.get_device_capability() >= (8, 0) and dtype.itemsize == 2
+
+
 def describe() -> str:
     """`cpu in bfloat16, 2 threads`: device, precision and threads, and what a missing bf16 costs."""
     import torch
 
-    name = str(compute_dtype()).removeprefix("torch.")
+    dtype = compute_dtype()
+    name = str(dtype).removeprefix("torch.")
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} in {name}"
+        slow = "" if has_flash_attention(dtype) else ": FlashAttention needs Ampere or later, so attention is slower"
+        return f"{torch.cuda.get_device_name()} in {name}{slow}"
     slow = "" if name == "bfloat16" else ": this CPU has no AVX512-BF16, which would halve the time"
     threads = torch.get_num_threads()
     return f"cpu in {name}, {threads} thread{'s' * (threads > 1)}{slow}"
@@ -100,15 +110,25 @@ def check_gpu() -> None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         raise explain_cuda(str(error).strip().splitlines()[0]) from error
-    problems, (major, minor), name = Problems(), torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-    if (major, minor) < OLDEST:
-        what = f"{name} has compute capability {major}.{minor}, and {OLDEST[0]}.{OLDEST[1]} is needed"
-        problems.add(what, "GPU", "use a newer GPU: Volta, Turing, Ampere or later")
+    problems, name = Problems(), torch.cuda.get_device_name()
+    with problems.collecting():
+        check_card()
     free, total = torch.cuda.mem_get_info()
     if free < IDLE * total:
         what = f"another process holds {(total - free) / 1e9:.1f} of the {total / 1e9:.1f} GB of {name}"
         problems.add(what, "GPU", "end it (nvidia-smi lists it), or choose another GPU with CUDA_VISIBLE_DEVICES")
     problems.raise_if_any()
+
+
+def check_card() -> None:
+    """Raises UserError for a GPU that is too old for fast 16 bit. Without a GPU nothing is wrong."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
+        has, needed = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), OLDEST))
+        what = f"{torch.cuda.get_device_name()} has compute capability {has}, and {needed} is needed"
+        fix = "use a newer GPU (Volta, Turing, Ampere or later), or the CPU with CUDA_VISIBLE_DEVICES="
+        raise fail(what, "GPU", fix)
 
 
 def explain_cuda(said: str):

@@ -10,8 +10,8 @@ from qlora.console import UserError
 from qlora.model.base_model import load_tokenizer
 from qlora.model.lora import Lora
 from qlora.prompt import IGNORED, Prompt, choose_prompt
-from qlora.training import data_report
-from qlora.training.data_report import build_data_report, check_examples, describe_model, print_report, write_report
+from qlora.training import costs, data_report
+from qlora.training.data_report import build_data_report, check_examples, print_report, write_report
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Example, collate, make_batches, make_example, tokenize_rows
 from qlora.training.row_filters import Dropped
@@ -26,6 +26,7 @@ PLAN = {
     "accumulation": 3,
     "checkpointing": False,
     "parameters": 1_000_000,
+    "base_bytes": 600_000,
     "lora_parameters": 10_000,
     "layers": 4,
     "hidden_size": 100,
@@ -115,7 +116,7 @@ def test_time_grows_with_tokens_weights_and_recomputation(tokenizer):
     examples = [example(tokenizer)] * 4
     seconds = report_on(tokenizer, examples, rate=1e6)["estimate"]["seconds"]
     # 30 batches of two rows with the same prompt, which is computed once: 12 tokens and one of each.
-    assert seconds == round(30 * 14 * 4 * 1e6 / (1e6 * data_report.UTILISATION[machine.compute_dtype().itemsize]))
+    assert seconds == round(30 * 14 * 4 * 1e6 / (1e6 * costs.UTILISATION[machine.compute_dtype().itemsize]))
     recomputed = report_on(tokenizer, examples, rate=1e6, plan={**PLAN, "checkpointing": True})
     assert recomputed["estimate"]["seconds"] == pytest.approx(1.5 * seconds, abs=1)
     assert report_on(tokenizer, examples, rate=2e6)["estimate"]["seconds"] == pytest.approx(seconds / 2, abs=1)
@@ -123,10 +124,10 @@ def test_time_grows_with_tokens_weights_and_recomputation(tokenizer):
 
 def test_memory_is_that_of_the_largest_batch(tokenizer):
     examples = [example(tokenizer, prompt=997), *[example(tokenizer)] * 9]
-    plan = {**PLAN, "parameters": 10**9, "lora_parameters": 10**7, "hidden_size": 1000, "layers": 10}
+    plan = {**PLAN, "base_bytes": 6 * 10**8, "lora_parameters": 10**7, "hidden_size": 1000, "layers": 10}
     parts = report_on(tokenizer, examples, plan=plan)["estimate"]["memory_gb"]
     assert (parts["base_model"], parts["lora"]) == (0.6, 0.16)
-    kept = data_report.ACTIVATION_BYTES_CPU[machine.compute_dtype().itemsize]
+    kept = costs.ACTIVATION_BYTES_CPU[machine.compute_dtype().itemsize]
     assert parts["activations"] == round((1000 + 3) * 1000 * 10 * kept / 1e9, 2)
     assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"], abs=0.03)
     fewer = report_on(tokenizer, examples, plan={**plan, "checkpointing": True})["estimate"]["memory_gb"]
@@ -134,22 +135,22 @@ def test_memory_is_that_of_the_largest_batch(tokenizer):
 
 
 def test_a_plan_fits_where_its_estimate_is_free(monkeypatch):
-    plan = {**PLAN, "batches": [4000], "parameters": 10**9}
-    needed = data_report.estimate_memory(plan)["all"] * 1e9
+    plan = {**PLAN, "batches": [4000], "base_bytes": 10**9}
+    needed = costs.estimate_memory(plan)["all"] * 1e9
     for free, fits in ((1.2 * needed, True), (0.8 * needed, False)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        assert data_report.fits(plan) is fits
+        assert costs.fits(plan) is fits
 
 
 @pytest.mark.parametrize("longest, at_once", [(500, 1024), (2048, 2048)])
 def test_the_cpu_computes_a_large_batch_in_parts(longest, at_once):
     plan = {**PLAN, "longest": longest}
     whole, part = ({**plan, "batches": [tokens]} for tokens in (4000, at_once))
-    assert data_report.estimate_memory(whole) == data_report.estimate_memory(part)
+    assert costs.estimate_memory(whole) == costs.estimate_memory(part)
 
 
 def test_rate_of_this_machine():
-    assert 1e8 < data_report.measure_rate(seconds=0.05) < 1e16
+    assert 1e8 < costs.measure_rate(seconds=0.05) < 1e16
 
 
 def test_sizes_of_a_model_without_weights(tiny_base):
@@ -161,9 +162,13 @@ def test_sizes_of_a_model_without_weights(tiny_base):
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base))
         weights = base.num_parameters()
-        sizes = describe_model(add_lora(base, Lora(4, 8), seed=0))
+        sizes = costs.describe_model(add_lora(base, Lora(4, 8), seed=0))
     lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # two layers; q o, k v, gate up down
-    assert sizes == {"parameters": weights + lora, "lora_parameters": lora, "layers": 2, "hidden_size": 64}
+    in_4_bit = 2 * (2 * 64 * 64 + 64 * 32 + 2 * 64 * 128)  # q o, k, gate up; v and down stay in 16 bit
+    assert (sizes["parameters"], sizes["lora_parameters"], sizes["layers"]) == (weights + lora, lora, 2)
+    assert sizes["base_bytes"] == pytest.approx(0.516 * in_4_bit + 2 * (weights - in_4_bit), rel=1e-3)
+    widths = "hidden_size", "mlp_size", "query_size", "key_size", "vocabulary"
+    assert [sizes[name] for name in widths] == [64, 128, 64, 32, base.config.vocab_size]
 
 
 # ------------------------------------------------------------------------------- refused

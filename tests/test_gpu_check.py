@@ -140,6 +140,7 @@ def fake_gpu(monkeypatch, cuda="13.0", said="", listed=("GPU X, 580.1",), capabi
             raise RuntimeError(said)
 
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not said)
     monkeypatch.setattr(torch.cuda, "init", start)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU X")

@@ -59,12 +59,27 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+def attend_segments(query, key, value, queries, keys, most_queries, most_keys, *, scale, window_size, enable_gqa=False):
+    """FlashAttention's varlen kernel, as its documentation has it: segment by segment, in one matrix each."""
+    assert window_size == (-1, 0) and queries.dtype == keys.dtype == torch.int32
+    assert (int(queries.diff().max()), int(keys.diff().max())) == (most_queries, most_keys)
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    mixed = []
+    for first, last, start, end in torch.stack([queries[:-1], queries[1:], keys[:-1], keys[1:]], dim=1).tolist():
+        scores = torch.einsum("qhd,khd->hqk", query[first:last], key[start:end]) * scale
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        mixed.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), value[start:end]))
+    return torch.cat(mixed)
+
+
 @pytest.mark.parametrize("short", [0, packing.SHORT])
-@pytest.mark.parametrize("kernel", ["attend_plain", "attend_fused"])
+@pytest.mark.parametrize("kernel", ["attend_plain", "attend_fused", "attend_at_once"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
 def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, checkpointing, short, monkeypatch):
     monkeypatch.setattr(packing, "attend_plain", getattr(packing, kernel))
+    monkeypatch.setattr(packing, "is_flash", lambda query: kernel == "attend_at_once")
+    monkeypatch.setattr(packing, "varlen_attn", attend_segments)
     monkeypatch.setattr(packing, "SHORT", short)
     model = copy.deepcopy(llama).train()
     expected = 0.0
@@ -131,10 +146,10 @@ def test_ordinary_batches_are_attended_as_ever(llama):
 
 def test_what_packed_attention_cannot_do_is_refused():
     heads = torch.zeros(1, 2, 3, 4)
-    pieces = [(1, ()), (2, (0,))]
+    packed = packing.pack(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(NotImplementedError, match="window that slides"):
-        packing.attend(None, heads, heads, heads, None, 1.0, pieces=pieces, sliding_window=2)
-    packing.attend(None, heads, heads, heads, None, 1.0, pieces=pieces, sliding_window=3)
+        packing.attend(None, heads, heads, heads, None, 1.0, packed=packed, sliding_window=2)
+    packing.attend(None, heads, heads, heads, None, 1.0, packed=packed, sliding_window=3)
 
 
 def test_gradients_of_the_lean_layers_are_right(tiny_base):

@@ -10,8 +10,10 @@ import functools
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import Linear, Linear4bit
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, rms_norm, silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from qlora import machine
 
 
 class LoraLinear(torch.autograd.Function):
@@ -75,13 +77,18 @@ class Gate(torch.autograd.Function):
 
 
 def make_lean(model) -> None:
-    """Replaces the forward functions of the layers; without gradients norm and gate stay transformers' own."""
+    """Replaces the forward functions of the layers; without gradients the gate stays transformers' own.
+
+    On a GPU the norm is torch's fused kernel, and the rest is as on the CPU. Liger's other kernels would save little
+    here: the gate keeps the same two tensors as theirs, and the head runs over the labelled positions only.
+    """
+    on_gpu = model.device.type != "cpu"
     model.get_output_embeddings().register_forward_pre_hook(copy_input)
     for module in model.modules():
         if isinstance(module, Linear | Linear4bit):
             run = run_linear
         elif type(module) is LlamaRMSNorm:
-            run = run_norm
+            run = run_fused_norm if on_gpu else run_norm
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
             run = run_mlp
         else:
@@ -96,6 +103,16 @@ def is_plain(layer: Linear | Linear4bit) -> bool:
     (name,) = layer.active_adapters
     drops = layer.training and not isinstance(layer.lora_dropout[name], torch.nn.Identity)
     return name not in layer.lora_variant and not drops
+
+
+def cast_adapter(model) -> None:
+    """Casts the LoRA weights of a model that answers on a GPU to its 16 bit, for fewer kernels per layer.
+
+    Training keeps them in fp32, and so does the CPU, where small bf16 products are slower.
+    """
+    for name, weight in model.named_parameters():
+        if ".lora_" in name and weight.device.type != "cpu":
+            weight.data = weight.data.to(machine.compute_dtype())
 
 
 def copy_input(head, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -113,8 +130,12 @@ def run_linear(layer: Linear | Linear4bit, ordinary, x: torch.Tensor) -> torch.T
         return ordinary(x)
     (name,) = layer.active_adapters
     base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-    if not torch.is_grad_enabled():  # in fp32, as PEFT does: small bf16 products are slower on the CPU
-        return base(x).add_(linear(linear(x.to(a.dtype), a), b), alpha=layer.scaling[name])
+    if not torch.is_grad_enabled():
+        y, inner = base(x), linear(x.to(a.dtype), a)
+        if y.dtype == b.dtype:
+            y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), b.T, alpha=layer.scaling[name])
+            return y
+        return y.add_(linear(inner, b), alpha=layer.scaling[name])
     if torch.is_autocast_enabled(x.device.type):  # the sum in LoraLinear is in place, where autocast casts nothing
         x = x.to(torch.get_autocast_dtype(x.device.type))
     a, b = a.to(x.dtype), b.to(x.dtype)
@@ -126,6 +147,12 @@ def run_norm(norm: LlamaRMSNorm, ordinary, x: torch.Tensor) -> torch.Tensor:
     if not torch.is_grad_enabled() or norm.weight.requires_grad:
         return ordinary(x)
     return Norm.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def run_fused_norm(norm: LlamaRMSNorm, ordinary, x: torch.Tensor) -> torch.Tensor:
+    """The norm in one kernel of the GPU."""
+    with torch.autocast("cuda", enabled=False):  # which would have it return fp32
+        return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def run_mlp(mlp: LlamaMLP, ordinary, x: torch.Tensor) -> torch.Tensor:

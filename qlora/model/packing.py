@@ -6,15 +6,18 @@ backward, to the same loss (docs/packing.md). `register_attention` gives transfo
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import groupby
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from qlora import machine
 
 ATTENTION = "packed"  # also attends ordinary batches, as "sdpa" does: generation uses the same model
 SHORT = 512  # tokens up to which attention is kept for the backward pass: below 10 MB per layer of 9 heads
@@ -29,11 +32,20 @@ class PackedBatch:
     position_ids: torch.Tensor  # (1, tokens)
     pieces: list[tuple[int, tuple[int, ...]]]  # the length of each, and the numbers of the pieces before it in its row
     index: torch.Tensor  # (rows, longest): where a token of the padded batch stands
+    useful: int  # tokens of all rows, shared ones once per row
+    seen: torch.Tensor | None  # (keys,): where the keys of each piece stand; None where nothing is shared
+    bounds: torch.Tensor  # (2, pieces + 1), int32: where the queries and the keys of each piece begin
 
     def to(self, device, non_blocking: bool = False) -> "PackedBatch":
         """The batch on a device; accelerate calls this method."""
-        names = "input_ids", "position_ids", "index"
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """The most queries and the most keys of a piece. The latter is the length of the longest row."""
+        lengths = [length for length, _ in self.pieces]
+        return max(lengths), max(length + sum(lengths[n] for n in before) for length, before in self.pieces)
 
 
 def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
@@ -44,14 +56,14 @@ def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
     rows = [ids[kept] for ids, kept in zip(input_ids, mask.bool(), strict=True)]
     start = count_common(rows)
     tokens, positions, pieces = [rows[0][:start]], [torch.arange(start)], [(start, ())]
-    index = torch.zeros_like(mask)
-    offsets = [0]
+    spans, index = [torch.arange(start)], torch.zeros_like(mask)
 
     def add(row: torch.Tensor, first: int, last: int, before: tuple[int, ...]) -> tuple[int, ...]:
-        offsets.append(offsets[-1] + pieces[-1][0])
         tokens.append(row[first:last])
         positions.append(torch.arange(first, last))
         pieces.append((last - first, before))
+        at = sum(map(len, spans))
+        spans.append(torch.arange(at, at + last - first))
         return (*before, len(pieces) - 1)
 
     done = 0
@@ -61,11 +73,20 @@ def pack(input_ids: torch.Tensor, mask: torch.Tensor) -> PackedBatch:
         before = add(group[0], start, shared, (0,)) if shared > start else (0,)
         for row in group:
             path = add(row, shared, len(row), before)
-            where = [torch.arange(offsets[piece], offsets[piece] + pieces[piece][0]) for piece in path]
-            index[done, -len(row) :] = torch.cat(where)
+            index[done, -len(row) :] = torch.cat([spans[piece] for piece in path])
             done += 1
+    seen, bounds = list_keys(pieces, spans)
     ids, places = torch.cat(tokens)[None], torch.cat(positions)[None]
-    return PackedBatch(input_ids=ids, position_ids=places, pieces=pieces, index=index)
+    return PackedBatch(ids, places, pieces, index, sum(map(len, rows)), seen, bounds)
+
+
+def list_keys(pieces: list[tuple], spans: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """`seen` and `bounds` of a packed batch whose pieces stand at `spans`; empty pieces are left out."""
+    kept = [n for n, span in enumerate(spans) if len(span)]
+    keys = [torch.cat([spans[seen] for seen in (*pieces[n][1], n)]) for n in kept]
+    bounds = [list(accumulate(map(len, parts), initial=0)) for parts in ([spans[n] for n in kept], keys)]
+    is_shared = bounds[1][-1] > bounds[0][-1]
+    return torch.cat(keys) if is_shared else None, torch.tensor(bounds, dtype=torch.int32)
 
 
 def count_common(rows: list[torch.Tensor]) -> int:
@@ -77,26 +98,47 @@ def count_common(rows: list[torch.Tensor]) -> int:
     return int(same.cumprod(dim=0).sum())
 
 
-def attend(module, query, key, value, attention_mask, scaling, pieces=None, **kwargs):
+def attend(module, query, key, value, attention_mask, scaling, packed=None, **kwargs):
     """transformers' attention function: (1, heads, tokens, size) of a packed batch -> (1, tokens, heads, size).
 
-    Without `pieces` the batch is an ordinary one, and sdpa's.
+    Without `packed` the batch is an ordinary one, and sdpa's.
     """
-    if pieces is None:
+    if packed is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    longest = max(length + sum(pieces[n][0] for n in before) for length, before in pieces)
+    longest = packed.longest[1]
     if kwargs.get("dropout") or kwargs.get("softcap") or longest > (kwargs.get("sliding_window") or longest):
         raise NotImplementedError("packed attention has no dropout, soft cap, or window that slides within a row")
-    given = query, key, value, pieces, scaling, attend_fused if query.is_cuda else attend_plain
+    if is_flash(query):
+        return attend_at_once(query, key, value, packed, scaling)[None], None
+    on_gpu = query.device.type != "cpu"
+    given = query, key, value, packed.pieces, scaling, attend_fused if on_gpu else attend_plain
     # checkpoint keeps its arguments even without gradients
-    if query.is_cuda or query.shape[2] <= SHORT or not torch.is_grad_enabled():
+    if on_gpu or query.shape[2] <= SHORT or not torch.is_grad_enabled():
         return attend_pieces(*given).transpose(1, 2), None
     return checkpoint(attend_pieces, *given, use_reentrant=False).transpose(1, 2), None
 
 
+def is_flash(query: torch.Tensor) -> bool:
+    """Whether FlashAttention takes these queries."""
+    return query.device.type != "cpu" and machine.has_flash_attention(query.dtype) and query.shape[-1] % 8 == 0
+
+
+def attend_at_once(query, key, value, packed: PackedBatch, scaling: float) -> torch.Tensor:
+    """The attention of all pieces in one call of FlashAttention (arXiv 2307.08691): (tokens, heads, size).
+
+    Its causal mask is aligned to the last query and the last key, as is `attend_fused`'s.
+    """
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if packed.seen is not None:
+        key, value = (tensor.index_select(0, packed.seen) for tensor in (key, value))
+    options = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}  # torch 2.11 does not know the name
+    causal = (-1, 0)  # keys before and after a query that it sees: all, and none
+    return varlen_attn(query, key, value, *packed.bounds, *packed.longest, scale=scaling, window_size=causal, **options)
+
+
 def attend_pieces(query, key, value, pieces: list[tuple], scaling: float, attend_piece) -> torch.Tensor:
-    """The attention of every piece to the pieces before it and to itself: (1, heads, tokens, size)."""
+    """The attention of every piece to the pieces before it and to itself, one by one: (1, heads, tokens, size)."""
     lengths = [length for length, _ in pieces]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     mixed = []

@@ -6,35 +6,25 @@
 
 `counts` holds rows `read` and `kept`, what was `dropped` and `leaked` (row_filters.Dropped), and for
 `training` and `held out` the number of documents and of rows `shortened` and `too long`. `plan` comes
-from `plan_costs`.
+from `costs.plan_costs`.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from qlora import machine, settings
+from qlora import machine
 from qlora.console import fail, note, printable, shorten_text, stderr
 from qlora.prompt import IGNORED
 from qlora.refusal import is_refusal
-from qlora.training.examples import Example, collate, count_labels, count_tokens
+from qlora.training.costs import estimate_memory, estimate_seconds, measure_rate
+from qlora.training.examples import Example, count_labels, count_tokens
 from qlora.training.row_filters import Dropped
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MARKS = "⟦", "⟧"  # around the trained tokens, where colours are missing
-# Share of the rate of large matmuls that training reaches, by bytes of what it computes in. Measured on two cores with
-# 300 to 500 tokens per batch: 260 to 300 of 970 GFLOP/s in bf16, 140 to 160 of 215 in fp32.
-UTILISATION = {2: 0.3, 4: 0.65}
-# Bytes per token, layer and unit of the hidden size that forward keeps for backward. On a GPU as counted for
-# SmolLM2-135M with LoRA on all linear layers under bf16 autocast; on the CPU as the process grows in bf16 and in
-# fp32, 263 to 1,037 tokens. With checkpointing a layer keeps only its input.
-ACTIVATION_BYTES_CUDA, ACTIVATION_BYTES_CPU = 30, {2: 60, 4: 90}
-# Libraries, and on the CPU memory that the allocator keeps from batches of other lengths.
-LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 1.9e9
-FULL = 0.9  # share of the free memory that an estimate may fill; most estimates are too high
 
 
 def build_data_report(
@@ -142,86 +132,6 @@ def measure_lengths(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
 
 def is_refused(tokenizer, example: Example) -> bool:
     return is_refusal(tokenizer.decode(example.response_ids, skip_special_tokens=True))
-
-
-# ------------------------------------------------------------------------------- estimate
-
-
-def plan_costs(schedule, batches: Sequence[Sequence[Example]], model) -> dict:
-    """The schedule's fields, and whatever else decides time and memory: the input of all estimates.
-
-    `model` has its LoRA; it may be on the meta device, without weights. `batches` are those of the first epoch. The
-    tokens that are computed count: without padding, common beginnings once.
-    """
-    computed = [collate(batch)["packed"].input_ids.numel() for batch in batches]
-    longest = max(len(example.input_ids) for batch in batches for example in batch)
-    sizes = {"batches": computed, "longest": longest, "processes": settings.process_count()}
-    return {**asdict(schedule), **describe_model(model), **sizes}
-
-
-def describe_model(model) -> dict[str, int]:
-    """The sizes of a model with LoRA."""
-    config = model.config.get_text_config()
-    return {
-        "parameters": model.num_parameters(),
-        "lora_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-    }
-
-
-def measure_rate(seconds: float = 0.5) -> float:
-    """FLOP per second of this machine in a large square matmul, in the type that training computes in."""
-    import torch
-    from torch.utils.benchmark import Timer
-
-    from qlora.machine import compute_dtype
-
-    device, size = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 1536)
-    matrix = torch.randn(size, size, dtype=compute_dtype(), device=device)
-    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).median
-
-
-def estimate_seconds(plan: dict, rate: float) -> float:
-    """An estimate of how long all steps take, without evaluations: within 30 % on an idle CPU.
-
-    A token costs 2 FLOP per weight forward and 2 backward (the base is frozen: no weight gradients, but for
-    LoRA), and 2 more where activations are recomputed.
-    """
-    tokens = plan["steps"] * plan["accumulation"] * sum(plan["batches"]) / len(plan["batches"])
-    share = UTILISATION[machine.compute_dtype().itemsize]
-    return tokens * (6 if plan["checkpointing"] else 4) * plan["parameters"] / (rate * share)
-
-
-def fits(plan: dict) -> bool:
-    """Whether the estimated memory of the plan is free on this machine: on its GPU where it has one."""
-    return estimate_memory(plan)["all"] * 1e9 <= FULL * machine.free_memory()
-
-
-def estimate_memory(plan: dict) -> dict[str, float]:
-    """An estimate of the GB a process needs, by what needs them, and in all: within a fifth on the CPU.
-
-    4-bit linear layers and 16-bit embeddings take about 0.6 bytes per weight; a LoRA weight takes 16 (fp32 weight,
-    gradient and two moments of AdamW). Activations are those of the largest batch, or of the part of it that the CPU
-    computes at once; with checkpointing, the inputs of all layers and everything of one.
-    """
-    import torch
-
-    from qlora.training.trainer import AT_ONCE
-
-    tokens, size, on_gpu = max(plan["batches"]), machine.compute_dtype().itemsize, torch.cuda.is_available()
-    if not on_gpu:
-        tokens = min(max(AT_ONCE, plan["longest"]), tokens)
-    layer = ACTIVATION_BYTES_CUDA if on_gpu else ACTIVATION_BYTES_CPU[size]
-    kept = size * plan["layers"] + layer if plan["checkpointing"] else layer * plan["layers"]
-    parts = {
-        "base_model": 0.6 * plan["parameters"],
-        "lora": 16 * plan["lora_parameters"],
-        "activations": tokens * plan["hidden_size"] * kept,
-        "libraries": LIBRARIES_CUDA if on_gpu else LIBRARIES_CPU,
-    }
-    return {name: round(size / 1e9, 2) for name, size in [*parts.items(), ("all", sum(parts.values()))]}
 
 
 # ------------------------------------------------------------------------------- show

@@ -128,38 +128,48 @@ def make_batches(examples: Sequence[Example], size: int, seed: int) -> list[list
 
 
 def collate(examples: Sequence[Example]) -> dict:
-    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels, tensors of int64; and `packed`.
+    """A batch padded on the left: (rows, longest) input_ids, attention_mask and labels, tensors of int64.
 
-    `packed` is the same batch without padding, with common beginnings once.
+    And what the loss is computed from (`add_packed`).
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
-
-    from qlora.model import packing
 
     def pad(rows: list[array], value: int) -> torch.Tensor:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
-    batch = {
-        # The mask hides the padding, so any id serves there.
-        "input_ids": pad([example.input_ids for example in examples], 0),
-        "attention_mask": pad([array(INT32, [1]) * len(example.input_ids) for example in examples], 0),
-        "labels": pad([example.labels for example in examples], IGNORED),
-    }
-    return batch | {"packed": packing.pack(batch["input_ids"], batch["attention_mask"])}
+    return add_packed(
+        {
+            # The mask hides the padding, so any id serves there.
+            "input_ids": pad([example.input_ids for example in examples], 0),
+            "attention_mask": pad([array(INT32, [1]) * len(example.input_ids) for example in examples], 0),
+            "labels": pad([example.labels for example in examples], IGNORED),
+        }
+    )
+
+
+def add_packed(padded: dict) -> dict:
+    """The padded batch, and `packed`: without padding, with common beginnings once; `targets`: the labels that are
+    trained, row by row; and `places`: where in the packed batch the model predicts them.
+    """
+    from qlora.model import packing
+
+    labels = padded["labels"]
+    packed = packing.pack(padded["input_ids"], padded["attention_mask"])
+    # A token is predicted one position earlier.
+    places = packed.index[:, :-1][labels[:, 1:] != IGNORED]
+    return padded | {"packed": packed, "targets": labels[labels != IGNORED], "places": places}
 
 
 def split_rows(inputs: dict, parts: int) -> list[dict]:
     """A collated batch in `parts` of about as many rows each, on the same device."""
-    from qlora.model import packing
-
-    labels, tensors = inputs["labels"], [name for name in inputs if name != "packed"]
-    size, found = math.ceil(len(labels) / parts), []
-    for at in range(0, len(labels), size):
-        part = {name: inputs[name][at : at + size] for name in tensors}
-        packed = packing.pack(part["input_ids"].cpu(), part["attention_mask"].cpu())
-        found.append(part | {"packed": packed.to(labels.device)})
+    device, size = inputs["labels"].device, math.ceil(len(inputs["labels"]) / parts)
+    padded = {name: inputs[name].cpu() for name in ("input_ids", "attention_mask", "labels")}
+    found = []
+    for at in range(0, len(padded["labels"]), size):
+        part = add_packed({name: tensor[at : at + size] for name, tensor in padded.items()})
+        found.append({name: value.to(device) for name, value in part.items()})
     return found
 
 

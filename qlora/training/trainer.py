@@ -61,15 +61,24 @@ def label_logits(model, inputs: dict) -> torch.Tensor:
     The head, a third of the work of a small Llama, runs over the labelled positions only.
     """
     batch = inputs["packed"]
-    labelled = inputs["labels"] != IGNORED
     return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=torch.empty(1, 1, 1, 1),  # any of four dimensions: no mask is made
-        pieces=batch.pieces,
-        logits_to_keep=batch.index[:, :-1][labelled[:, 1:]],  # a token is predicted one position earlier
+        packed=batch,
+        logits_to_keep=inputs["places"],
         use_cache=False,
     ).logits[0]
+
+
+def response_loss(model, inputs: dict, items: int | None = None) -> torch.Tensor:
+    """Summed cross-entropy of the labelled tokens over `items` (default: their number).
+
+    On a GPU the CPU does not wait for it: shapes depend on nothing that only the GPU knows.
+    """
+    targets = inputs["targets"]
+    loss = torch.nn.functional.cross_entropy(label_logits(model, inputs).float(), targets, reduction="sum")
+    return loss / (items if items is not None else len(targets))
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -77,12 +86,6 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     labelled = labels != IGNORED
     losses = torch.nn.functional.cross_entropy(logits.float(), labels[labelled], reduction="none")
     return torch.zeros(labels.shape, device=labels.device).masked_scatter(labelled, losses)
-
-
-def response_loss(model, inputs: dict, items: int | None = None) -> torch.Tensor:
-    """Summed cross-entropy of the labelled tokens over `items` (default: their number)."""
-    losses = token_losses(label_logits(model, inputs), inputs["labels"])
-    return losses.sum() / (items if items is not None else (inputs["labels"] != IGNORED).sum())
 
 
 def score_rows(logits: torch.Tensor, labels: torch.Tensor, refusal: list[int]) -> torch.Tensor:
@@ -162,8 +165,8 @@ class ResponseTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = response_loss(model, inputs, num_items_in_batch) * settings.process_count()  # DDP takes the mean
         progress, count = self.progress, settings.process_count()
-        progress.useful_tokens += int(inputs["attention_mask"].sum()) * count
-        progress.labelled_tokens += int((inputs["labels"] != IGNORED).sum()) * count
+        progress.useful_tokens += inputs["packed"].useful * count
+        progress.labelled_tokens += len(inputs["targets"]) * count
         progress.computed_tokens += inputs["packed"].input_ids.numel() * count
         return (loss, None) if return_outputs else loss
 
