@@ -83,7 +83,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """The exit code of `main(argv)`: 0 done, 2 the user's mistakes, 1 a failed run (both printed), 130 interrupted.
 
     A reader of stdout that goes away, such as `head`, is 1 as well, and so is a full disk. A file that cannot be read
-    or written is the user's mistake. Other exceptions are our own mistakes: they pass through, with their traceback.
+    or written is the user's mistake, and so is a lack of memory. Other exceptions are our own mistakes: they pass
+    through, with their traceback.
     """
     with contextlib.suppress(AttributeError):  # a notebook's stdout takes everything
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of ending the answer
@@ -103,7 +104,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         note("Stopped.")
         return 130
     except Exception as error:
-        if not (problem := explain_file(error)):
+        if not (problem := explain_memory(error) or explain_file(error)):
             raise
         print_problems((problem,))
         return RUN_FAILED if is_disk_full(error) else USER_MISTAKE
@@ -115,6 +116,23 @@ def is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or any(
         word in str(error) for word in words
     )
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
+    if not isinstance(error, RuntimeError | MemoryError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "std::bad_alloc" in str(error)
+
+
+def explain_memory(error: Exception) -> Problem | None:
+    """The problem behind a failed allocation; None for any other error."""
+    if not ran_out_of_memory(error):
+        return None
+    fix = "end other processes, or take less at a time: --batch-size, --max-length, --top-k, a smaller base model"
+    return Problem("out of memory", shorten_text(str(error)) or "this machine", fix)
 
 
 def explain_file(error: Exception) -> Problem | None:

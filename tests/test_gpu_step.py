@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu_memory
 from benchmarks.gpu_memory import LLAMAS, Step, count_step, make_model, make_rows, pretended_gpu, to_meta
-from qlora import machine, settings
+from qlora import console, machine, presets, settings
 from qlora.console import UserError
 from qlora.model import base_model, lean_layers
 from qlora.training import costs, trainer
@@ -199,6 +199,12 @@ def test_segments_of_gpu_memory_grow(monkeypatch):
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
+def test_a_gpu_takes_the_preset_of_the_mission(monkeypatch):
+    pretend_card(monkeypatch)
+    monkeypatch.setenv("QLORA_PRESET", "")
+    assert presets.choose_preset(None) == "llama2-7b"
+
+
 # ------------------------------------------------------------------------------- memory
 
 
@@ -236,6 +242,26 @@ def test_a_card_that_is_too_small_is_told_with_what_fits(plan, free, told, monke
 def test_the_cpu_is_not_held_to_the_gpu_s_memory(plan, monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 1e9)
     costs.check_gpu_memory(plan)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lack_of_memory_is_told_in_a_sentence(error, capsys):
+    def main(argv):
+        raise error
+
+    assert console.run(main, []) == 2
+    said = capsys.readouterr().err
+    assert "* out of memory - " in said and "--batch-size" in said and "Traceback" not in said
+    with pytest.raises(RuntimeError, match="something else"):
+        console.run(lambda argv: (_ for _ in ()).throw(RuntimeError("something else")), [])
 
 
 def test_packing_tells_flash_attention_where_queries_and_keys_begin():

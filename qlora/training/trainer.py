@@ -13,7 +13,6 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerState
@@ -191,16 +190,16 @@ class ResponseTrainer(SFTTrainer):
             self.progress = replace(progress)
 
     def halve(self, parts: list[dict], error: Exception) -> None:
-        """Doubles the number of parts. Raises other errors than a lack of memory, and RunError for a single row."""
-        if not ran_out_of_memory(error):
+        """Doubles the number of parts. Raises other errors than a lack of memory, and UserError for a single row."""
+        if not console.ran_out_of_memory(error):
             raise error
         rows = len(parts[0]["labels"])
         if rows == 1 or settings.process_count() > 1:
-            fix = "lower --batch-size or --max-length, or give --gradient-checkpointing on"
-            problem = console.Problem(f"out of memory with {rows} rows at a time", "training", fix)
-            raise console.RunError(problem) from error
+            fix = "add --resume --gradient-checkpointing on, or begin anew with a lower --batch-size or --max-length"
+            raise console.fail(f"out of memory with {say_rows(rows)} at a time", "training", fix) from error
         self.parts = 2 * len(parts)
-        console.note(f"Out of memory: {math.ceil(rows / 2)} rows at a time from here on, same effective batch")
+        fewer = say_rows(math.ceil(rows / 2))
+        console.note(f"Out of memory: {fewer} at a time from here on, same effective batch")
 
     def split(self, inputs: dict) -> list[dict]:
         """The batch in parts: on the CPU of AT_ONCE tokens at most, or of one row."""
@@ -367,6 +366,5 @@ def chunk(values: Sequence, size: int) -> list[Sequence]:
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "std::bad_alloc" in str(error)
+def say_rows(rows: int) -> str:
+    return f"{rows} row{'s' * (rows > 1)}"
