@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,24 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(words, tmp_
     assert train(*words, "--output", tmp_path / "hopeless") == 2
     assert "out of memory with 1 row at a time" in capsys.readouterr().err
     assert not (tmp_path / "hopeless").exists()
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_checkpointing(words, tmp_path, capsys, monkeypatch):
+    words = [*words, "--output", tmp_path / "mine", "--max-steps", 4, "--save-steps", 1]
+    real, steps = trainer.response_loss, []
+
+    def scarce(model, inputs, items):
+        steps.append(model.is_gradient_checkpointing)
+        if len(steps) > 2 and not steps[-1]:
+            raise MemoryError
+        return real(model, inputs, items)
+
+    monkeypatch.setattr(trainer, "response_loss", scarce)
+    assert train(*words, "--batch-size", 1) == 2
+    assert "add --resume --gradient-checkpointing on" in capsys.readouterr().err
+    assert train(*words, "--batch-size", 1, "--resume", "--gradient-checkpointing", "on") == 0
+    assert re.search("continuing from step [1-3] of 4", capsys.readouterr().err)
+    assert len(losses(tmp_path / "mine")) == 4 and steps[-1]
 
 
 BROKEN = {
