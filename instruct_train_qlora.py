@@ -96,7 +96,7 @@ def load_prompt(args):
 
 def load_and_filter(args):
     """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
-    loaded = load_rows(args.dataset, args.columns)
+    loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split)
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)
@@ -300,7 +300,9 @@ def check_finished(args, rows) -> None:
 
 
 def digest_rows(rows) -> str:
-    return hashlib.sha256("\n".join(json.dumps(asdict(row), sort_keys=True) for row in rows).encode()).hexdigest()
+    """The sha256 of the rows. Earlier turns count where there are some: runs of earlier versions knew none."""
+    cells = [{name: cell for name, cell in asdict(row).items() if cell or name != "turns"} for row in rows]
+    return hashlib.sha256("\n".join(json.dumps(each, sort_keys=True) for each in cells).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
@@ -341,7 +343,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
         },
         "quantisation": base_model.quantization_config(base_model.resolve_base_model(args.base_model)).to_diff_dict(),
         "dataset": {
-            "source": args.dataset,
+            "source": ", ".join(args.dataset),
             "sha256_of_rows": digest_rows(rows),
             "rows_kept": len(rows),
             "rows_dropped": {reason: found["rows"] for reason, found in report["rows"]["dropped"].items()},

@@ -9,8 +9,9 @@ from pathlib import Path
 from qlora import console, machine, presets, settings
 from qlora.model import adapter, base_model
 from qlora.training import checkpoints, export
+from qlora.training.row_files import SUFFIXES, kind_of
 from qlora.training.row_filters import Selection, keep_usable, read_selection
-from qlora.training.rows import BUILDERS, load_rows
+from qlora.training.rows import load_rows
 
 REPORTERS = ("tensorboard", "wandb", "trackio")
 
@@ -28,13 +29,14 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         if getattr(args, field.name, "") is None:
             setattr(args, field.name, getattr(preset, field.name))
     args.base_model = named or preset.base_model
+    args.dataset = [args.dataset] if isinstance(args.dataset, str) else args.dataset
     args.output = choose_output(args.output, args.base_model)
     args.alpha = args.alpha or 2 * args.rank
     args.columns = read_pairs(args.columns, "--columns", problems)
     if settings.launcher_failed():
         fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
         problems.add("one process was started instead of several", "accelerate launch", fix)
-    args.filter = args.filter or (list(preset.filters) if args.dataset == preset.dataset else [])
+    args.filter = args.filter or (list(preset.filters) if args.dataset == [preset.dataset] else [])
     with problems.collecting():
         choose_selection(args)
     check_inputs(args, problems)
@@ -73,9 +75,9 @@ def check_inputs(args, problems: console.Problems) -> None:
     if args.base_model != presets.EMBEDDED:
         with problems.collecting():
             base_model.resolve_base_model(args.base_model)
-    if problems.found and Path(args.dataset).suffix in BUILDERS:
+    if problems.found and all(kind_of(Path(source)) in SUFFIXES for source in args.dataset):
         with problems.collecting():  # the call is wrong anyway: report what is wrong with the rows as well
-            keep_usable(load_rows(args.dataset, args.columns))
+            keep_usable(load_rows(args.dataset, args.columns, args.train_on))
 
 
 def choose_output(flag: str | None, base: str) -> Path:
@@ -119,8 +121,17 @@ def add_dataset_flags(flag) -> None:
     """Which rows are trained on."""
     share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
     held_out = console.number(float, 0, 0.9, above=True)
-    flag("--dataset", metavar="ROWS", help="hub id, or .jsonl, .json, .csv or .parquet file (the preset's)")
-    flag("--columns", metavar="OURS=THEIRS", help="the dataset's names of our columns", **pairs)
+    kinds = "files, folders or globs of .jsonl, .json, .csv, .tsv or .parquet, also .gz; or a hub id (the preset's)"
+    flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
+    flag("--config", metavar="NAME", help="the configuration of a hub dataset")
+    flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
+    flag(
+        "--columns",
+        metavar="OURS=THEIRS",
+        help="the dataset's names of our columns (found out for usual ones)",
+        **pairs,
+    )
+    flag("--train-on", type=console.choice("last", "all"), default="last", help="answers of a conversation to train on")
     flag("--filter", metavar="COLUMN=A,B", help="only rows with these values; COLUMN!=A,B: without", **pairs)
     flag("--min-words", metavar="COLUMN=N", help="only rows with at least N words there", **pairs)
     flag("--max-words", metavar="COLUMN=N", help="only rows with at most N words there", **pairs)

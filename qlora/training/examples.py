@@ -70,8 +70,8 @@ def tokenize_rows(
 ) -> tuple[list[Example], dict[str, int]]:
     """Examples of at most `max_length` tokens, and the numbers of rows that were shortened or too long.
 
-    Only passages are shortened, the one with the answer last and around it. A row whose instruction
-    and response alone exceed `max_length` is left out.
+    Earlier turns are left out first, the oldest before others. Then passages are shortened, the one with the answer
+    last and around it. A row whose instruction and response alone exceed `max_length` is left out.
     """
     examples = []
     counts = {"shortened": 0, "too long": 0}
@@ -79,8 +79,13 @@ def tokenize_rows(
     for row in rows:
         group = groups.setdefault(row.passages, len(groups))
         instruction, response = defuse(tokenizer, row.instruction), defuse(tokenizer, row.response)
+        history = [{**turn, "content": defuse(tokenizer, turn["content"])} for turn in row.history]
         passages = [defuse(tokenizer, text) for text in row.passages]
-        input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
+        input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages, history), response)
+        is_long = len(input_ids) > max_length
+        while len(input_ids) > max_length and history:
+            history = history[2:]
+            input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages, history), response)
         if len(input_ids) > max_length and passages:
             trained = sum(label >= 0 for label in labels)
             gold = row.passages.index(row.context) if row.context in row.passages else None
@@ -88,7 +93,7 @@ def tokenize_rows(
             ask = partial(prompt.messages, instruction)
             passages = fit_passages(tokenizer, ask, passages, budget, last=gold, keep=answer_span(response))
             input_ids, labels = encode_row(tokenizer, prompt.messages(instruction, passages), response)
-            counts["shortened"] += len(input_ids) <= max_length
+        counts["shortened"] += is_long and len(input_ids) <= max_length
         if len(input_ids) > max_length:
             counts["too long"] += 1
         else:

@@ -1,0 +1,274 @@
+"""Files of rows, as people have them: JSON, JSON Lines, CSV and Parquet, each cell as it is written.
+
+    read_records("rows.jsonl")              # [Record({"instruction": "Who?", ...}, "rows.jsonl:1"), ...]
+    read_records("rows/*.csv")              # a folder, a glob, and gzip work as well
+
+Nothing is guessed: "2024-01-05" stays text, 3.50 stays 3.50, and a row of a CSV file that does not fit its header is a
+mistake with its line number. Nothing is cached either. Datasets of the hub come from `datasets`.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora.console import Problems, UserError, fail
+
+TABLES = {".csv": ",;|\t", ".tsv": "\t"}  # suffix -> delimiters, of which the header has one
+SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
+PACKED = ".gz"
+SHOWN = 5  # mistakes of one file that are reported
+MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+HUB = ("hf://datasets/", "hf://")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as its file has it, and where that is: `rows.csv:12`, or `rows.parquet, row 12`."""
+
+    cells: dict[str, object]
+    where: str
+
+
+def read_records(source: str, config: str | None = None, split: str = "train") -> list[Record]:
+    """All rows of a file, a folder of files, a glob, a saved dataset, or a dataset of the hub.
+
+    `config` and `split` choose a part of the last two. Raises UserError for what is not there or cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / "dataset_dict.json").is_file() | (path / "state.json").is_file():
+        records = read_saved(path, split)
+    elif files := find_files(path):
+        records = [record for file in files for record in read_file(file)]
+    elif kind_of(path) in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or set("*?[") & set(source):
+        raise fail("dataset file not found", source, "check the path")
+    else:
+        records = read_hub(source, config, split)
+    if not records:
+        raise fail("the dataset has no rows", source, "give a dataset with at least two rows")
+    return records
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, in lower case, without that of gzip."""
+    name = path.name.lower().removesuffix(PACKED)
+    return Path(name).suffix
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file, the files of the folder, or those that match the glob, in the order of their names.
+
+    Raises UserError for a folder without any, and for a file of another type.
+    """
+    known = ", ".join(SUFFIXES)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.is_file() and kind_of(file) in SUFFIXES)
+        if not found:
+            raise fail("no file of rows in the folder", str(path), f"put one there: {known}, also with {PACKED}")
+        return found
+    found = [path] if path.exists() else sorted(path.parent.glob(path.name)) if set("*?[") & set(path.name) else []
+    for file in found:
+        if not file.is_file():
+            raise fail("the dataset is not a file", str(file), "give a file")
+        if kind_of(file) not in SUFFIXES:
+            raise fail(f"unknown dataset type {kind_of(file) or '(none)'}", str(file), f"give one of {known}")
+    return found
+
+
+def read_file(path: Path) -> list[Record]:
+    """The rows of one file. Raises UserError for one that is not what its suffix says."""
+    kind = kind_of(path)
+    if kind == ".parquet":
+        return read_parquet(path)
+    text = read_text(path)
+    if kind in TABLES:
+        return read_table(path, text, TABLES[kind])
+    return read_json(path, text) if kind == ".json" else read_json_lines(path, text)
+
+
+def read_text(path: Path) -> str:
+    """The text, unpacked: UTF-8 with or without its mark, or UTF-16 with one. Raises UserError for any other."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(PACKED) else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise fail(f"damaged gzip file ({error})", str(path), "pack it again") from error
+    try:
+        return content.decode(MARKS.get(content[:2], "utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        fix = "save it as UTF-8 (iconv -f cp1252 -t utf-8, if it comes from Windows)"
+        raise fail(f"not UTF-8 (byte {content[error.start]:#04x})", f"{path}:{line}", fix) from error
+
+
+# ------------------------------------------------------------------------------- JSON
+
+
+def read_json_lines(path: Path, text: str) -> list[Record]:
+    """One object per line. Raises UserError that names every line (the first five) that is none."""
+    problems, records = Problems(), []
+    # Not splitlines: it also splits at U+2028 and others, which JSON may have inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip() and len(problems.found) < SHOWN:
+            with problems.collecting():
+                records.append(as_record(parse(line, f"{path}:{number}"), f"{path}:{number}"))
+    problems.raise_if_any()
+    return records
+
+
+def read_json(path: Path, text: str) -> list[Record]:
+    """A list of objects, alone or as `data`; columns as lists; one object; or JSON Lines in spite of the suffix."""
+    try:
+        whole = parse(text, str(path))
+    except UserError:
+        if text.lstrip().startswith("["):
+            raise
+        return read_json_lines(path, text)
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        whole = whole["data"]
+    elif isinstance(whole, dict) and (columns := columns_of(whole)):
+        whole = columns
+    rows = whole if isinstance(whole, list) else [whole]
+    problems, records = Problems(), []
+    for number, row in enumerate(rows, 1):
+        if len(problems.found) < SHOWN:
+            with problems.collecting():
+                records.append(as_record(row, f"{path}, row {number}"))
+    problems.raise_if_any()
+    return records
+
+
+def parse(text: str, where: str) -> object:
+    """The value of a JSON text, its numbers as they are written. Raises UserError for what is not JSON."""
+    try:
+        return json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise fail(f"not JSON ({error})", where, "fix or remove it") from error
+
+
+def columns_of(whole: dict) -> list[dict]:
+    """The rows of an object that has a list of cells per column; none for any other object."""
+    lists = [value for value in whole.values() if isinstance(value, list)]
+    if len(lists) < max(2, len(whole)) or len(set(map(len, lists))) != 1:
+        return []
+    return [dict(zip(whole, cells, strict=True)) for cells in zip(*lists, strict=True)]
+
+
+def as_record(row: object, where: str) -> Record:
+    """Raises UserError for what is not an object, and for half a surrogate pair, which no tokenizer takes."""
+    if not isinstance(row, dict):
+        fix = 'write one object per row: {"instruction": "...", "response": "..."}'
+        raise fail("not a JSON object", where, fix)
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise fail(f"{name} has half a surrogate pair ({half})", where, "write the whole character") from error
+    return Record(row, where)
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def read_table(path: Path, text: str, delimiters: str) -> list[Record]:
+    """The rows of a CSV file, every cell as text; its delimiter is the one that splits the header into most names.
+
+    Raises UserError for a header without names or with one twice, and for every row (the first five) that has more or
+    fewer cells than the header.
+    """
+    if not text.strip():
+        return []
+    first = text.split("\n", 1)[0]
+    if not first.strip():
+        raise fail("the first line is empty", f"{path}:1", "remove it: the first line names the columns")
+    delimiter = max(delimiters, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    problems, records = Problems(), []
+    try:
+        names = [name.strip() for name in next(reader)]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise fail(f"the header names {twice[0]} twice", f"{path}:1", "give every column a name of its own")
+        for cells, line in number_lines(reader):
+            if cells and len(cells) != len(names):
+                what = f"{len(cells)} cells below {len(names)} names"
+                problems.add(what, f"{path}:{line}", f"put cells that contain {delimiter!r} in quotes")
+                if len(problems.found) == SHOWN:
+                    break
+            elif any(cells):
+                records.append(Record(dict(zip(names, cells, strict=True)), f"{path}:{line}"))
+    except csv.Error as error:
+        raise fail(f"unreadable dataset ({error})", f"{path}:{reader.line_num}", "close its quotes") from error
+    problems.raise_if_any()
+    return records
+
+
+def number_lines(reader) -> Iterator[tuple[list[str], int]]:
+    """The rows of a CSV reader, each with the number of its first line."""
+    while True:
+        line = reader.line_num + 1
+        cells = next(reader, None)
+        if cells is None:
+            return
+        yield cells, line
+
+
+def read_parquet(path: Path) -> list[Record]:
+    """The rows of a Parquet file, with its lists and structs."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        cause = str(error).splitlines()[0]
+        raise fail(f"unreadable dataset ({cause})", str(path), "write it again as Parquet") from error
+    return number_rows(rows, str(path))
+
+
+# ------------------------------------------------------------------------------- datasets
+
+
+def read_saved(path: Path, split: str) -> list[Record]:
+    """The rows that `save_to_disk` of `datasets` wrote."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise fail(f"unreadable dataset ({error})", str(path), "save it again with save_to_disk") from error
+    if isinstance(saved, datasets.DatasetDict):
+        check_split(split, list(saved), str(path))
+        saved = saved[split]
+    return number_rows(saved, str(path))
+
+
+def check_split(split: str, present: Sequence[str], source: str) -> None:
+    if split not in present:
+        raise fail(f"the dataset has no split {split}", source, f"give --split {' or '.join(present)}")
+
+
+def read_hub(source: str, config: str | None, split: str) -> list[Record]:
+    """The rows of a split of a hub dataset."""
+    import datasets
+
+    name = source
+    for prefix in HUB:
+        name = name.removeprefix(prefix)
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:  # DatasetNotFoundError, also of a gated dataset, is an OSError
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        fix = "check the name and the network (gated? set HF_TOKEN), --split and --config; or give a file of rows"
+        raise fail(f"dataset {name} cannot be loaded ({said})", "--dataset", fix) from error
+    return number_rows(rows, name)
+
+
+def number_rows(rows, source: str) -> list[Record]:
+    return [Record(row, f"{source}, row {number}") for number, row in zip(itertools.count(1), rows, strict=False)]
