@@ -10,6 +10,7 @@ Every row becomes context / instruction / response in the base model's own chat 
 Precedence: flag > environment > .env > preset or default.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib.metadata
@@ -24,13 +25,13 @@ from pathlib import Path
 
 from qlora import console, machine, presets, settings
 from qlora.cli.training_flags import build_parser, choose_selection, resolve_arguments
-from qlora.model import adapter, base_model
+from qlora.model import adapter, base_model, parent
 from qlora.model.fingerprint import fingerprint_model
 from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
-from qlora.training.row_filters import drop_leaked, hold_out, keep_usable
+from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows
 from qlora.training.rows import load_rows
 
 CHOSEN = ("preset", "base_model", "dataset", "output")
@@ -90,8 +91,18 @@ def load_prompt(args):
 
     source = base_model.resolve_base_model(args.base_model)
     base_model.check_trainable(source, args.max_length)
-    tokenizer = base_model.load_tokenizer(source)
+    start = read_start(args)
+    has_tokenizer = start and (start.folder / "tokenizer_config.json").is_file()
+    tokenizer = base_model.load_tokenizer(str(start.folder) if has_tokenizer else source)
+    if start and start.prompt:
+        tokenizer.chat_template = start.prompt.chat_template
+        return tokenizer, start.prompt
     return tokenizer, choose_prompt(tokenizer)
+
+
+def read_start(args):
+    """The adapter to train further; None for a new one."""
+    return parent.read_parent(args.start_from, args.base_model) if args.start_from else None
 
 
 def load_and_filter(args):
@@ -116,6 +127,7 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     """
     training, held_out = hold_out(rows, args.eval_share, args.seed)
     note_share(args, len(held_out), len(rows))
+    training = [*training, *draw_replay(args, len(training))]
     training, counts["leaked"] = drop_leaked(training, held_out)
     note_dropped(counts["leaked"])
 
@@ -129,6 +141,25 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     first = batch(count_rows(args, "training", training, encode(training, 0), counts), 0)
     epochs = Epochs(first, lambda epoch: batch(encode(training, epoch)[0], epoch))
     return epochs, count_rows(args, "held out", held_out, encode(held_out, 0), counts)
+
+
+def draw_replay(args, count: int) -> list:
+    """Rows that the adapter to start from was trained on, beside `count` new ones.
+
+    Raises UserError when they are not there any more.
+    """
+    if not args.replay:
+        return []
+    start = read_start(args)
+    before = argparse.Namespace(**{**vars(args), **start.run["arguments"]})
+    rows, _ = load_and_filter(before)
+    if digest_rows(rows) != start.run["dataset"]["sha256_of_rows"]:
+        what = f"the rows of {args.start_from} were changed ({start.run['dataset']['source']})"
+        raise console.fail(what, "--replay", "put them back, or leave --replay out")
+    trained, _ = hold_out(rows, before.eval_share, before.seed)
+    drawn = sample_rows(trained, round(args.replay / (1 - args.replay) * count), args.seed)
+    console.note(f"{len(drawn)} rows of {args.start_from} are mixed in")
+    return drawn
 
 
 def note_share(args, held_out: int, rows: int) -> None:
@@ -222,6 +253,9 @@ def load_model(args):
     source = base_model.resolve_base_model(args.base_model)
     base = base_model.load_base_model(source, training=True, keep=not args.no_cache)
     model = add_lora(base, choose_lora(args), args.seed)
+    if start := read_start(args):
+        parent.load_weights(model, start)
+        console.note(f"goes on from {args.start_from}, rank {start.lora.rank}")
     suggest_all_gpus()
     trainable, packed, total = lora.count_parameters(model)
     weights = f"{total / 1e6:,.0f} M weights, {packed / 1e6:,.0f} M of them in 4-bit NF4"
@@ -259,6 +293,8 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)
     run.accelerator.wait_for_everyone()
     result = training_run.train(run, checkpoints.last_checkpoint(partial))
+    if args.start_from and result and result["eval_loss_after"] > result["eval_loss_before"]:
+        console.note(f"{args.start_from} is better on these rows: lower --learning-rate, or give fewer --epochs")
     memory = {"peak_memory": training_run.peak_memory(), "gradient_checkpointing": schedule.checkpointing}
     return {**result, **memory}
 
@@ -271,6 +307,7 @@ def describe_start(args, training, held_out) -> dict:
     return {
         "arguments": decisive(jsonable(vars(args))),
         "sha256 of rows": rows,
+        **({"start from": start.line[0]["sha256_of_weights"]} if (start := read_start(args)) else {}),
         "base model": fingerprint_model(base_model.resolve_base_model(args.base_model)),
         "processes": settings.process_count(),
         "precision": str(machine.compute_dtype()),
@@ -351,6 +388,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
         },
+        "parents": start.line if (start := read_start(args)) else [],
         "arguments": jsonable(vars(args)),
         "result": result,
         "versions": library_versions(),

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from qlora import console, machine, presets, settings
 from qlora.model import adapter, base_model
+from qlora.model.lora import Lora
+from qlora.model.parent import Parent, grow, read_parent
 from qlora.training import checkpoints, export
 from qlora.training.row_files import SUFFIXES, kind_of
 from qlora.training.row_filters import Selection, keep_usable, read_selection
 from qlora.training.rows import load_rows
 
 REPORTERS = ("tensorboard", "wandb", "trackio")
+RANK, TARGETS = 16, "all-linear"
 
 
 def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...]) -> argparse.Namespace:
@@ -28,10 +31,14 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     for field in fields(preset):
         if getattr(args, field.name, "") is None:
             setattr(args, field.name, getattr(preset, field.name))
-    args.base_model = named or preset.base_model
+    parent = None
+    if args.start_from:
+        with problems.collecting():
+            parent = read_parent(args.start_from, named)
+    args.base_model = named or (parent.base_model if parent else preset.base_model)
     args.dataset = [args.dataset] if isinstance(args.dataset, str) else args.dataset
     args.output = choose_output(args.output, args.base_model)
-    args.alpha = args.alpha or 2 * args.rank
+    choose_shape(args, parent, problems)
     args.columns = read_pairs(args.columns, "--columns", problems)
     if settings.launcher_failed():
         fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
@@ -42,6 +49,41 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     check_inputs(args, problems)
     problems.raise_if_any()
     return args
+
+
+def choose_shape(args, parent: Parent | None, problems: console.Problems) -> None:
+    """Resolves rank, alpha and layers: those of the adapter that is trained further, or the flags and defaults.
+
+    Adds a problem for a flag that contradicts the adapter; its rank may grow.
+    """
+    if not parent:
+        args.rank = args.rank or RANK
+        args.alpha, args.target_modules = args.alpha or 2 * args.rank, args.target_modules or TARGETS
+        if args.replay:
+            problems.add("--replay without an adapter to start from", "command line", "add --start-from")
+        return
+    lora, fix = parent.lora, "leave it out: the adapter's shape is kept"
+    if args.rank and args.rank < lora.rank:
+        problems.add(f"the rank of {parent.name} is {lora.rank}", f"--rank {args.rank}", "give no lower one")
+    lora = grow(lora, max(args.rank or 0, lora.rank))
+    for flag, given, kept in (
+        ("--alpha", args.alpha, lora.alpha),
+        ("--target-modules", args.target_modules and sorted(args.target_modules), sorted_layers(lora)),
+        ("--rslora", args.rslora, lora.rslora),
+        ("--dora", args.dora, lora.dora),
+    ):
+        if given and given != kept:
+            problems.add(f"{parent.name} has {kept}", f"{flag} {given}", fix)
+    args.rank, args.alpha, args.target_modules = lora.rank, lora.alpha, sorted_layers(lora)
+    args.rslora, args.dora = lora.rslora, lora.dora
+    if args.replay and not parent.run:
+        problems.add(f"nothing says which rows {parent.name} was trained on", "--replay", "leave it out")
+    if args.output.resolve() == parent.folder.resolve():
+        problems.add("the output is the adapter to start from", str(args.output), "give another --output")
+
+
+def sorted_layers(lora: Lora) -> str | list[str]:
+    return lora.targets if isinstance(lora.targets, str) else sorted(lora.targets)
 
 
 def choose_selection(args) -> Selection:
@@ -142,6 +184,8 @@ def add_dataset_flags(flag) -> None:
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document")
     flag("--distractors", type=console.number(int, 0, 20), help="other passages per row, at most (the preset's)")
     flag("--gold-probability", type=share, help="share of rows with the right passage (the preset's)")
+    replay = "share of the rows that are drawn from those of --start-from, against forgetting"
+    flag("--replay", type=console.number(float, 0, 0.9), default=0.0, help=replay)
     flag("--max-length", type=console.number(int, 64, 10**6), help="tokens per row, at most (the preset's)")
 
 
@@ -150,10 +194,11 @@ def add_model_flags(flag) -> None:
     choice = console.choice("auto", "on", "off")
     flag("--base-model", metavar="MODEL", help="hub id or folder of a Llama-family model (the preset's)")
     flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
-    flag("--rank", type=console.number(int, 1, 4096), default=16, help="LoRA rank")
+    flag("--start-from", metavar="ADAPTER", help="train a saved adapter further: a folder, or a hub id")
+    flag("--rank", type=console.number(int, 1, 4096), help=f"LoRA rank ({RANK}, or that of --start-from)")
     flag("--alpha", type=console.number(int, 1, 10**6), help="LoRA alpha (twice the rank)")
     flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout")
-    flag("--target-modules", nargs="+", metavar="LAYER", default="all-linear", help="layers to adapt")
+    flag("--target-modules", nargs="+", metavar="LAYER", help=f"layers to adapt ({TARGETS})")
     flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
     flag("--dora", action="store_true", help="also train magnitudes: slower, sometimes better at low ranks")
     text = "recompute activations: less memory, slower; auto: where they would not fit"
