@@ -117,7 +117,7 @@ def test_flags_that_contradict_the_adapter_are_told_together(parent, words, tmp_
 BROKEN = {
     "no adapter there": lambda folder: (folder / "adapter_config.json").unlink(),
     "incomplete adapter": lambda folder: (folder / WEIGHTS).unlink(),
-    "pickled": lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
+    "in a .bin file": lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
     "damaged adapter": lambda folder: (folder / "adapter_config.json").write_text("{"),
     "the adapter is LOHA, not LoRA": lambda folder: change(folder / "adapter_config.json", peft_type="LOHA"),
     "the adapter has modules_to_save": lambda folder: change(

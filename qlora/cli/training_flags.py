@@ -163,7 +163,7 @@ def add_dataset_flags(flag) -> None:
     """Which rows are trained on."""
     share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
     held_out = console.number(float, 0, 0.9, above=True)
-    kinds = "files, folders or globs of .jsonl, .json, .csv, .tsv or .parquet, also .gz; or a hub id (the preset's)"
+    kinds = "files (.jsonl, .json, .csv, .parquet), folders, or a hub id (the preset's)"
     flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
@@ -184,7 +184,7 @@ def add_dataset_flags(flag) -> None:
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document")
     flag("--distractors", type=console.number(int, 0, 20), help="other passages per row, at most (the preset's)")
     flag("--gold-probability", type=share, help="share of rows with the right passage (the preset's)")
-    replay = "share of the rows that are drawn from those of --start-from, against forgetting"
+    replay = "share of rows of --start-from that are mixed in"
     flag("--replay", type=console.number(float, 0, 0.9), default=0.0, help=replay)
     flag("--max-length", type=console.number(int, 64, 10**6), help="tokens per row, at most (the preset's)")
 
@@ -201,7 +201,7 @@ def add_model_flags(flag) -> None:
     flag("--target-modules", nargs="+", metavar="LAYER", help=f"layers to adapt ({TARGETS})")
     flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
     flag("--dora", action="store_true", help="also train magnitudes: slower, sometimes better at low ranks")
-    text = "recompute activations: less memory, slower; auto: where they would not fit"
+    text = "recompute activations: less memory, slower"
     flag("--gradient-checkpointing", type=choice, default="auto", help=text)
 
 
