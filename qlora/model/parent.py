@@ -54,10 +54,10 @@ def read_parent(name: str, base_model: str | None = None) -> Parent:
     if not (folder / CONFIG).is_file():
         raise fail(f"no adapter there ({CONFIG} is missing)", name, "give a folder that training wrote, or a hub id")
     if not (folder / WEIGHTS).is_file():
-        pickled = (
+        unsafe = (
             "its weights are in a .bin file, which may hold code" if (folder / "adapter_model.bin").is_file() else ""
         )
-        what = pickled or f"incomplete adapter: {WEIGHTS} missing"
+        what = unsafe or f"incomplete adapter: {WEIGHTS} missing"
         raise fail(what, name, "load it with PEFT where you trust it, and save_pretrained it again")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
