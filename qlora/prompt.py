@@ -32,6 +32,7 @@ LLAMA2_TEMPLATE = (
     "{{ message['content'].strip() + ' [/INST]' }}{% endif %}"
     "{% endfor %}"
 )
+EARLIER = [{"role": "user", "content": "EARLIER"}, {"role": "assistant", "content": "REPLY"}]
 CONTROL_TEXT = r"<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|###(?= *(?:Context|Instruction|Response):)"
 
 
@@ -49,11 +50,15 @@ class Prompt:
     refusal: str = "I don't know."
     chat_template: str = LLAMA2_TEMPLATE
     schema: int = SCHEMA
+    rules_in_question: bool = False  # the template has no system role (Gemma): the first question begins with the rules
 
     @property
     def digest(self) -> str:
         """sha256 of all texts: prompts with equal digests are equal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        texts = asdict(self)
+        if not self.rules_in_question:  # which earlier versions did not know
+            del texts["rules_in_question"]
+        return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
     def messages(self, instruction: str, passages: Sequence[str] = (), history: Sequence[dict] = ()) -> list[dict]:
         """System, user and earlier turns as role/content messages; the texts must be harmless already."""
@@ -62,7 +67,10 @@ class Prompt:
         else:
             user = self.closed_book_context.format(instruction=instruction)
         rules = self.rules if passages else self.closed_book_rules
-        return [{"role": "system", "content": rules}, *history, {"role": "user", "content": user}]
+        turns = [*history, {"role": "user", "content": user}]
+        if self.rules_in_question:
+            return [{**turns[0], "content": f"{rules}\n\n{turns[0]['content']}"}, *turns[1:]]
+        return [{"role": "system", "content": rules}, *turns]
 
 
 def as_langchain(messages: list[dict]):
@@ -76,18 +84,35 @@ def as_langchain(messages: list[dict]):
 def choose_prompt(tokenizer) -> Prompt:
     """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models).
 
-    The tokenizer uses that template from here on. Raises UserError when it does not take a system message.
+    The tokenizer uses that template from here on, and ends a response with the token that ends a turn there. Raises
+    UserError for a template that takes no question or loses one.
     """
     from jinja2 import TemplateError
 
-    prompt = Prompt(chat_template=tokenizer.chat_template or LLAMA2_TEMPLATE)
-    tokenizer.chat_template = prompt.chat_template
-    try:
-        encode_prompt(tokenizer, prompt.messages("?"))
-    except TemplateError as error:
-        fix = "use a base model whose chat template takes system messages"
-        raise fail(f"the chat template refuses our messages ({error})", "--base-model", fix) from error
-    return prompt
+    template = tokenizer.chat_template or LLAMA2_TEMPLATE
+    tokenizer.chat_template, refused = template, ""
+    for rules_in_question in (False, True):
+        prompt = Prompt(chat_template=template, rules_in_question=rules_in_question)
+        try:
+            shown = show_prompt(tokenizer, prompt.messages("QUESTION", ["PASSAGE"], EARLIER))
+        except TemplateError as error:
+            refused = refused or str(error)
+            continue
+        places = [shown.find(text) for text in (prompt.rules, "EARLIER", "REPLY", "PASSAGE", "QUESTION")]
+        if -1 not in places and places == sorted(places):
+            tokenizer.eos_token = find_turn_end(tokenizer)
+            return prompt
+    what = f"the chat template {f'refuses our messages ({refused})' if refused else 'loses or moves messages'}"
+    raise fail(what, "--base-model", "use a base model whose chat template keeps questions and answers in their order")
+
+
+def find_turn_end(tokenizer) -> str:
+    """The special token after an answer in the chat template (Gemma: <end_of_turn>), else the tokenizer's EOS."""
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "REPLY"}]
+    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("REPLY")[2]
+    added = (tokenizer.convert_ids_to_tokens(n) for n in tokenizer(rest, add_special_tokens=False).input_ids)
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
+    return next((token for token in added if token in special), tokenizer.eos_token)
 
 
 def number_passages(passages: Sequence[str]) -> str:
@@ -96,8 +121,12 @@ def number_passages(passages: Sequence[str]) -> str:
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids that end where the response begins; the template itself writes BOS, once."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(show_prompt(tokenizer, messages), add_special_tokens=False).input_ids
+
+
+def show_prompt(tokenizer, messages: list[dict]) -> str:
+    """The prompt as text. Models that can think aloud first (Qwen3, SmolLM3) do not."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def encode_row(tokenizer, messages: list[dict], response: str) -> tuple[list[int], list[int]]:

@@ -91,7 +91,7 @@ class Generator(BaseChatModel):
         if self.temperature > 0:
             torch.manual_seed(self.seed)
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        end = self.tokenizer.eos_token_id
+        ends = self.end_tokens()
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         with torch.inference_mode():
             output = self.model.generate(
@@ -101,10 +101,15 @@ class Generator(BaseChatModel):
                 max_new_tokens=self.max_new_tokens,
                 repetition_penalty=self.repetition_penalty,
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=end,
+                eos_token_id=ends,
             )
         made = [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
-        return [ids[: ids.index(end) + 1] if end in ids else ids for ids in made]
+        return [ids[: next((n + 1 for n, token in enumerate(ids) if token in ends), len(ids))] for ids in made]
+
+    def end_tokens(self) -> list[int]:
+        """The tokens that end an answer: what training ends one with, and what the model itself knows (Llama-3)."""
+        known = self.model.generation_config.eos_token_id
+        return sorted({self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None})
 
     def bias_first(self, start: int) -> Callable:
         """A logits processor that adds `first_bias` where answers begin, after `start` tokens."""

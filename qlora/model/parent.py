@@ -47,7 +47,8 @@ class Parent:
 def read_parent(name: str, base_model: str | None = None) -> Parent:
     """The adapter in a folder or on the hub. Raises UserError for one that cannot be trained further:
 
-    files missing or damaged, weights in a .bin file, not LoRA, parts that this script does not train, or another base model.
+    files missing or damaged, weights in a .bin file, not LoRA, parts that this script does not train, or another base
+    model.
     """
     folder = Path(name).expanduser()
     folder = folder if folder.exists() or name.startswith((".", "/", "~")) else fetch(name)

@@ -1,0 +1,242 @@
+"""Base models that people have: random tiny models of their architectures, with tokenizers and templates like theirs.
+
+For each: packed losses and gradients, the prompt, the end of an answer, and an adapter that plain PEFT answers with.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from conftest import QUICK, sample_rows, train
+from test_packing import BATCHES, gradients
+
+from qlora.console import UserError
+from qlora.model import base_model, lean_layers, packing
+from qlora.prompt import IGNORED, choose_prompt, encode_prompt, encode_row
+from qlora.training import trainer
+from qlora.training.examples import collate
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+
+LOOP = "{% for message in messages %}"
+CHATML = LOOP + "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+CHATML += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+THINKING = "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+THINKING = CHATML + THINKING + "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+LLAMA3 = "{{ bos_token }}" + LOOP + "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+LLAMA3 += "{{ message.content + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+LLAMA3 += "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}{% elif message.role == 'user' %}"
+)
+MISTRAL += "{{ '[INST] ' }}{% if messages[0].role == 'system' and loop.index0 == 1 %}{{ messages[0].content + '\n\n' }}"
+MISTRAL += "{% endif %}{{ message.content + '[/INST]' }}{% else %}{{ ' ' + message.content + eos_token }}{% endif %}"
+MISTRAL += "{% endfor %}"
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+)
+GEMMA += LOOP + "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+GEMMA += "{{ message.content + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}"
+GEMMA += "{{ '<start_of_turn>model\n' }}{% endif %}"
+PHI3 = LOOP + "{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{% endfor %}"
+PHI3 += "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture, its special tokens (BOS or none, EOS, others), its template, and the token that ends a turn."""
+
+    config: type
+    template: str
+    bos: str | None
+    eos: str
+    end: str
+    others: tuple[str, ...] = ()
+    options: dict = field(default_factory=dict)
+
+
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+FAMILIES = {
+    "llama-3": Family(
+        transformers.LlamaConfig,
+        LLAMA3,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        {"rope_parameters": LLAMA3_ROPE},
+    ),
+    "qwen2": Family(transformers.Qwen2Config, CHATML, None, "<|im_end|>", "<|im_end|>", CHAT_TOKENS),
+    "qwen3": Family(
+        transformers.Qwen3Config, THINKING, None, "<|im_end|>", "<|im_end|>", CHAT_TOKENS, {"head_dim": 16}
+    ),
+    "mistral": Family(
+        transformers.MistralConfig, MISTRAL, "<s>", "</s>", "</s>", ("[INST]", "[/INST]"), {"sliding_window": 2048}
+    ),
+    "gemma": Family(
+        transformers.GemmaConfig,
+        GEMMA,
+        "<bos>",
+        "<eos>",
+        "<end_of_turn>",
+        ("<start_of_turn>", "<end_of_turn>"),
+        {"head_dim": 16},
+    ),
+    "gemma-3": Family(
+        transformers.Gemma3TextConfig,
+        GEMMA,
+        "<bos>",
+        "<eos>",
+        "<end_of_turn>",
+        ("<start_of_turn>", "<end_of_turn>"),
+        {"head_dim": 16, "sliding_window": 1024},
+    ),
+    "phi-3": Family(
+        transformers.Phi3Config,
+        PHI3,
+        None,
+        "<|endoftext|>",
+        "<|end|>",
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+    "smollm3": Family(transformers.SmolLM3Config, THINKING, None, "<|im_end|>", "<|im_end|>", CHAT_TOKENS),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+    """The family and a folder with its random model."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("bases") / request.param
+    tokenizer = make_tokenizer(family)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    config = family.config(**SIZES, **family.options, **ids, vocab_size=len(tokenizer))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return family, folder
+
+
+def make_tokenizer(family: Family):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys(filter(None, (family.bos, family.eos, *family.others))))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learn = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([row["context"] for row in sample_rows()[::9]], learn)
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos, model_max_length=2048
+    )
+    made.chat_template = family.template
+    return made
+
+
+def test_packed_losses_and_gradients_are_those_of_row_by_row(made):
+    _, folder = made
+    packing.register_attention()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    packed = copy.deepcopy(plain)
+    packed.set_attn_implementation(packing.ATTENTION)
+    lean_layers.make_lean(packed)
+    expected = 0.0
+    for row in BATCHES["passages in common"]:
+        ids, labels = torch.tensor([row.input_ids.tolist()]), torch.tensor([row.labels.tolist()])
+        expected = expected + plain.train()(input_ids=ids, labels=labels).loss * (labels != IGNORED).sum()
+    wanted = gradients(plain, expected)
+    loss = trainer.response_loss(packed.train(), collate(BATCHES["passages in common"]), 1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found = gradients(packed, loss)
+    assert found.keys() == wanted.keys() and len(found) >= 15
+    for name, gradient in wanted.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5 * max(1.0, gradient.abs().max().item())), name
+
+
+def test_the_prompt_begins_the_row_and_the_turn_ends_with_its_own_token(made):
+    family, folder = made
+    tokenizer = base_model.load_tokenizer(str(folder))
+    prompt = choose_prompt(tokenizer)
+    assert tokenizer.eos_token == family.end and tokenizer.pad_token
+    history = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+    messages = prompt.messages("Who signs?", ["The bosun signs."], history)
+    ids, labels = encode_row(tokenizer, messages, "The bosun. [1]")
+    start = encode_prompt(tokenizer, messages)
+    assert ids[: len(start)] == start and labels[: len(start)] == [IGNORED] * len(start)
+    assert labels[len(start) :] == ids[len(start) :] and ids[-1] == tokenizer.convert_tokens_to_ids(family.end)
+    assert ids.count(tokenizer.bos_token_id) == (1 if family.bos else 0)
+    shown = tokenizer.decode(ids)
+    order = [
+        shown.find(text) for text in (prompt.rules, "Hi?", "Hello.", "The bosun signs.", "Who signs?", "The bosun. [1]")
+    ]
+    assert -1 not in order and order == sorted(order)
+    assert ("</think>" in shown) == (family.template == THINKING)
+    assert prompt.rules_in_question == (family.template == GEMMA)
+
+
+@pytest.fixture(scope="module")
+def trained(made, rows_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / made[1].name
+    words = "--base-model", made[1], "--dataset", rows_file, "--output", folder, "--learning-rate", 0.005
+    assert train(*[word for word in QUICK if word != 0.02 and word != "--learning-rate"], *words) == 0
+    return folder
+
+
+def test_it_is_trained_and_plain_peft_answers_the_same(made, trained):
+    from peft import PeftModel
+
+    from qlora.answering.generator import Generator
+    from qlora.model import adapter
+
+    family, folder = made
+    read = adapter.read_adapter(trained)
+    tokenizer = base_model.load_tokenizer(str(trained))
+    assert (
+        tokenizer.eos_token == family.end
+        and read.prompt.digest == json.loads((trained / "prompt.json").read_text())["digest"]
+    )
+    result = read.run["result"]
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    prompt = encode_prompt(tokenizer, read.prompt.messages("Who signs form B7?", ["The bosun signs form B7."]))
+    ours = adapter.load_adapter(base_model.load_base_model(str(folder)), read)
+    lean_layers.make_lean(ours)
+    [answer] = Generator(model=ours, tokenizer=tokenizer, max_new_tokens=8).generate_ids([prompt])
+    plain = PeftModel.from_pretrained(base_model.load_base_model(str(folder)), str(trained)).eval()
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    wanted = plain.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+    assert answer[:4] == wanted[0, len(prompt) :].tolist()[:4]
+
+
+def test_an_answer_ends_at_every_end_that_the_model_knows(tiny_base):
+    """Llama-3's generation_config lists several."""
+    from qlora.answering.generator import Generator
+
+    model, tokenizer = base_model.load_base_model(str(tiny_base)), base_model.load_tokenizer(str(tiny_base))
+    generator = Generator(model=model, tokenizer=tokenizer, max_new_tokens=6)
+    [free] = generator.generate_ids([[1, 50, 60]])
+    model.generation_config.eos_token_id = [free[2], tokenizer.eos_token_id]
+    assert generator.generate_ids([[1, 50, 60]]) == [free[: free.index(free[2]) + 1]]
+    assert tokenizer.eos_token_id in generator.end_tokens()
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ messages[-1].content }}", "the chat template loses or moves messages"),
+        ("{% for message in messages | reverse %}{{ message.content }}{% endfor %}", "loses or moves messages"),
+        ("{{ raise_exception('No.') }}", "the chat template refuses our messages (No.)"),
+    ],
+)
+def test_a_template_that_loses_messages_is_refused(tiny_base, template, told):
+    tokenizer = base_model.load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = template
+    with pytest.raises(UserError) as error:
+        choose_prompt(tokenizer)
+    assert told in str(error.value)
