@@ -53,6 +53,10 @@ PRESETS = {
     ),
     "llama2-7b": Preset("meta-llama/Llama-2-7b-hf", batch_size=4, accumulation=4, **DOLLY),
     "llama2-13b-chat": Preset("meta-llama/Llama-2-13b-chat-hf", batch_size=2, accumulation=8, **DOLLY),
+    # As far as random tiny models of their architectures go (tests/test_families.py).
+    "llama3-8b": Preset("meta-llama/Llama-3.1-8B-Instruct", batch_size=2, accumulation=8, **DOLLY),
+    "qwen3-8b": Preset("Qwen/Qwen3-8B", batch_size=2, accumulation=8, **DOLLY),
+    "mistral-7b": Preset("mistralai/Mistral-7B-Instruct-v0.3", batch_size=4, accumulation=4, **DOLLY),
 }
 
 

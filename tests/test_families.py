@@ -5,6 +5,7 @@ For each: packed losses and gradients, the prompt, the end of an answer, and an 
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,7 @@ import transformers
 from conftest import QUICK, sample_rows, train
 from test_packing import BATCHES, gradients
 
+from qlora import presets
 from qlora.console import UserError
 from qlora.model import base_model, lean_layers, packing
 from qlora.prompt import IGNORED, choose_prompt, encode_prompt, encode_row
@@ -240,3 +242,58 @@ def test_a_template_that_loses_messages_is_refused(tiny_base, template, told):
     with pytest.raises(UserError) as error:
         choose_prompt(tokenizer)
     assert told in str(error.value)
+
+
+# ------------------------------------------------------------------------------- refused
+
+
+def change(**changes):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (change(quantization_config={"quant_method": "gptq", "bits": 4}), "the model is already quantised (gptq)"),
+        (change(quantization_config={"quant_method": "awq", "bits": 4}), "the model is already quantised (awq)"),
+        (
+            change(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+            "the model is already quantised (bitsandbytes)",
+        ),
+        (change(model_type="my-own", auto_map={"AutoConfig": "code.MyConfig"}), "cannot be used"),
+        (change(model_type="llava", vision_config={}), "the model also reads pictures"),
+        (pickle_weights, "the weights are in .bin files, which may hold code"),
+    ],
+)
+def test_bases_that_cannot_be_used_are_told_first(tiny_base, rows_file, tmp_path, spoil, told, capsys, monkeypatch):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    spoil(folder)
+    monkeypatch.setattr(base_model, "load_base_model", lambda *given, **options: pytest.fail("loaded"))
+    assert train("--base-model", folder, "--dataset", rows_file, "--output", tmp_path / "out", *QUICK) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_base_in_shards_is_loaded(tiny_base, tmp_path):
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tiny_base)
+    whole.save_pretrained(tmp_path, max_shard_size="200KB")
+    base_model.load_tokenizer(str(tiny_base)).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = torch.tensor([[1, 40, 50]])
+    with torch.inference_mode():
+        found, wanted = (base_model.load_base_model(str(folder))(ids).logits for folder in (tmp_path, tiny_base))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_name_models_and_fit_their_windows(name):
+    preset = presets.PRESETS[name]
+    assert 64 <= preset.max_length <= 4096 and preset.batch_size * preset.accumulation in (8, 16)

@@ -272,7 +272,7 @@ def read_sweep(text: str):
 def add_model_flags(one: console.Parser, setup: str) -> None:
     """Which model answers."""
     flag = one.group(setup).add_argument
-    flag("--preset", metavar="NAME", help="auto, laptop, llama2-7b or llama2-13b-chat (auto)")
+    flag("--preset", metavar="NAME", help="auto (by the GPU), laptop, llama2-7b or another")
     flag("--base-model", metavar="MODEL", help="hub id or folder (the adapter's own)")
     flag("--adapter", metavar="FOLDER", help="adapter, or `none` for the base model (adapters/NAME-OF-BASE)")
     text = "do not keep the base model in 4-bit for the next start"

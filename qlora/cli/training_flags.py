@@ -145,7 +145,7 @@ def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentP
     title, _, text = description.partition("\n\n")
     parser = console.Parser(usage="instruct_train_qlora.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
-    flag("--preset", metavar="NAME", help="auto, laptop, llama2-7b or llama2-13b-chat (auto: by the GPU)")
+    flag("--preset", metavar="NAME", help="auto (by the GPU), laptop, llama2-7b or another (docs/training.md)")
     flag("--seed", type=console.number(int, 0, presets.SEEDS), default=0, help="of row order, split and LoRA weights")
     add_dataset_flags(parser.add_argument_group(steps[0]).add_argument)
     add_model_flags(parser.add_argument_group(steps[1]).add_argument)

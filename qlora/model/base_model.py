@@ -112,7 +112,25 @@ def load_config(source: str):
     from transformers import AutoConfig
 
     with explaining(source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_kind(config, source)
+    return config.get_text_config()
+
+
+def check_kind(config, source: str) -> None:
+    """Raises UserError for a model that also sees, that is quantised in another way, or whose weights may hold code."""
+    if hasattr(config, "vision_config"):
+        raise fail("the model also reads pictures", source, "give a model of text alone")
+    quantised = getattr(config, "quantization_config", None) or {}
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    method = quantised.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or (quantised and not quantised.get("load_in_4bit")):
+        fix = "give the model that it was made from, or one in 4-bit of bitsandbytes"
+        raise fail(f"the model is already quantised ({method})", source, fix)
+    folder = Path(source)
+    if folder.is_dir() and [*folder.glob("pytorch_model*.bin")] and not [*folder.glob("*.safetensors")]:
+        convert = f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained({source + '-safetensors'!r})"
+        raise fail("the weights are in .bin files, which may hold code", source, f"where you trust them: {convert}")
 
 
 def check_trainable(source: str, longest: int) -> None:
