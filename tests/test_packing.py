@@ -61,13 +61,16 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 def attend_segments(query, key, value, queries, keys, most_queries, most_keys, *, scale, window_size, enable_gqa=False):
     """FlashAttention's varlen kernel, as its documentation has it: segment by segment, in one matrix each."""
-    assert window_size == (-1, 0) and queries.dtype == keys.dtype == torch.int32
+    assert window_size[1] == 0 and queries.dtype == keys.dtype == torch.int32
     assert (int(queries.diff().max()), int(keys.diff().max())) == (most_queries, most_keys)
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     mixed = []
     for first, last, start, end in torch.stack([queries[:-1], queries[1:], keys[:-1], keys[1:]], dim=1).tolist():
         scores = torch.einsum("qhd,khd->hqk", query[first:last], key[start:end]) * scale
         later = torch.ones_like(scores, dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        if window_size[0] >= 0:
+            gone = scores.shape[2] - scores.shape[1] - window_size[0] - 1
+            later |= torch.ones_like(scores, dtype=torch.bool).tril(gone)
         mixed.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), value[start:end]))
     return torch.cat(mixed)
 
@@ -99,12 +102,15 @@ def test_losses_and_gradients_are_those_of_row_by_row(llama, name, kernel, check
     assert all(torch.allclose(found[key], wanted[key], rtol=1e-3, atol=1e-5) for key in wanted)
 
 
-def test_rows_within_a_sliding_window_are_those_of_row_by_row(monkeypatch):
+@pytest.mark.parametrize("kernel", ["attend_plain", "attend_at_once"])
+@pytest.mark.parametrize("window", [8, 40, 47])
+def test_rows_with_a_sliding_window_are_those_of_row_by_row(kernel, window, monkeypatch):
+    """The longest row has 47 tokens."""
     packing.register_attention()
     torch.manual_seed(0)
-    mistral = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=47, head_dim=8))  # the longest row has 47
+    mistral = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window, head_dim=8))
     test_losses_and_gradients_are_those_of_row_by_row(
-        mistral, "passages in common", "attend_plain", False, packing.SHORT, monkeypatch
+        mistral, "passages in common", kernel, False, packing.SHORT, monkeypatch
     )
 
 
@@ -147,9 +153,8 @@ def test_ordinary_batches_are_attended_as_ever(llama):
 def test_what_packed_attention_cannot_do_is_refused():
     heads = torch.zeros(1, 2, 3, 4)
     packed = packing.pack(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long))
-    with pytest.raises(NotImplementedError, match="window that slides"):
-        packing.attend(None, heads, heads, heads, None, 1.0, packed=packed, sliding_window=2)
-    packing.attend(None, heads, heads, heads, None, 1.0, packed=packed, sliding_window=3)
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        packing.attend(None, heads, heads, heads, None, 1.0, packed=packed, dropout=0.1)
 
 
 def test_gradients_of_the_lean_layers_are_right(tiny_base):

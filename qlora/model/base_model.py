@@ -136,17 +136,16 @@ def check_kind(config, source: str) -> None:
 def check_trainable(source: str, longest: int) -> None:
     """Raises UserError, before any weights are loaded, when the model cannot learn from rows of `longest` tokens.
 
-    They must fit its window. Within a sliding window (Mistral) every token sees all before it, as in other models.
+    They must fit its window.
     """
     config = load_config(source)
-    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    for name, window in (("window", config.max_position_embeddings), ("sliding window", sliding)):
-        if window and window < longest:
-            what = f"rows of {longest} tokens are longer than the model's {name} of {window}"
-            raise fail(what, source, f"give --max-length {window}")
-    for name in ("attention_dropout", "attn_logit_softcapping"):
-        if getattr(config, name, None):
-            raise fail(f"training knows no {name} ({getattr(config, name)})", source, "give another base model")
+    if config.max_position_embeddings < longest:
+        what = f"rows of {longest} tokens are longer than the model's window of {config.max_position_embeddings}"
+        raise fail(what, source, f"give --max-length {config.max_position_embeddings}")
+    if getattr(config, "attention_dropout", None):
+        raise fail(
+            f"training knows no attention_dropout ({config.attention_dropout})", source, "give another base model"
+        )
 
 
 def load_tokenizer(source: str):
@@ -188,7 +187,8 @@ def load_base_model(source: str, training: bool = False, keep: bool = True):
 
     packing.register_attention()
     torch.backends.cuda.enable_cudnn_sdp(CUDNN_ATTENTION)
-    attention = packing.ATTENTION if training else "sdpa"
+    is_capped = getattr(load_config(source), "attn_logit_softcapping", None)
+    attention = packing.ATTENTION if training or is_capped else "sdpa"
     config = quantization_config(source)
     folder = quantised_base.folder_for(source, config) if keep else None
     with explaining(source):

@@ -6,7 +6,7 @@ backward, to the same loss (docs/packing.md). `register_attention` gives transfo
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, groupby
 
 import torch
@@ -98,21 +98,29 @@ def count_common(rows: list[torch.Tensor]) -> int:
     return int(same.cumprod(dim=0).sum())
 
 
-def attend(module, query, key, value, attention_mask, scaling, packed=None, **kwargs):
+def attend(
+    module, query, key, value, attention_mask, scaling, packed=None, sliding_window=None, softcap=None, **kwargs
+):
     """transformers' attention function: (1, heads, tokens, size) of a packed batch -> (1, tokens, heads, size).
 
-    Without `packed` the batch is an ordinary one, and sdpa's.
+    Without `packed` the batch is an ordinary one, and sdpa's unless scores have a soft cap (Gemma 2). A query sees the
+    last `sliding_window` keys of its row.
     """
+    if packed is None and softcap:
+        return attend_capped(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
     if packed is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    longest = packed.longest[1]
-    if kwargs.get("dropout") or kwargs.get("softcap") or longest > (kwargs.get("sliding_window") or longest):
-        raise NotImplementedError("packed attention has no dropout, soft cap, or window that slides within a row")
-    if is_flash(query):
-        return attend_at_once(query, key, value, packed, scaling)[None], None
+    if kwargs.get("dropout"):
+        raise NotImplementedError("packed attention has no dropout")
+    window = sliding_window if (sliding_window or packed.longest[1]) < packed.longest[1] else None
+    if is_flash(query) and not softcap:
+        return attend_at_once(query, key, value, packed, scaling, window)[None], None
     on_gpu = query.device.type != "cpu"
-    given = query, key, value, packed.pieces, scaling, attend_fused if on_gpu else attend_plain
+    attend_piece = attend_fused if on_gpu else attend_plain
+    if window or softcap:
+        attend_piece = partial(attend_plain, window=window, softcap=softcap)
+    given = query, key, value, packed.pieces, scaling, attend_piece
     # checkpoint keeps its arguments even without gradients
     if on_gpu or query.shape[2] <= SHORT or not torch.is_grad_enabled():
         return attend_pieces(*given).transpose(1, 2), None
@@ -124,7 +132,7 @@ def is_flash(query: torch.Tensor) -> bool:
     return query.device.type != "cpu" and machine.has_flash_attention(query.dtype) and query.shape[-1] % 8 == 0
 
 
-def attend_at_once(query, key, value, packed: PackedBatch, scaling: float) -> torch.Tensor:
+def attend_at_once(query, key, value, packed: PackedBatch, scaling: float, window: int | None) -> torch.Tensor:
     """The attention of all pieces in one call of FlashAttention (arXiv 2307.08691): (tokens, heads, size).
 
     Its causal mask is aligned to the last query and the last key, as is `attend_fused`'s.
@@ -133,8 +141,11 @@ def attend_at_once(query, key, value, packed: PackedBatch, scaling: float) -> to
     if packed.seen is not None:
         key, value = (tensor.index_select(0, packed.seen) for tensor in (key, value))
     options = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}  # torch 2.11 does not know the name
-    causal = (-1, 0)  # keys before and after a query that it sees: all, and none
-    return varlen_attn(query, key, value, *packed.bounds, *packed.longest, scale=scaling, window_size=causal, **options)
+    options["window_size"] = (
+        window - 1 if window else -1,
+        0,
+    )  # keys before a query that it sees, -1 for all, and after
+    return varlen_attn(query, key, value, *packed.bounds, *packed.longest, scale=scaling, **options)
 
 
 def attend_pieces(query, key, value, pieces: list[tuple], scaling: float, attend_piece) -> torch.Tensor:
@@ -158,21 +169,37 @@ def attend_fused(query, key, value, scaling: float) -> torch.Tensor:
     )
 
 
-def attend_plain(query, key, value, scaling: float) -> torch.Tensor:
+def attend_plain(query, key, value, scaling: float, window: int | None = None, softcap: float | None = None):
     """The same by matrix products: a third faster on the CPU, where the backward pass of the fused kernels is slow.
 
     Query heads that share a key head are the rows of one product, so that keys are not repeated.
     """
     (_, heads, tokens, size), groups, length = query.shape, key.shape[1], key.shape[2]
-    hidden = hide_later(tokens, length, heads // groups, query.dtype)
-    scores = torch.baddbmm(hidden, query.reshape(groups, -1, size), key[0].transpose(1, 2), alpha=scaling)
+    hidden = hide_unseen(tokens, length, heads // groups, window, query.dtype, query.device)
+    rows, columns = query.reshape(groups, -1, size), key[0].transpose(1, 2)
+    if softcap:
+        scores = (torch.bmm(rows, columns) * (scaling / softcap)).tanh() * softcap + hidden
+    else:
+        scores = torch.baddbmm(hidden, rows, columns, alpha=scaling)
     return (scores.softmax(dim=-1) @ value[0]).view(1, heads, tokens, size)
 
 
+def attend_capped(query, key, value, mask, scaling: float, softcap: float) -> torch.Tensor:
+    """The attention of an ordinary batch with a soft cap; without a mask it is causal."""
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    scores = (query @ key.transpose(2, 3) * (scaling / softcap)).tanh() * softcap
+    if mask is None:
+        tokens, length = scores.shape[2:]
+        mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value
+
+
 @lru_cache(maxsize=64)  # pieces of a batch, the same in every layer
-def hide_later(tokens: int, length: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """(heads * tokens, length): -inf where a key comes after the query, else 0."""
-    return torch.full((tokens, length), float("-inf"), dtype=dtype).triu(1 + length - tokens).repeat(heads, 1)
+def hide_unseen(tokens: int, length: int, heads: int, window: int | None, dtype: torch.dtype, device) -> torch.Tensor:
+    """(heads * tokens, length): -inf where a key comes after the query, or before its window, else 0."""
+    hidden = torch.full((tokens, length), float("-inf"), dtype=dtype, device=device)
+    later = hidden.triu(1 + length - tokens)
+    return (later + hidden.tril(length - tokens - window) if window else later).repeat(heads, 1)
 
 
 def register_attention() -> None:
