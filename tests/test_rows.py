@@ -60,6 +60,7 @@ FILES = {
     "bar.csv": as_csv("|"),
     "tab.csv": as_csv("\t"),
     "rows.tsv": as_csv("\t"),
+    "old macs.csv": as_csv(",").replace("\r\n", "\r"),
 }
 
 
@@ -156,6 +157,7 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path):
         ("rows.jsonl", b'"text"\nnull\n', "not a JSON object - {path}:2"),
         ("rows.json", b'[{"instruction": "Q", "response": {"a": 1}}]', "response is not text but dict - {path}, row 1"),
         ("rows.json", b"[" * 100_000, "not JSON"),
+        ("rows.jsonl", b'{"instruction": ' + b"[" * 900 + b"]" * 900 + b', "response": "x"}', "nested too deeply"),
         ("rows.parquet", b"PAR1 and more", "unreadable dataset"),
         ("rows.jsonl.gz", b"{}", "damaged gzip file"),
         ("rows.jsonl", b'{"text": "Once"}\n', "rows of plain text have no question"),
@@ -290,6 +292,7 @@ def test_each_answer_of_a_conversation_may_be_a_row(tmp_path):
         ([{"role": "user", "content": [{"type": "image"}]}], "parts that are not text"),
         ([{"role": "user", "content": {"a": 1}}], "a turn is not text"),
         (["Who?"], "a turn is not an object but str"),
+        ([{"role": ["user"], "content": "Who?"}], "unknown role"),
         ("Who?", "a row of another shape"),
     ],
 )

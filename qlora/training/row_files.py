@@ -42,6 +42,8 @@ def read_records(source: str, config: str | None = None, split: str = "train") -
     `config` and `split` choose a part of the last two. Raises UserError for what is not there or cannot be read.
     """
     path = Path(source).expanduser()
+    if not source.strip():
+        raise fail("the dataset has no name", "--dataset", "give files of rows, a folder, or a hub id")
     if path.is_dir() and (path / "dataset_dict.json").is_file() | (path / "state.json").is_file():
         records = read_saved(path, split)
     elif files := find_files(path):
@@ -72,7 +74,9 @@ def find_files(path: Path) -> list[Path]:
         if not found:
             raise fail("no file of rows in the folder", str(path), f"put one there: {known}, also with {PACKED}")
         return found
-    found = [path] if path.exists() else sorted(path.parent.glob(path.name)) if set("*?[") & set(path.name) else []
+    found = [path] if path.exists() else []
+    if not found and set("*?[") & set(path.name):
+        found = sorted(file for file in path.parent.glob(path.name) if file.is_file())
     for file in found:
         if not file.is_file():
             raise fail("the dataset is not a file", str(file), "give a file")
@@ -167,6 +171,8 @@ def as_record(row: object, where: str) -> Record:
     for name, value in row.items():
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
+        except RecursionError as error:
+            raise fail(f"{name} is nested too deeply", where, "flatten it") from error
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise fail(f"{name} has half a surrogate pair ({half})", where, "write the whole character") from error
@@ -177,43 +183,45 @@ def as_record(row: object, where: str) -> Record:
 
 
 def read_table(path: Path, text: str, delimiters: str) -> list[Record]:
-    """The rows of a CSV file, every cell as text; its delimiter is the one that splits the header into most names.
+    """The rows of a CSV file, every cell as text; its delimiter is the one that the header has most of.
 
     Raises UserError for a header without names or with one twice, and for every row (the first five) that has more or
     fewer cells than the header.
     """
     if not text.strip():
         return []
-    first = text.split("\n", 1)[0]
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # of old Macs
+    first = text.split("\n", 1)[0].replace("\r", "")
     if not first.strip():
         raise fail("the first line is empty", f"{path}:1", "remove it: the first line names the columns")
-    delimiter = max(delimiters, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    delimiter = max(delimiters, key=lambda one: len(next(csv.reader([first], delimiter=one))))
+    rows = number_lines(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), path)
+    names = [name.strip() for name in next(rows)[0]]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise fail(f"the header names {twice[0]} twice", f"{path}:1", "give every column a name of its own")
     problems, records = Problems(), []
-    try:
-        names = [name.strip() for name in next(reader)]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise fail(f"the header names {twice[0]} twice", f"{path}:1", "give every column a name of its own")
-        for cells, line in number_lines(reader):
-            if cells and len(cells) != len(names):
-                what = f"{len(cells)} cells below {len(names)} names"
-                problems.add(what, f"{path}:{line}", f"put cells that contain {delimiter!r} in quotes")
-                if len(problems.found) == SHOWN:
-                    break
-            elif any(cells):
-                records.append(Record(dict(zip(names, cells, strict=True)), f"{path}:{line}"))
-    except csv.Error as error:
-        raise fail(f"unreadable dataset ({error})", f"{path}:{reader.line_num}", "close its quotes") from error
+    for cells, line in rows:
+        if cells and len(cells) != len(names):
+            what = f"{len(cells)} cells below {len(names)} names"
+            problems.add(what, f"{path}:{line}", f"put cells that contain {delimiter!r} in quotes")
+            if len(problems.found) == SHOWN:
+                break
+        elif any(cells):
+            records.append(Record(dict(zip(names, cells, strict=True)), f"{path}:{line}"))
     problems.raise_if_any()
     return records
 
 
-def number_lines(reader) -> Iterator[tuple[list[str], int]]:
-    """The rows of a CSV reader, each with the number of its first line."""
+def number_lines(reader, path: Path) -> Iterator[tuple[list[str], int]]:
+    """The rows of a CSV reader, each with the number of its first line. Raises UserError for quotes that stay open."""
     while True:
         line = reader.line_num + 1
-        cells = next(reader, None)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise fail(f"unreadable dataset ({error})", f"{path}:{line}", "close its quotes") from error
         if cells is None:
             return
         yield cells, line
@@ -261,9 +269,11 @@ def read_hub(source: str, config: str | None, split: str) -> list[Record]:
     name = source
     for prefix in HUB:
         name = name.removeprefix(prefix)
+    if not name:
+        raise fail("the dataset has no name", source, "write hf://datasets/USER/NAME")
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:  # DatasetNotFoundError, also of a gated dataset, is an OSError
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # an OSError when it is gated
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         fix = "check the name and the network (gated? set HF_TOKEN), --split and --config; or give a file of rows"
         raise fail(f"dataset {name} cannot be loaded ({said})", "--dataset", fix) from error

@@ -156,8 +156,12 @@ def shape_rows(records: Sequence[Record], shape: Shape, train_on: str = "last") 
     """
     problems, rows = Problems(), []
     for record in records:
-        with problems.collecting():
+        try:
             rows += shape_conversation(record, shape, train_on) if shape.messages else [shape_columns(record, shape)]
+        except UserError as error:
+            problems.found.extend(error.problems)
+        except RecursionError:
+            problems.add("a cell is nested too deeply", record.where, "flatten it")
         if len(problems.found) >= SHOWN:
             break
     problems.raise_if_any()
@@ -257,7 +261,7 @@ def read_message(message: object, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise fail(f"a turn is not an object but {type(message).__name__}", where, "write role and content")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise fail(f"unknown role {role}", where, f"use one of {', '.join(ROLES)}; calls of tools are not trained")
     if isinstance(content, list):  # OpenAI's parts
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
