@@ -51,16 +51,15 @@ def test_it_begins_where_the_adapter_ended(parent, words, tmp_path, more):
     [first] = after["parents"]
     assert first["adapter"] == str(parent) and first["sha256_of_rows"] == before["dataset"]["sha256_of_rows"]
     assert (tmp_path / "child" / "prompt.json").read_text() == (parent / "prompt.json").read_text()
-    assert train(*words, "--start-from", tmp_path / "child", "--output", tmp_path / "grandchild") == 0
-    assert [one["adapter"] for one in run_of(tmp_path / "grandchild")["parents"]] == [
-        str(tmp_path / "child"),
-        str(parent),
-    ]
 
 
-def test_the_base_model_is_the_adapter_s(parent, words, tmp_path):
+def test_the_base_model_is_the_adapter_s_and_the_line_is_kept(parent, words, tmp_path):
+    known = {"adapter": "older", "sha256_of_weights": "0"}
+    change(parent / "run.json", parents=[known])
     assert train(*words[2:], "--start-from", parent, "--output", tmp_path / "child") == 0
-    assert run_of(tmp_path / "child")["base_model"]["fingerprint"] == run_of(parent)["base_model"]["fingerprint"]
+    run = run_of(tmp_path / "child")
+    assert run["base_model"]["fingerprint"] == run_of(parent)["base_model"]["fingerprint"]
+    assert [one["adapter"] for one in run["parents"]] == [str(parent), "older"]
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True}], ids=str)
