@@ -100,6 +100,7 @@ def kill_again_and_again(task: Task, times: int) -> dict:
         except AssertionError as error:
             faults.append(str(error))
         whole += 1
+        print(f"{killed} kills, {whole} whole runs, {len(faults)} faults", file=sys.stderr, flush=True)
         task.clear()
     return {"kills": killed, "whole runs": whole, "seconds of one": f"{seconds:.1f}", "faults": faults}
 
