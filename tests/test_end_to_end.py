@@ -21,7 +21,7 @@ def adapter(tmp_path_factory):
     done = process(
         "instruct_train_qlora.py",
         *("--preset", "laptop", "--dataset", folder / "rows.jsonl", "--output", folder / "adapter"),
-        *("--distractors", 0, "--max-steps", 10),
+        *("--distractors", 0, "--max-steps", 10, "--eval-answers", 2),
     )
     assert done.returncode == 0, done.stderr
     for step in ("[1/4] Dataset Preparation", "[2/4] Model Setup", "[3/4] Training Process", "[4/4] Model Saving"):
