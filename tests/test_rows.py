@@ -205,6 +205,7 @@ SHAPES = {
     "Alpaca": ({"instruction": "Who?", "input": "Ann did.", "output": "Ann"}, Row("Who?", "Ann", "Ann did.")),
     "Alpaca without input": ({"instruction": "Who?", "input": "", "output": "Ann"}, Row("Who?", "Ann")),
     "question, answer": ({"Question": "Who?", "Answer": 7, "id": 3}, Row("Who?", "7")),
+    "columns of lists": ({"question": ["Who?"], "answer": ["Ann", "Bob"]}, Row("Who?", "Ann")),
     "question, answers": (
         {"question": "Who?", "answers": ["Ann", "Ann did"], "context": "Ann did.", "title": "H"},
         Row("Who?", "Ann", "Ann did.", source="H"),

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qlora.console import Problems, UserError, fail
+from qlora.console import Problems, UserError, fail, shorten_text
 from qlora.prompt import Prompt
 from qlora.training.row_files import Record
 
@@ -174,12 +174,16 @@ def shape_columns(record: Record, shape: Shape) -> Row:
     if not {shape.columns[ours] for ours in REQUIRED} <= record.cells.keys() and record.cells.keys() - known:
         raise other_shape(record)
     cells = {ours: record.cells.get(theirs) for ours, theirs in shape.columns.items()}
-    if isinstance(cells["instruction"], list) and isinstance(cells["response"], list):
+    if is_messages(cells["instruction"]) and is_messages(cells["response"]):
         return shape_turns([*cells["instruction"], *cells["response"]], record.where, {})[-1]
     texts = {ours: as_text(value, ours, record.where) for ours, value in cells.items()}
     if shape.name == "questions and answers" and has_no_answer(cells["response"]):
         texts["response"] = Prompt.refusal
     return Row(**{ours: tidy(ours, text) for ours, text in texts.items()})
+
+
+def is_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def has_no_answer(answers: object) -> bool:
@@ -248,7 +252,7 @@ def shape_turns(messages: list, where: str, texts: dict[str, str]) -> list[Row]:
     if not said or said != ["user", "assistant"] * (len(said) // 2):
         if said[-1:] == ["user"] and said[:-1] == ["user", "assistant"] * (len(said) // 2):
             raise fail("the conversation ends with the user", where, "remove the last turn, or the row")
-        order = ", ".join(said) or "nobody"
+        order = shorten_text(", ".join(said)) or "nobody"
         raise fail(f"roles out of order ({order})", where, "let user and assistant take turns, the user first")
     if not all(text for _, text in turns):
         raise fail("an empty turn", where, "remove the row")
