@@ -63,7 +63,7 @@ class Family:
     options: dict = field(default_factory=dict)
 
 
-CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # Qwen2's tokenizer adds a pad token that the model lacks
 FAMILIES = {
     "llama-3": Family(
         transformers.LlamaConfig,

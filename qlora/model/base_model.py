@@ -149,7 +149,7 @@ def check_trainable(source: str, longest: int) -> None:
 
 
 def load_tokenizer(source: str):
-    """The tokenizer, padding on the left with EOS when it has no pad token (Llama-2).
+    """The tokenizer, padding on the left with EOS when it has no pad token (Llama-2), or one that the model lacks.
 
     Padding never becomes an embedding of its own: a 4-bit model's embeddings cannot be resized.
     """
@@ -157,7 +157,10 @@ def load_tokenizer(source: str):
 
     with explaining(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    is_adapter = Path(source).is_dir() and not (Path(source) / "config.json").is_file()
+    size = len(tokenizer) if is_adapter else load_config(source).vocab_size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
 
