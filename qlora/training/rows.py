@@ -27,8 +27,8 @@ def load_rows(
     shape = recognise(present, columns or {}, ", ".join(sources))
     rows = shape_rows(records, shape, train_on)
     if shape.name:
-        names = ", ".join(f"{ours}={theirs}" for ours, theirs in shape.columns.items()) or shape.messages
-        note(f"rows in the shape of {shape.name} ({names}); --columns says otherwise")
+        mapped = [f"{ours}={theirs}" for ours, theirs in shape.columns.items() if ours != theirs]
+        note(f"rows in the shape of {shape.name}: {', '.join(mapped) or shape.messages} (--columns names others)")
     if left_out := count_system_messages(records, shape):
         note(f"{left_out} system messages are left out: the prompt has rules of its own")
     if shape.unused:
