@@ -151,7 +151,8 @@ def draw_replay(args, count: int) -> list:
     if not args.replay:
         return []
     start = read_start(args)
-    before = argparse.Namespace(**{**vars(args), **start.run["arguments"]})
+    older = {"train_on": "last", "config": None, "split": "train"}  # runs of earlier versions do not name them
+    before = argparse.Namespace(**older | start.run["arguments"])
     rows, _ = load_and_filter(before)
     if digest_rows(rows) != start.run["dataset"]["sha256_of_rows"]:
         what = f"the rows of {args.start_from} were changed ({start.run['dataset']['source']})"

@@ -355,7 +355,7 @@ def make_rewriter(args, prompt, generator):
     def complete(messages: list[dict]) -> str:
         harmless = [{**message, "content": defuse(generator.tokenizer, message["content"])} for message in messages]
         with generator.without_adapter():
-            return generator.invoke(as_langchain(harmless)).text
+            return generator.invoke(as_langchain(prompt.place_rules(harmless))).text
 
     is_able = prompt.chat_template != LLAMA2_TEMPLATE and args.base_model != presets.EMBEDDED
     return complete if is_able else None

@@ -14,6 +14,7 @@ from qlora.model import base_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+LLAMA2_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 SEED, STD = 0, 0.02  # the standard deviation that Llamas are initialised with
 SHAPES = {  # what LlamaConfig takes
     "llama2-7b": {
@@ -94,19 +95,19 @@ def pack_weight(name: str, weight) -> dict:
     return {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
-def make_tokenizer(texts: Iterable[str], size: int, longest: int):
-    """A BPE tokenizer with Llama-2's special tokens and, like Llama-2's, no chat template and no pad token."""
+def make_tokenizer(
+    texts: Iterable[str], size: int, longest: int, named: dict[str, str] = LLAMA2_TOKENS, others: Iterable[str] = ()
+):
+    """A BPE tokenizer with these special tokens. Like Llama-2's, it has no chat template and no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<unk>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = list(dict.fromkeys([*named.values(), *others])), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=longest
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **named)

@@ -1,6 +1,7 @@
 """The machine: its device and precision, the memory that is left, and whether its GPU can be used."""
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -224,6 +225,16 @@ def check_file(path: Path) -> None:
         raise fail("the folder of the file does not exist", str(path), f"make {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise fail("the file cannot be written", str(path), "give a place that you can write to")
+
+
+def decode_text(content: bytes, path: Path) -> str:
+    """The text of a file: UTF-8, 16 or 32, with or without a byte order mark. Raises UserError for any other."""
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        fix = "save it as UTF-8 (iconv -f cp1252 -t utf-8, if it comes from Windows)"
+        raise fail(f"the file is not UTF-8 (byte {content[error.start]:#04x})", f"{path}:{line}", fix) from error
 
 
 def write_whole(path: Path, text: str) -> None:

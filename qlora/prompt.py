@@ -67,10 +67,14 @@ class Prompt:
         else:
             user = self.closed_book_context.format(instruction=instruction)
         rules = self.rules if passages else self.closed_book_rules
-        turns = [*history, {"role": "user", "content": user}]
-        if self.rules_in_question:
-            return [{**turns[0], "content": f"{rules}\n\n{turns[0]['content']}"}, *turns[1:]]
-        return [{"role": "system", "content": rules}, *turns]
+        return self.place_rules([{"role": "system", "content": rules}, *history, {"role": "user", "content": user}])
+
+    def place_rules(self, messages: list[dict]) -> list[dict]:
+        """The messages, of which the first is the system's, as the chat template takes them."""
+        rules, first, *others = messages
+        if not self.rules_in_question:
+            return messages
+        return [{**first, "content": f"{rules['content']}\n\n{first['content']}"}, *others]
 
 
 def as_langchain(messages: list[dict]):

@@ -14,7 +14,7 @@ import transformers
 from conftest import QUICK, sample_rows, train
 from test_packing import BATCHES, gradients
 
-from qlora import presets
+from benchmarks import random_llama
 from qlora.console import UserError
 from qlora.model import base_model, lean_layers, packing
 from qlora.prompt import IGNORED, choose_prompt, encode_prompt, encode_row
@@ -64,6 +64,7 @@ class Family:
 
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # Qwen2's tokenizer adds a pad token that the model lacks
+PRESET_OF = {"llama-3": "llama3-8b", "qwen3": "qwen3-8b", "mistral": "mistral-7b"}
 FAMILIES = {
     "llama-3": Family(
         transformers.LlamaConfig,
@@ -125,30 +126,16 @@ def made(request, tmp_path_factory):
     """The family and a folder with its random model."""
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("bases") / request.param
-    tokenizer = make_tokenizer(family)
+    named = {name: token for name, token in (("bos_token", family.bos), ("eos_token", family.eos)) if token}
+    texts = [row["context"] for row in sample_rows()[::9]]
+    tokenizer = random_llama.make_tokenizer(texts, 900, 2048, named, family.others)
+    tokenizer.chat_template = family.template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     config = family.config(**SIZES, **family.options, **ids, vocab_size=len(tokenizer))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return family, folder
-
-
-def make_tokenizer(family: Family):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = list(dict.fromkeys(filter(None, (family.bos, family.eos, *family.others))))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    learn = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([row["context"] for row in sample_rows()[::9]], learn)
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos, model_max_length=2048
-    )
-    made.chat_template = family.template
-    return made
 
 
 def test_packed_losses_and_gradients_are_those_of_row_by_row(made):
@@ -196,6 +183,7 @@ def test_the_prompt_begins_the_row_and_the_turn_ends_with_its_own_token(made):
 def trained(made, rows_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters") / made[1].name
     words = "--base-model", made[1], "--dataset", rows_file, "--output", folder, "--learning-rate", 0.005
+    words += "--preset", PRESET_OF.get(folder.name, "laptop"), "--accumulation", 1
     assert train(*[word for word in QUICK if word != 0.02 and word != "--learning-rate"], *words) == 0
     return folder
 
@@ -302,7 +290,25 @@ def test_a_base_in_shards_is_loaded(tiny_base, tmp_path):
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
-def test_presets_name_models_and_fit_their_windows(name):
-    preset = presets.PRESETS[name]
-    assert 64 <= preset.max_length <= 4096 and preset.batch_size * preset.accumulation in (8, 16)
+def test_the_tokenizer_of_a_model_that_only_a_server_can_load(tiny_base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    change(quantization_config={"quant_method": "awq", "bits": 4})(folder)
+    assert base_model.load_tokenizer(str(folder)).pad_token == "</s>"
+
+
+def test_a_follow_up_is_rewritten_where_the_template_has_no_system_role(tiny_base):
+    from types import SimpleNamespace
+
+    import rag_qlora
+    from qlora.answering.chat_session import REWRITING
+    from qlora.answering.generator import Generator
+
+    tokenizer = base_model.load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = GEMMA
+    prompt = choose_prompt(tokenizer)
+    generator = Generator(model=base_model.load_base_model(str(tiny_base)), tokenizer=tokenizer, max_new_tokens=3)
+    complete = rag_qlora.make_rewriter(SimpleNamespace(base_model=str(tiny_base)), prompt, generator)
+    assert isinstance(complete([*REWRITING, {"role": "user", "content": "And then?"}]), str)
+    first, *others = prompt.place_rules([*REWRITING])
+    assert first["content"].startswith(REWRITING[0]["content"]) and [turn["role"] for turn in others] == ["assistant"]

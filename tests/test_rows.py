@@ -152,7 +152,11 @@ def test_a_file_that_is_replaced_is_read_anew(tmp_path):
         ("rows.csv", b'instruction,response\n"a\nb",x\nWho?\n', "1 cells below 2 names - {path}:4"),
         ("rows.csv", b"instruction,response,response\nWho?,Ann,Bob\n", "the header names response twice - {path}:1"),
         ("rows.csv", b'instruction,response\nWho?,"Ann\n', "unreadable dataset (unexpected end of data) - {path}:2"),
-        ("rows.csv", "instruction,response\nWo?,Köln\n".encode("cp1252"), "not UTF-8 (byte 0xf6) - {path}:2"),
+        (
+            "rows.csv",
+            "instruction,response\nWo?,Köln\n".encode("cp1252"),
+            "the file is not UTF-8 (byte 0xf6) - {path}:2",
+        ),
         ("rows.jsonl", b'{"instruction": "Q", "response": "\\ud83d"}\n', "half a surrogate pair (\\ud83d) - {path}:1"),
         ("rows.jsonl", b'"text"\nnull\n', "not a JSON object - {path}:2"),
         ("rows.json", b'[{"instruction": "Q", "response": {"a": 1}}]', "response is not text but dict - {path}, row 1"),

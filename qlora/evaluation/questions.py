@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.console import Problems, fail
+from qlora.machine import decode_text
 from qlora.refusal import is_refusal
 from qlora.words import clean
 
@@ -41,7 +42,7 @@ def load_questions(path: Path, limit: int | None = None) -> list[Question]:
 def read_lines(path: Path) -> list[Question]:
     """The questions of a .jsonl file; all bad lines are reported together."""
     problems, questions = Problems(), []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(decode_text(path.read_bytes(), path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -52,16 +53,6 @@ def read_lines(path: Path) -> list[Question]:
             problems.add(what, f"{path}:{number}", f"write {fix}")
     problems.raise_if_any()
     return questions
-
-
-def read_text(path: Path) -> str:
-    """The file's text: UTF-8, 16 or 32, with or without a byte order mark. Raises UserError for any other."""
-    content = path.read_bytes()
-    try:
-        return content.decode(json.detect_encoding(content))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise fail("the file is not UTF-8", f"{path}:{line}", "save it as UTF-8") from error
 
 
 def read_question(row: dict) -> Question:
@@ -84,7 +75,7 @@ def make_question(question: str, answers: Iterable[str], source: str | None, con
 def read_squad(path: Path) -> list[Question]:
     """The questions of SQuAD's own format; the article's title, as a Markdown file, is the source."""
     try:
-        articles = json.loads(read_text(path))["data"]
+        articles = json.loads(decode_text(path.read_bytes(), path))["data"]
         return [
             make_question(
                 entry["question"].strip(),

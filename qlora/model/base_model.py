@@ -97,13 +97,12 @@ def quantization_config(source: str):
     """
     from transformers import BitsAndBytesConfig
 
-    is_narrow = load_config(source).hidden_size < NARROW
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=machine.compute_dtype(),
-        llm_int8_skip_modules=["lm_head", *SENSITIVE] if is_narrow else None,  # of 4-bit, too, despite the name
+        llm_int8_skip_modules=skipped_layers(load_config(source)),  # of 4-bit, too, despite the name
     )
 
 
@@ -115,6 +114,11 @@ def load_config(source: str):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_kind(config, source)
     return config.get_text_config()
+
+
+def skipped_layers(config) -> list[str] | None:
+    """The layers that stay in 16 bit; None for the head alone."""
+    return ["lm_head", *SENSITIVE] if config.hidden_size < NARROW else None
 
 
 def check_kind(config, source: str) -> None:
@@ -153,13 +157,14 @@ def load_tokenizer(source: str):
 
     Padding never becomes an embedding of its own: a 4-bit model's embeddings cannot be resized.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    is_adapter = Path(source).is_dir() and not (Path(source) / "config.json").is_file()
     with explaining(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    is_adapter = Path(source).is_dir() and not (Path(source) / "config.json").is_file()
-    size = len(tokenizer) if is_adapter else load_config(source).vocab_size
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
+        # Not load_config: a server may answer with a model that cannot be loaded here.
+        config = None if is_adapter else AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
+    if tokenizer.pad_token is None or (config and tokenizer.pad_token_id >= config.vocab_size):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer

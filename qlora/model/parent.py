@@ -9,6 +9,7 @@ A higher rank than the parent's begins as the same function: the rows that B gai
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from qlora.console import Problems, fail, shorten_text
@@ -74,6 +75,7 @@ def read_parent(name: str, base_model: str | None = None) -> Parent:
     return Parent(name, folder, lora, base, None, {})
 
 
+@cache
 def fetch(name: str) -> Path:
     """The folder of an adapter of the hub, without pictures and checkpoints."""
     from huggingface_hub import snapshot_download

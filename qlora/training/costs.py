@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from qlora import machine, settings
 from qlora.console import fail, note
-from qlora.model.base_model import NARROW, SENSITIVE
+from qlora.model.base_model import skipped_layers
 from qlora.training.examples import Example, collate
 
 # Share of the rate of large matmuls that training reaches, by bytes of what it computes in. Measured on two cores with
@@ -72,7 +72,7 @@ def count_base_bytes(model) -> int:
     """Bytes of the base model in 4-bit, with what quantisation leaves in 16 bit."""
     from torch.nn import Linear
 
-    kept = {"lm_head", *SENSITIVE} if model.config.get_text_config().hidden_size < NARROW else {"lm_head"}
+    kept = set(skipped_layers(model.config.get_text_config()) or ["lm_head"])
     packed = sum(
         layer.in_features * layer.out_features
         for name, layer in model.named_modules()

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.console import Problems, UserError, fail
+from qlora.machine import decode_text
 
 TABLES = {".csv": ",;|\t", ".tsv": "\t"}  # suffix -> delimiters, of which the header has one
 SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
 PACKED = ".gz"
 SHOWN = 5  # mistakes of one file that are reported
-MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 HUB = ("hf://datasets/", "hf://")
 
 
@@ -97,17 +97,13 @@ def read_file(path: Path) -> list[Record]:
 
 
 def read_text(path: Path) -> str:
-    """The text, unpacked: UTF-8 with or without its mark, or UTF-16 with one. Raises UserError for any other."""
+    """The text, unpacked. Raises UserError for what is neither packed as its name says nor text."""
+    content = path.read_bytes()
     try:
-        content = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(PACKED) else path.read_bytes()
+        content = gzip.decompress(content) if path.name.lower().endswith(PACKED) else content
     except (gzip.BadGzipFile, EOFError) as error:
         raise fail(f"damaged gzip file ({error})", str(path), "pack it again") from error
-    try:
-        return content.decode(MARKS.get(content[:2], "utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        fix = "save it as UTF-8 (iconv -f cp1252 -t utf-8, if it comes from Windows)"
-        raise fail(f"not UTF-8 (byte {content[error.start]:#04x})", f"{path}:{line}", fix) from error
+    return decode_text(content, path)
 
 
 # ------------------------------------------------------------------------------- JSON
