@@ -145,7 +145,7 @@ def suggest_fit(plan: dict) -> str:
 def estimate_memory(plan: dict) -> dict[str, float]:
     """An estimate of the GB a process needs, by what needs them, and in all.
 
-    Within a fifth on the CPU, and within a twentieth of what torch counts for a step of a Llama on a GPU
+    Within a fifth on the CPU, and within a tenth of what torch counts for a step of a Llama on a GPU
     (benchmarks/gpu_memory.py). A LoRA weight takes 16 bytes: on the CPU fp32 weight, gradient and two moments of AdamW;
     on a GPU a copy of the gradient, moments in 8 bit, and the weight in 16 bit.
     """
@@ -172,8 +172,10 @@ def count_activations(plan: dict) -> int:
     per_token = 4 * hidden + 2 * plan["query_size"] + 2 * plan["key_size"] + 3 * mlp
     layer = 2 * (tokens * per_token + 2 * plan["keys"] * plan["key_size"])
     kept = 2 * tokens * hidden * plan["layers"] + layer if plan["checkpointing"] else layer * plan["layers"]
-    # The backward pass adds the logits' gradients at its start, and in each MLP a dequantised matrix and two gradients.
-    return kept + max(14 * plan["labels"] * plan["vocabulary"], 2 * (hidden * mlp + tokens * (mlp + hidden)))
+    # The backward pass adds most at its start, for the logits' gradients, or in an MLP: for a dequantised matrix and
+    # two gradients, or for four tensors of the gate, when what came after it is gone.
+    loss = 14 * plan["labels"] * plan["vocabulary"]
+    return kept + max(loss, 2 * (hidden * mlp + tokens * (mlp + hidden)), 2 * tokens * (4 * mlp - 2 * hidden))
 
 
 def estimate_activations(plan: dict) -> int:
