@@ -3,6 +3,7 @@
 
     python benchmarks/ablation.py                   # two seeds; about two and a half hours on two cores, resumable
     python benchmarks/ablation.py --curve           # F1 against the number of training rows, and a picture
+    python benchmarks/ablation.py --curve --start-from adapters/squad    # with a second line, from that adapter
     python benchmarks/ablation.py --write docs/measurements.md    # puts the table there
 
 Every trial is a line of benchmarks/runs.jsonl. A part without a flag is taken away by a function of this file, in its
@@ -43,6 +44,7 @@ PARTS = {
     "rows of 160 tokens, cut at the end": ({"max-length": "160"}, "cut_any_passage"),
 }
 CURVE = (50, 100, 200, 400)
+FEWER = (50, 200)  # for the second line
 
 
 # ------------------------------------------------------------------------------- parts taken away
@@ -126,8 +128,7 @@ def main(argv: list[str]) -> int:
         return run_without(*argv[1:3], argv[3:])
     args, problems = console.parse_arguments(build_parser(), argv)
     problems.raise_if_any()
-    measure = measure_curve if args.curve else measure_parts
-    text = measure(args.seeds)
+    text = measure_curve(args.seeds, args.start_from) if args.curve else measure_parts(args.seeds)
     print(text)
     if args.write:
         put_section(args.write, "curve" if args.curve else "ablation", text)
@@ -154,18 +155,24 @@ def measure_parts(seeds: list[int]) -> str:
     return as_markdown_table([["", *TABLE_COLUMNS, "minutes"], *rows])
 
 
-def measure_curve(seeds: list[int]) -> str:
-    """A Markdown table of F1 against the number of rows, after drawing it."""
-    rows, everything = [], sum(1 for _ in (trials.SAMPLE / "train.jsonl").open(encoding="utf-8"))
-    preset = presets.PRESETS["laptop"]
-    for count in (*CURVE, everything):
-        # As many steps as with all rows, but at most 8 epochs.
-        epochs = min(8, preset.epochs * everything / count)
-        flags = {} if count == everything else {"max-rows": str(count), "epochs": f"{epochs:g}"}
-        rows.append((count, [run(flags, "", seed) for seed in seeds]))
-    draw_curve(rows, PICTURE)
-    table = [[str(count), *describe(records)] for count, records in rows]
-    return as_markdown_table([["rows", *TABLE_COLUMNS, "minutes"], *table])
+def measure_curve(seeds: list[int], parent: str | None) -> str:
+    """A Markdown table of F1 against the number of rows, from the base and from the parent, after drawing both."""
+    everything = sum(1 for _ in (trials.SAMPLE / "train.jsonl").open(encoding="utf-8"))
+    lines = {"the base": [train_on(count, everything, {}, seeds) for count in (*CURVE, everything)]}
+    if parent:
+        named = {"start-from": parent}
+        lines[f"{Path(parent).name}"] = [train_on(count, everything, named, seeds) for count in (*FEWER, everything)]
+    draw_curve(lines, PICTURE)
+    table = [[str(n), name, *describe(records)] for name, line in lines.items() for n, records in line]
+    return as_markdown_table([["rows", "from", *TABLE_COLUMNS, "minutes"], *table])
+
+
+def train_on(count: int, everything: int, flags: dict, seeds: list[int]) -> tuple[int, list[dict]]:
+    """Trials with a sample of the rows: as many steps as with all of them, but at most 8 epochs."""
+    if count < everything:
+        epochs = min(8, presets.PRESETS["laptop"].epochs * everything / count)
+        flags = {"max-rows": str(count), "epochs": f"{epochs:g}"} | flags
+    return count, [run(flags, "", seed) for seed in seeds]
 
 
 def run(flags: dict, without: str, seed: int) -> dict:
@@ -199,20 +206,23 @@ def mean_of(cells: list[dict], score: str) -> float | None:
     return None if None in values else statistics.mean(values)
 
 
-def draw_curve(rows: list[tuple[int, list[dict]]], picture: Path) -> None:
+def draw_curve(lines: dict[str, list[tuple[int, list[dict]]]], picture: Path) -> None:
     """F1 against rows: the mean over the seeds, and every seed as a dot."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for context in ("oracle", "retrieved"):
-        points = [(count, [r["cells"][f"tuned {context}"]["f1"] for r in records]) for count, records in rows]
-        means = [statistics.mean(values) for _, values in points]
-        (line,) = axes.plot([count for count, _ in points], means, "o-", label=f"{context} context")
-        for count, values in points:
-            axes.plot([count] * len(values), values, ".", color=line.get_color(), alpha=0.5)
+    for (name, rows), style in zip(lines.items(), ("o-", "s--"), strict=False):
+        for context, colour in (("oracle", "tab:blue"), ("retrieved", "tab:orange")):
+            points = [(count, [r["cells"][f"tuned {context}"]["f1"] for r in records]) for count, records in rows]
+            means = [statistics.mean(values) for _, values in points]
+            label = f"{context} context, from {name}"
+            axes.plot([count for count, _ in points], means, style, color=colour, label=label)
+            for count, values in points:
+                axes.plot([count] * len(values), values, ".", color=colour, alpha=0.5)
     axes.set(xscale="log", xlabel="training rows", ylabel="F1", ylim=(0, 1))
-    axes.set_xticks([count for count, _ in rows], [str(count) for count, _ in rows])
+    ticks = sorted({count for rows in lines.values() for count, _ in rows})
+    axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     axes.legend()
     figure.savefig(picture)
@@ -223,6 +233,7 @@ def build_parser() -> console.Parser:
     parser = console.Parser(usage="ablation.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
     flag("--curve", action="store_true", help="F1 against the number of rows instead")
+    flag("--start-from", metavar="ADAPTER", help="a second line of the curve, trained further from this adapter")
     flag("--seeds", type=console.number(int, 0), nargs="+", default=[0, 1], help="each trial once per seed")
     flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
     return parser
