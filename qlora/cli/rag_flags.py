@@ -161,10 +161,13 @@ def check_sweep(args, problems: console.Problems) -> None:
 
 
 def check_ingest(args, problems: console.Problems) -> None:
+    from qlora.reading.kinds import choose_ocr
     from qlora.retrieval import documents
 
     with problems.collecting():
         documents.find_files(args.paths)
+    with problems.collecting():
+        args.ocr = choose_ocr(args.ocr)
     if args.overlap >= args.passage_tokens:
         problems.add("--overlap reaches --passage-tokens", "command line", "give a smaller --overlap")
 
@@ -217,11 +220,13 @@ def build_parser(description: str, steps: tuple[str, ...]):
 
 def add_ingest_flags(one: console.Parser) -> None:
     """Which files become passages, and of what length."""
-    text = "files and folders: .txt .md .html .pdf .docx .csv .json .jsonl"
+    text = "files and folders: text, Markdown, HTML, PDF, Office, CSV, JSON, e-mails, e-books (docs/documents.md)"
     one.add_argument("paths", nargs="+", metavar="PATH", help=text)
     flag = one.add_argument
     flag("--passage-tokens", type=console.number(int, 16), default=120, help="tokens per passage, at most")
     flag("--overlap", type=console.number(int, 0), default=24, help="tokens that neighbouring passages share")
+    text = "scanned PDF pages by Tesseract: auto if it is installed, off, or languages such as deu+eng"
+    flag("--ocr", metavar="LANG", default="auto", help=text)
     flag("--prune", action="store_true", help="also remove documents whose files are gone from the folders")
     flag("--dry-run", action="store_true", help="show what would be done: + new, ~ changed, - removed")
 

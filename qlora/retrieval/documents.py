@@ -1,28 +1,24 @@
-"""Documents: files -> pages of text -> passages that fit the embedding model.
+"""Documents: the files of a folder, known by their content, and loaded as passages."""
 
-A passage keeps its source, the path of headings above it, and its place: a line (text, Markdown,
-HTML), a page (PDF) or a row (CSV, JSON), and its span of characters in that text.
-"""
-
-import functools
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from langchain_core.documents import Document
 
 from qlora.console import Problems, fail
-from qlora.retrieval.reading import explaining_file, read_file
-from qlora.words import clean
+from qlora.reading.kinds import SUFFIXES
+from qlora.reading.reader import explaining_file, read_file
+from qlora.reading.section import Note, Section
+from qlora.retrieval.passages import Splitting, split_sections
 
-MOST_BYTES = 100_000_000
+MOST_BYTES = 1_000_000_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
-SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
-AT_ONCE = 500_000  # characters that the splitter gets; it keeps a list of all lines
-VERSION = 3  # of the splitting: raised when it changes, so that all documents are ingested again
+UNITS = ("page", "slide", "chapter", "paragraph", "line", "row", "part")
+VERSION = 4  # of the splitting: raised when it changes, so that all documents are ingested again
 
 
 @dataclass(frozen=True)
@@ -34,19 +30,24 @@ class SourceFile:
     folder: str | None
 
 
-def find_files(paths: list[str], unreadable: Problems | None = None) -> list[SourceFile]:
+def find_files(
+    paths: list[str], unreadable: Problems | None = None, passed_over: Counter | None = None
+) -> list[SourceFile]:
     """Every file under the paths, once; its source is the path below the outermost folder that was named.
 
-    Hidden files, links and files of other types in folders are left out; folders that cannot be read are added to
-    `unreadable`. Raises one UserError for all paths that do not exist, files of an unknown type, different files of
-    one name and folders without documents.
+    Hidden files, links and files of other types in folders are left out. Folders that cannot be read are added to
+    `unreadable`, files of other types to `passed_over`, by suffix.
+
+    Raises one UserError for all paths that do not exist, files of an unknown type, different files of one name and
+    folders without documents.
     """
     problems, unreadable = Problems(), Problems() if unreadable is None else unreadable
+    passed_over = Counter() if passed_over is None else passed_over
     found: dict[str, SourceFile] = {}
     seen: set[str] = set()
     for path in sorted(map(Path, paths), key=lambda path: (not path.is_dir(), os.path.realpath(path).count(os.sep))):
         with problems.collecting():
-            for file in files_below(path, unreadable):
+            for file in files_below(path, unreadable, passed_over):
                 if (real := os.path.realpath(file.path)) in seen:
                     continue
                 seen.add(real)
@@ -58,10 +59,13 @@ def find_files(paths: list[str], unreadable: Problems | None = None) -> list[Sou
     return list(found.values())
 
 
-def files_below(path: Path, unreadable: Problems) -> list[SourceFile]:
+def files_below(path: Path, unreadable: Problems, passed_over: Counter) -> list[SourceFile]:
     """The documents of a folder, or the one file."""
     if path.is_dir():
-        files = sorted(walk_folder(path, unreadable))
+        there = sorted(walk_folder(path, unreadable))
+        files = [file for file in there if file.suffix.lower() in SUFFIXES]
+        others = (file.suffix.lower() for file in there if file.suffix.lower() not in SUFFIXES)
+        passed_over.update(suffix or "no suffix" for suffix in others)
         if not files and not unreadable.found:
             raise fail("no documents in the folder", str(path), f"give files of type {', '.join(SUFFIXES)}")
         return [SourceFile(file, file.relative_to(path).as_posix(), os.path.realpath(path)) for file in files]
@@ -74,7 +78,7 @@ def files_below(path: Path, unreadable: Problems) -> list[SourceFile]:
 
 
 def walk_folder(folder: Path, unreadable: Problems) -> Iterator[Path]:
-    """The documents in it: not hidden, not of a version control system, not links."""
+    """The files in it: not hidden, not of a version control system, not links."""
 
     def report(error: OSError) -> None:
         unreadable.add(f"unreadable folder ({error.strerror.lower()})", error.filename, "give yourself the right")
@@ -82,7 +86,7 @@ def walk_folder(folder: Path, unreadable: Problems) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, onerror=report):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in VERSION_CONTROL]
         for file in (Path(place, name) for name in names if not name.startswith(".")):
-            if file.suffix.lower() in SUFFIXES and file.is_file() and not file.is_symlink():
+            if file.is_file() and not file.is_symlink():
                 yield file
 
 
@@ -95,8 +99,8 @@ def check_name(file: SourceFile) -> None:
         raise fail("the file's name is not UTF-8", os.fsencode(file.path).decode(errors="replace"), fix) from error
 
 
-def fingerprint_file(file: Path, splitting: object) -> str:
-    """sha256 of the content and of how it is split and embedded: equal means that nothing changed.
+def fingerprint_file(file: Path, splitting: Splitting) -> str:
+    """sha256 of the content and of how it is read, split and embedded: equal means that nothing changed.
 
     Raises UserError for a file that is too large or cannot be read.
     """
@@ -105,6 +109,8 @@ def fingerprint_file(file: Path, splitting: object) -> str:
             raise fail(f"{size / 1e6:,.0f} MB is too large (limit {MOST_BYTES / 1e6:,.0f})", str(file), "split it")
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256")
+    if file.suffix.lower() != ".pdf":
+        splitting = replace(splitting, ocr="")
     digest.update(repr((VERSION, splitting)).encode())
     return digest.hexdigest()
 
@@ -112,104 +118,39 @@ def fingerprint_file(file: Path, splitting: object) -> str:
 # ------------------------------------------------------------------------------- load
 
 
-def load_passages(file: Path, source: str, tokenizer, window: int, size: int, overlap: int) -> list[Document]:
-    """The passages of a file, as `split_pages` makes them.
+def load_passages(
+    file: Path, source: str, tokenizer, splitting: Splitting, notes: list[Note] | None = None
+) -> Iterator[Document]:
+    """The passages of a file, as `split_sections` makes them; what was left out is added to the notes.
 
     Raises UserError when it cannot be read or holds no text.
     """
+    notes = [] if notes is None else notes
+    empty = True
     with explaining_file(file):
-        pages = read_file(file)
-        for page in pages:
-            page.page_content = clean(page.page_content).replace("\r\n", "\n").replace("\r", "\n")
-            page.metadata["source"] = source
-        passages = split_pages(pages, tokenizer, window, size, overlap)
-    if not passages:
-        fix = "scanned? run OCR on it first" if file.suffix.lower() == ".pdf" else "leave it out"
+        parts = read_file(file, splitting.ocr)
+        for passage in split_sections(keep_sections(parts, notes), source, tokenizer, splitting):
+            empty = False
+            yield passage
+    if empty:
+        fix = notes[-1].fix if notes else "leave it out"
         raise fail("the document holds no text", str(file), fix)
-    return passages
 
 
-# ------------------------------------------------------------------------------- split
-
-
-def split_pages(pages: list[Document], tokenizer, window: int, size: int, overlap: int) -> list[Document]:
-    """Passages of at most `size` tokens of the embedding model's tokenizer, neighbours sharing `overlap`.
-
-    Sections are never mixed: a passage belongs to one heading path. With its heading path a passage never
-    exceeds `window`, where the model cuts (256 word pieces for all-MiniLM-L6-v2).
-    """
-    from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-    @functools.cache  # the splitter asks two or three times for every piece
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    passages = []
-    for page in pages:
-        for heading, text, line, offset in (part for section in split_sections(page) for part in cut_section(*section)):
-            while count(heading) > window // 2:  # a line that looks like a heading but is not
-                heading = heading[: len(heading) // 2]
-            room = min(size, window - 2 - count(heading + "\n"))
-            splitter = RecursiveCharacterTextSplitter(
-                separators=["\n\n", "\n", ". ", " ", ""],
-                chunk_size=room,
-                chunk_overlap=min(overlap, room // 2),
-                length_function=count,
-            )
-            start = -1
-            for piece in splitter.split_text(text):
-                # The splitter's own add_start_index counts the overlap in characters: wrong for tokens.
-                start = text.find(piece, start + 1)
-                metadata = {**page.metadata, **({"heading": heading} if heading else {})}
-                metadata["span"] = [offset + start, offset + start + len(piece)]
-                if not {"page", "row"} & metadata.keys():
-                    metadata["line"] = line + text.count("\n", 0, start)
-                passages.append(Document(piece, metadata=metadata))
-    return passages
-
-
-def split_sections(page: Document) -> Iterator[tuple[str, str, int, int]]:
-    """(heading path, text, first line, first character) of every section under a Markdown heading."""
-    lines = page.page_content.split("\n")
-    starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
-    path: list[tuple[int, str]] = []
-    first = 0
-    for begin, end, level, title in [*find_headings(page.page_content), (len(lines), len(lines), 1, "")]:
-        if any(map(str.strip, lines[first:begin])):
-            yield " > ".join(title for _, title in path), "\n".join(lines[first:begin]), first + 1, starts[first]
-        path = [*(entry for entry in path if entry[0] < level), (level, title)]
-        first = end
-
-
-def cut_section(heading: str, text: str, line: int, offset: int) -> Iterator[tuple[str, str, int, int]]:
-    """The section in parts of at most AT_ONCE characters, each of whole lines where it has any."""
-    while len(text) > AT_ONCE:
-        end = text.rfind("\n", 0, AT_ONCE) + 1 or AT_ONCE
-        yield heading, text[:end], line, offset
-        line, offset, text = line + text.count("\n", 0, end), offset + end, text[end:]
-    yield heading, text, line, offset
-
-
-def find_headings(text: str) -> Iterator[tuple[int, int, int, str]]:
-    """(first line, line after it, level, title) of every Markdown heading, by CommonMark's rules for blocks.
-
-    What looks like one in code, HTML, lists or quotations is none, and neither is the end of the front matter.
-    """
-    from markdown_it import MarkdownIt
-
-    parser = MarkdownIt("commonmark")
-    parser.core.ruler.enableOnly(["normalize", "block"])  # titles stay as they are written
-    front = text.find("\n---\n", 3) if text.startswith("---\n") else -1
-    body = text.count("\n", 0, front + 1) + 1 if front >= 0 else 0
-    for heading, title in pairwise(parser.parse(text)):
-        if heading.type == "heading_open" and heading.level == 0 and heading.map[0] >= body and title.content:
-            yield *heading.map, int(heading.tag[1]), " ".join(title.content.split())
+def keep_sections(parts: Iterator[Section | Note], notes: list[Note]) -> Iterator[Section]:
+    for part in parts:
+        if isinstance(part, Note):
+            notes.append(part)
+        else:
+            yield part
 
 
 def place(metadata: dict) -> str:
     """The place of a passage, for people: `ferry/crew.md, line 9, Crew > Watches`."""
     parts = [metadata["source"]]
-    parts += [f"{key} {metadata[key]}" for key in ("page", "line", "row") if key in metadata]
+    parts += [f"{unit} {metadata[unit]}" for unit in UNITS if unit in metadata]
+    if "last_page" in metadata:
+        parts[-1] = f"pages {metadata['page']}-{metadata['last_page']}"
     return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata])
 
 

@@ -3,28 +3,21 @@
 A document is written whole or not at all, so that a second run completes one that was killed.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from langchain_core.documents import Document
 
 from qlora.console import Problems, note, progress, say
+from qlora.reading.section import Note
 from qlora.retrieval import documents
 from qlora.retrieval.documents import SourceFile
+from qlora.retrieval.passages import Splitting
 from qlora.retrieval.passage_store import Entry, Prepared
 
 BATCH = 256  # passages embedded together: enough to put those of one length together
 REMEMBERED = 20_000  # embedded texts, about 30 MB: a text of many documents is embedded once
-
-
-@dataclass(frozen=True)
-class Splitting:
-    """How files become passages; part of a document's fingerprint."""
-
-    embedding_model: str
-    window: int
-    passage_tokens: int
-    overlap: int
 
 
 @dataclass(frozen=True)
@@ -37,9 +30,9 @@ class Plan:
     known: frozenset[str]
 
 
-def choose_splitting(store, embedding_model: str, passage_tokens: int, overlap: int) -> Splitting:
+def choose_splitting(store, embedding_model: str, passage_tokens: int, overlap: int, ocr: str = "") -> Splitting:
     """How files become passages that fit the window of the store's embedder."""
-    return Splitting(embedding_model, store.embeddings._client.max_seq_length, passage_tokens, overlap)
+    return Splitting(embedding_model, store.embeddings._client.max_seq_length, passage_tokens, overlap, ocr)
 
 
 def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False, dry_run: bool = False) -> None:
@@ -48,8 +41,8 @@ def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False
     Raises UserError with the files that could not be read, after all others are written.
     """
     embedder = store.embeddings._client  # the SentenceTransformer
-    problems = Problems()
-    plan = make_plan(store, documents.find_files(paths, problems), splitting, prune, problems)
+    problems, passed_over = Problems(), Counter()
+    plan = make_plan(store, documents.find_files(paths, problems, passed_over), splitting, prune, problems)
     if dry_run:
         print_plan(plan)
     else:
@@ -61,6 +54,9 @@ def put_files(store, paths: list[str], splitting: Splitting, prune: bool = False
             f"{new} added, {len(written) - new} changed, {plan.unchanged} unchanged, {len(plan.gone)} removed, "
             f"{sum(count for _, count in written)} passages, {len(problems.found)} unreadable"
         )
+    if passed_over:
+        counted = ", ".join(f"{count} {suffix}" for suffix, count in sorted(passed_over.items()))
+        note(f"Passed over, since their type is not read: {counted}")
     problems.raise_if_any()
 
 
@@ -128,10 +124,12 @@ def read_batches(
 ) -> Iterator[list[tuple[Entry, list[Document]]]]:
     """The documents with their passages, in groups of about BATCH passages."""
     batch: list[tuple[Entry, list[Document]]] = []
-    sizes = splitting.window, splitting.passage_tokens, splitting.overlap
     for file, entry in plan.put:
+        notes: list[Note] = []
         with problems.collecting():
-            batch.append((entry, documents.load_passages(file.path, file.source, tokenizer, *sizes)))
+            batch.append((entry, list(documents.load_passages(file.path, file.source, tokenizer, splitting, notes))))
+            for left_out in notes:
+                note(f"{file.source}: {left_out.text} - {left_out.fix}")
         if sum(len(passages) for _, passages in batch) >= BATCH:
             yield batch
             batch = []
