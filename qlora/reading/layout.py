@@ -3,7 +3,7 @@
 A piece is a part of a line that is set in one go: a cell, or the line of a column. Coordinates are points, y upwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -12,6 +12,8 @@ from qlora.reading.section import PARAGRAPH, Block
 from qlora.reading.table import as_rows
 
 NEAR = 3.0  # points: lines that meet, edges that are one
+HYPHENS = ("-", "\u00ad", "\u2010")
+TOUCHING = 0.2  # of the height: narrower than a space
 FEWEST = 4  # pieces on both sides of a gutter
 
 
@@ -123,6 +125,21 @@ def are_prose(pieces: list[Box]) -> bool:
     return median(len(piece.text.split()) for piece in pieces) >= 4
 
 
+def join_touching(pieces: Iterable[Box]) -> Iterator[Box]:
+    """The pieces with text, those that touch as one: a ligature is set by itself."""
+    last: Box | None = None
+    for piece in pieces:
+        if last and beside(last, piece) and abs(piece.left - last.right) < TOUCHING * max(piece.height, last.height):
+            bottom, top = min(last.bottom, piece.bottom), max(last.top, piece.top)
+            last = Box(last.left, bottom, piece.right, top, last.text + piece.text)
+            continue
+        if last and last.text.strip():
+            yield last
+        last = piece
+    if last and last.text.strip():
+        yield last
+
+
 def as_lines(pieces: Sequence[Box]) -> list[Line]:
     """Neighbours in the order of the file that stand side by side make a line."""
     lines: list[Line] = []
@@ -202,9 +219,13 @@ def finish(texts: list[str]) -> Paragraph:
     """The lines as one text; a word that is broken at the end of a line is whole again."""
     text = texts[0]
     for line in texts[1:]:
-        broken = text[-1:] in "-\u00ad\u2010" and text[-2:-1].isalpha() and line[:1].islower()
-        text = text[:-1] + line if broken else f"{text} {line}"
+        text = text[:-1] + line if is_broken(text, line) else f"{text} {line}"
     return Paragraph(text, len(texts))
+
+
+def is_broken(text: str, line: str) -> bool:
+    """Whether a hyphen divides a word that goes on in this line."""
+    return text[-1:] in HYPHENS and text[-2:-1].isalpha() and line[:1].islower()
 
 
 # ------------------------------------------------------------------------------- tables without lines

@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 from qlora.console import fail
-from qlora.reading.layout import Box, Paragraph, beside, lay_out
+from qlora.reading.layout import Box, Paragraph, is_broken, join_touching, lay_out
 from qlora.reading.section import PARAGRAPH, RUNNING, Block, Note, Section, join_blocks
 
 MOST_PAGES = 5_000
-TOUCHING = 0.1  # of the height, between parts of a word
 MARGIN = 2  # lines at the top and at the bottom of a page that may be its header or footer
 REPEATED = 0.6  # share of the pages that have a header or footer
 DPI = 300  # what Tesseract's documentation asks for
@@ -30,7 +30,7 @@ SENTENCE_ENDS = re.compile(r"[.!?:;\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*$")
 
 
 def read_pdf(file: Path, ocr: str = "") -> Iterator[Section | Note]:
-    """One section, its pages marked, and what is missing from it.
+    """A section per page, or for the pages that a sentence joins, and what is missing.
 
     `ocr` are the languages that Tesseract reads pages without text in; empty for no OCR. Raises UserError for a file
     that needs a password, and for one with too many pages.
@@ -45,7 +45,7 @@ def read_pdf(file: Path, ocr: str = "") -> Iterator[Section | Note]:
             for number, paragraphs in zip(blank, recognise(document, blank, ocr), strict=True):
                 pages[number - 1] = paragraphs
             blank = [number for number in blank if not pages[number - 1]]
-    yield join_blocks(list(join_pages(drop_repeated(pages))), "page")
+    yield from join_pages(drop_repeated(pages))
     if blank:
         yield Note(describe_blank(blank, len(pages)), advise_ocr(ocr))
 
@@ -82,14 +82,21 @@ def advise_ocr(ocr: str) -> str:
 
 def read_page(document, number: int) -> list[Paragraph]:
     with closing(document[number]) as page, closing(page.get_textpage()) as text:
-        turn = make_turn(page)
-        pieces = [turn(box) for box in [*read_pieces(text), *read_fields(document, page)]]
-        return lay_out(pieces, [turn(line) for line in read_lines(page)])
+        pieces = list(read_pieces(text))
+        turn = make_turn(page, pieces)
+        boxes = [*join_touching(map(turn, pieces)), *map(turn, read_fields(document, page))]
+        return lay_out(boxes, [turn(line) for line in read_lines(page)])
 
 
-def make_turn(page):
-    """A function that turns a box of the page as it is stored to how it is shown."""
-    turns, (width, height) = page.get_rotation() // 90, page.get_size()
+def make_turn(page, pieces: list[Box]):
+    """A function that turns a box from how the page is stored to how its text is read.
+
+    A page may be stored on its side and shown upright, or the other way round: the longer side of lines decides.
+    """
+    long = [piece for piece in pieces if len(piece.text) > 3]
+    is_upright = 2 * sum(piece.right - piece.left > piece.height for piece in long) >= len(long)
+    turns = 0 if is_upright and page.get_rotation() != 180 else page.get_rotation() // 90
+    width, height = page.get_size()
     across, up = (height, width) if turns % 2 else (width, height)  # of the page as it is stored
 
     def turn(box: Box) -> Box:
@@ -106,20 +113,10 @@ def make_turn(page):
 
 
 def read_pieces(text) -> Iterator[Box]:
-    """The pieces of lines, in the order of the file. What touches is one piece: a ligature is set by itself."""
-    last: Box | None = None
+    """The pieces of lines as the file has them, in its order."""
     for n in range(text.count_rects()):
         left, bottom, right, top = text.get_rect(n)
-        piece = Box(left, bottom, right, top, text.get_text_bounded(left, bottom, right, top).replace("\x02", "-"))
-        if last and beside(last, piece) and abs(piece.left - last.right) < TOUCHING * piece.height:
-            bottom, top = min(last.bottom, bottom), max(last.top, top)
-            last = Box(last.left, bottom, right, top, last.text + piece.text)
-            continue
-        if last and last.text.strip():
-            yield last
-        last = piece
-    if last and last.text.strip():
-        yield last
+        yield Box(left, bottom, right, top, text.get_text_bounded(left, bottom, right, top).replace("\x02", "-"))
 
 
 def read_fields(document, page) -> Iterator[Box]:
@@ -208,14 +205,30 @@ def margin_key(part: Paragraph) -> str:
     return re.sub(r"\d", "#", part.text.casefold())
 
 
-def join_pages(pages: list[list[Paragraph]]) -> Iterator[Block]:
-    """The blocks of all pages; a sentence that a page ends in goes on in the next."""
-    before = ""
+def join_pages(pages: list[list[Paragraph]]) -> Iterator[Section]:
+    """A section per page, but one for pages that a sentence goes on in."""
+    held: list[Block] = []
+    last: Paragraph | None = None
     for number, page in enumerate(pages, 1):
         for n, part in enumerate(page):
-            goes_on = n == 0 and before and not SENTENCE_ENDS.search(before) and not part.rows
-            yield from part.blocks(number, RUNNING if goes_on else PARAGRAPH)
-            before = "" if part.rows else part.text
+            runs_on = n == 0 and last is not None and goes_on(last, part)
+            if n == 0 and held and not runs_on:
+                yield join_blocks(held, "page")
+                held = []
+            join = RUNNING if runs_on else PARAGRAPH
+            if runs_on and is_broken(last.text, part.text):
+                held[-1], join = replace(held[-1], text=held[-1].text[:-1]), ""
+            held += part.blocks(number, join)
+            last = part
+    if held:
+        yield join_blocks(held, "page")
+
+
+def goes_on(last: Paragraph, first: Paragraph) -> bool:
+    """Whether a page begins within the sentence that the one before ends with."""
+    if last.rows or first.rows or SENTENCE_ENDS.search(last.text):
+        return False
+    return first.text[:1].islower() or (last.lines > 1 and first.lines > 1)
 
 
 # ------------------------------------------------------------------------------- OCR

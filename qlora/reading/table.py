@@ -82,13 +82,12 @@ def read_csv(file: Path) -> Iterator[Section]:
 
 
 def find_delimiter(text: str, delimiters: str) -> str:
-    """The one that gives most rows as many cells as the header, and then the one that gives most cells."""
+    """The one that divides most of the first rows, and then into the fewest different numbers of cells."""
 
-    def score(delimiter: str) -> tuple[int, int]:
+    def score(delimiter: str) -> tuple[int, int, int]:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         widths = [len(cells) for cells in islice(rows, LOOKED_AT) if cells]
-        common = max(set(widths), key=widths.count, default=0)
-        return (widths.count(common) if common > 1 else 0, common)
+        return sum(width > 1 for width in widths), -len(set(widths)), sum(widths)
 
     return max(delimiters, key=score)
 

@@ -13,8 +13,8 @@ from qlora.console import Problems, note, progress, say
 from qlora.reading.section import Note
 from qlora.retrieval import documents
 from qlora.retrieval.documents import SourceFile
-from qlora.retrieval.passages import Splitting
 from qlora.retrieval.passage_store import Entry, Prepared
+from qlora.retrieval.passages import Splitting
 
 BATCH = 256  # passages embedded together: enough to put those of one length together
 REMEMBERED = 20_000  # embedded texts, about 30 MB: a text of many documents is embedded once

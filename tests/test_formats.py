@@ -1,0 +1,636 @@
+"""What is read of each kind of file: structure, tables, encodings; and what is left out and said."""
+
+import io
+import zipfile
+from email.message import EmailMessage
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_documents import SPLITTING, load, make_pdf, tokenizer  # noqa: F401
+
+from qlora.console import UserError
+from qlora.reading import kinds, pdf
+from qlora.reading.kinds import read_sections
+from qlora.reading.section import Note, Section, find_number
+
+
+def read(path, content=None, ocr="") -> list[Section]:
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [part for part in read_sections(path, ocr) if isinstance(part, Section)]
+
+
+def texts(path, content=None) -> list[tuple[str, str]]:
+    return [(section.heading, section.text) for section in read(path, content)]
+
+
+# ------------------------------------------------------------------------------- every line arrives
+
+
+def test_lines_with_a_number_sign_are_text_but_for_markdown(tmp_path):
+    lines = "# Close valve A first.\n\n## gate code 4411\nstart = true\n"
+    assert texts(tmp_path / "a.txt", lines) == [("", lines)]
+    assert texts(tmp_path / "a.csv", 'berth,note\nN1,"first\n# gate code 4411"\n') == [
+        ("", "berth: N1 / note: first\n# gate code 4411")
+    ]
+
+
+def test_a_heading_without_text_is_text(tmp_path):
+    markdown = "# Contacts\n\n## Fax: 555 0199\n\n## Duty officer: Ada\n\n## Hours\n\nNine to five.\n\n## Key\n"
+    found = texts(tmp_path / "a.md", markdown)
+    assert found[0] == ("Contacts", "Fax: 555 0199\nDuty officer: Ada")
+    assert found[1][0] == "Contacts > Hours" and found[2] == ("Contacts", "Key")
+
+
+WORDS = st.lists(st.sampled_from(["anchor", "berth", "crane", "dock", "eel"]), min_size=1, max_size=60)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.sampled_from(["p", "li", "h2", "h3", "row", "pre"]), WORDS), min_size=1, max_size=12))
+def test_every_word_of_a_page_arrives_once_and_in_order(tmp_path_factory, tokenizer, parts):  # noqa: F811
+    """Numbered words: each must be in the passages (or the heading path) of the place where it stands."""
+    folder = tmp_path_factory.mktemp("words")
+    number, html, markdown, expected = 0, [], [], []
+    for tag, words in parts:
+        named = []
+        for word in words[: 8 if tag.startswith("h") else 60]:
+            number += 1
+            named.append(f"{word}{number}")
+        expected += named
+        text = " ".join(named)
+        html.append(f"<table><tr><td>{text}</td></tr></table>" if tag == "row" else f"<{tag}>{text}</{tag}>")
+        start = {"h2": "## ", "h3": "### ", "li": "- ", "pre": "    "}.get(tag, "")
+        markdown.append(f"|a|\n|-|\n|{text}|" if tag == "row" else start + text)
+    (folder / "a.html").write_text("<body>" + "\n".join(html), encoding="utf-8")
+    (folder / "a.md").write_text("\n\n".join(markdown), encoding="utf-8")
+    (folder / "a.txt").write_text("\n\n".join(markdown), encoding="utf-8")
+    for name in ("a.html", "a.md", "a.txt"):
+        passages = load(folder / name, tokenizer)
+        there = set(
+            " ".join(f"{p.metadata.get('heading', '')} {p.page_content}" for p in passages).replace("|", " ").split()
+        )
+        assert not set(expected) - there, name
+        own = [[word for word in expected if word in p.page_content.split()] for p in passages]
+        assert all(list(map(expected.index, row)) == sorted(map(expected.index, row)) for row in own), name
+
+
+# ------------------------------------------------------------------------------- encodings
+
+GERMAN, POLISH = "Die Liegegebühr für Gäste beträgt 12 € \u2013 ohne Frühstück.", "Opłata za postój łodzi wynosi złoty."
+RUSSIAN, JAPANESE = "Ключ от склада лежит под синим якорем.", "桟橋の料金は一泊千二百円です。鍵は青い箱の中にあります。"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (GERMAN, "cp1252"),
+        (GERMAN, "utf-8-sig"),
+        (GERMAN, "utf-16"),
+        (GERMAN, "utf-32"),
+        (GERMAN.replace("€", "E").replace("\u2013", "-"), "latin-1"),
+        (POLISH, "cp1250"),
+        (POLISH, "iso8859-2"),
+        (RUSSIAN, "koi8-r"),
+        (RUSSIAN, "cp1251"),
+        (JAPANESE, "shift_jis"),
+        (JAPANESE, "euc-jp"),
+        (RUSSIAN, "utf-16-be"),
+        ("The fee is 12 € a night \u2013 “no breakfast”.", "cp1252"),
+    ],
+)
+def test_short_texts_are_read_in_their_encoding(tmp_path, text, encoding):
+    assert texts(tmp_path / "a.txt", text.encode(encoding)) == [("", text)]
+    assert texts(tmp_path / "a.csv", f"note\n{text}\n".encode(encoding)) == [("", f"note: {text}")]
+
+
+def test_one_odd_byte_late_in_a_large_file_decides_its_encoding(tmp_path):
+    (found,) = texts(tmp_path / "a.txt", b"plain words\n" * 30_000 + "Gebühr 12 €".encode("cp1252"))
+    assert found[1].endswith("Gebühr 12 €")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f'<meta charset="windows-1252"><p>{GERMAN}'.encode("cp1252"),
+        f'<meta charset="iso-8859-1"><p>{GERMAN}'.encode("cp1252"),  # a browser reads Windows-1252
+        f'<meta http-equiv="Content-Type" content="text/html; charset=utf-8"><p>{GERMAN}'.encode(),
+        f'<meta charset="koi8-r"><p>{GERMAN}'.encode("utf-16"),  # the byte order mark comes first
+        f"<p>{GERMAN}".encode(),
+    ],
+)
+def test_pages_are_read_in_the_encoding_that_browsers_take(tmp_path, content):
+    assert texts(tmp_path / "a.html", content)[0][1] == GERMAN
+
+
+# ------------------------------------------------------------------------------- tables
+
+TABLE = [["Berth", "Fee", "Power"], ["N1", "", "16 A"], ["N2", "16 EUR", ""], ["N3", "19 EUR", "32 A"]]
+ROWS = "Berth: N1 / Fee: / Power: 16 A\nBerth: N2 / Fee: 16 EUR / Power:\nBerth: N3 / Fee: 19 EUR / Power: 32 A"
+
+
+def as_docx(path):
+    import docx
+
+    document = docx.Document()
+    table = document.add_table(4, 3)
+    for row, cells in zip(table.rows, TABLE, strict=True):
+        for cell, text in zip(row.cells, cells, strict=True):
+            cell.text = text
+    document.save(path)
+
+
+def as_pptx(path):
+    from pptx import Presentation
+    from pptx.util import Inches
+
+    deck = Presentation()
+    slide = deck.slides.add_slide(deck.slide_layouts[6])
+    table = slide.shapes.add_table(4, 3, 0, 0, Inches(6), Inches(3)).table
+    for r, cells in enumerate(TABLE):
+        for c, text in enumerate(cells):
+            table.cell(r, c).text = text
+    deck.save(path)
+
+
+def draw_table(path, lines=True):
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(6, 4))
+    figure.text(0.1, 0.9, "Before the table there is a sentence that ends here.", fontsize=9)
+    for r, cells in enumerate(TABLE):
+        for c, text in enumerate(cells):
+            figure.text(0.12 + 0.2 * c, 0.72 - 0.1 * r, text, fontsize=9)
+    if lines:
+        for n in range(5):
+            figure.add_artist(Line2D([0.1, 0.7], [0.79 - 0.1 * n] * 2, color="black"))
+        for n in range(4):
+            figure.add_artist(Line2D([0.1 + 0.2 * n] * 2, [0.39, 0.79], color="black"))
+    figure.text(0.1, 0.2, "After the table there is another sentence.", fontsize=9)
+    FigureCanvasPdf(figure).print_figure(path)
+
+
+def as_html(path):
+    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for cells in TABLE)
+    path.write_text(f"<table>{rows}</table>")
+
+
+def as_markdown(path):
+    lines = ["|" + "|".join(cells) + "|" for cells in TABLE]
+    path.write_text("\n".join([lines[0], "|---|---|---|", *lines[1:]]))
+
+
+def as_csv(path):
+    path.write_text("\n".join(";".join(cells) for cells in TABLE))
+
+
+def as_sheet(path):
+    from qlora.reading.table import as_rows  # noqa: F401
+
+    make_xlsx(path, TABLE)
+
+
+def make_xlsx(path, rows, merged=""):
+    """The smallest workbook: its cells are inline texts or numbers."""
+
+    def cell(value, place):
+        if isinstance(value, int | float):
+            return f'<c r="{place}"><v>{value}</v></c>'
+        return f'<c r="{place}" t="inlineStr"><is><t>{value}</t></is></c>' if value else ""
+
+    lines = "".join(
+        f'<row r="{r}">' + "".join(cell(value, f"{'ABCDEF'[c]}{r}") for c, value in enumerate(row)) + "</row>"
+        for r, row in enumerate(rows, 1)
+    )
+    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    relations = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    package = "http://schemas.openxmlformats.org/package/2006/relationships"
+    cover = f'<mergeCells count="1"><mergeCell ref="{merged}"/></mergeCells>' if merged else ""
+    with zipfile.ZipFile(path, "w") as book:
+        book.writestr(
+            "_rels/.rels",
+            f'<Relationships xmlns="{package}"><Relationship Id="r1" Type="{relations}/officeDocument" '
+            'Target="xl/workbook.xml"/></Relationships>',
+        )
+        book.writestr(
+            "xl/_rels/workbook.xml.rels",
+            f'<Relationships xmlns="{package}"><Relationship Id="r1" Type="{relations}/worksheet" '
+            'Target="worksheets/sheet1.xml"/></Relationships>',
+        )
+        book.writestr(
+            "xl/workbook.xml",
+            f'<workbook xmlns="{main}" xmlns:r="{relations}"><sheets><sheet name="Fees" sheetId="1" r:id="r1"/>'
+            "</sheets></workbook>",
+        )
+        sheet = f'<worksheet xmlns="{main}"><sheetData>{lines}</sheetData>{cover}</worksheet>'
+        book.writestr("xl/worksheets/sheet1.xml", sheet)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.md", as_markdown),
+        ("a.html", as_html),
+        ("a.docx", as_docx),
+        ("a.pptx", as_pptx),
+        ("a.pdf", draw_table),
+        ("b.pdf", lambda path: draw_table(path, lines=False)),
+        ("a.csv", as_csv),
+        ("a.xlsx", as_sheet),
+    ],
+)
+def test_a_row_stays_a_row_and_an_empty_cell_empty(tmp_path, name, make):
+    make(tmp_path / name)
+    whole = "\n".join(section.text for section in read(tmp_path / name))
+    assert ROWS in whole
+    if name.endswith("pdf"):
+        assert whole.startswith("Before the table") and whole.endswith("another sentence.")
+
+
+def test_every_passage_of_a_split_table_has_the_names_of_the_columns(tmp_path, tokenizer):  # noqa: F811
+    rows = "\n".join(f"| N{n} | {n} EUR | {n + 10} EUR |" for n in range(60))
+    (tmp_path / "a.md").write_text(f"# Fees\n\n| Berth | Winter | Summer |\n|---|---|---|\n{rows}\n")
+    passages = load(tmp_path / "a.md", tokenizer)
+    lines = [line for passage in passages for line in passage.page_content.split("\n")]
+    assert len(passages) > 3 and set(lines) == {
+        f"Berth: N{n} / Winter: {n} EUR / Summer: {n + 10} EUR" for n in range(60)
+    }
+    assert passages[0].metadata["line"] == 5 and passages[0].metadata["heading"] == "Fees"
+
+
+def test_a_long_cell_says_which_row_it_is_in(tmp_path, tokenizer):  # noqa: F811
+    note = " ".join(f"The winch number {n} is greased." for n in range(150))
+    (tmp_path / "a.csv").write_text(f'berth,note\nN1,"{note}"\nN2,short\n')
+    passages = [passage for passage in load(tmp_path / "a.csv", tokenizer) if passage.metadata["row"] == 1]
+    assert len(passages) > 3 and all(passage.page_content.startswith("berth: N1 / ") for passage in passages)
+    assert all(len(tokenizer(passage.page_content).input_ids) <= 202 for passage in passages)
+
+
+def test_merged_cells_are_repeated(tmp_path):
+    html = (
+        "<table><thead><tr><th rowspan=2>Berth<th colspan=2>Fee</tr><tr><th>Winter<th>Summer</tr></thead>"
+        "<tr><td rowspan=2>N1<td>1<td>2</tr><tr><td>3<td>4</tr><tr><td colspan=3>Closed in May</tr></table>"
+    )
+    assert texts(tmp_path / "a.html", html)[0][1].split("\n") == [
+        "Berth: N1 / Fee Winter: 1 / Fee Summer: 2",
+        "Berth: N1 / Fee Winter: 3 / Fee Summer: 4",
+        "Closed in May",
+    ]
+    make_xlsx(tmp_path / "a.xlsx", [["Berth fees 2026"], ["Berth", "Fee"], ["N1", 12.5], ["", 13], ["N3", 14]], "A3:A4")
+    assert texts(tmp_path / "a.xlsx") == [
+        ("Fees", "Berth fees 2026"),
+        ("Fees", "Berth: N1 / Fee: 12.5"),
+        ("Fees", "Berth: N1 / Fee: 13"),
+        ("Fees", "Berth: N3 / Fee: 14"),
+    ]
+
+
+def test_a_form_of_two_columns_is_read_line_by_line(tmp_path):
+    html = "<table><tr><th>Vessel</th><td>Kittiwake</td></tr><tr><th>Draught</th><td>2.35</td></tr></table>"
+    assert texts(tmp_path / "a.html", html)[0][1] == "Vessel: Kittiwake\nDraught: 2.35"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_found_and_ragged_rows_lose_nothing(tmp_path, delimiter):
+    rows = [["berth", "fee", ""], ["N1", "13.50 EUR", "by the crane", "new"], ["N2"], [], ["N3", "19 EUR"]]
+    content = "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows)
+    sections = read(tmp_path / "a.csv", content)
+    assert [section.text for section in sections] == [
+        "berth: N1 / fee: 13.50 EUR / by the crane / new",
+        "berth: N2 / fee:",
+        "berth: N3 / fee: 19 EUR",
+    ]
+    assert [find_number(section, 0) for section in sections] == [1, 2, 4]
+
+
+def test_json_has_words_instead_of_python(tmp_path):
+    content = (
+        '{"port": "Tarn", "open": {"mon": true, "sun": null}, "tags": ["a", "b"], "berths": [{"id": 1.50}, {"id": 2}]}'
+    )
+    assert texts(tmp_path / "a.json", content) == [
+        ("", "port: Tarn / open mon: true / tags: a, b"),
+        ("berths", "id: 1.50"),
+        ("berths", "id: 2"),
+    ]
+
+
+# ------------------------------------------------------------------------------- HTML
+
+PAGE = """<!doctype html><html><head><title>Guide - Port</title><style>p {}</style></head><body>
+<nav>Home</nav><header><h1>Guide</h1></header>
+<p>The <b>Kitti</b>wake is<br>fast.<!-- not this --> Always.</p>
+<div style="display: none">hidden</div><p hidden>hidden</p><script>hidden()</script>
+<ol start="3"><li>Open<li>Prime<ul><li>gently</ul><li value="9"><p>Press</p></ol>
+<h2>Sub</h2>
+<pre>a
+  b</pre>
+<footer>Copyright</footer></body></html>"""
+
+
+def test_a_page_is_read_as_a_browser_shows_it(tmp_path):
+    first, second = read(tmp_path / "a.html", PAGE)
+    assert first.heading == "Guide" and second.heading == "Guide > Sub"
+    assert first.text == "The Kittiwake is\nfast. Always.\n3. Open\n4. Prime\n- gently\n9. Press"
+    assert second.text == "a\n  b"
+    assert find_number(first, first.text.index("Kitti")) == 3 and find_number(first, first.text.index("3.")) == 5
+    assert find_number(second, second.text.index("b")) == 8
+
+
+def test_only_the_main_part_of_a_page_is_read(tmp_path):
+    page = "<title>T</title><div>Skip to content</div><main><h1>Locks</h1><p>Open at six.</p></main><div>Adverts</div>"
+    assert texts(tmp_path / "a.html", page) == [("T > Locks", "Open at six.")]
+
+
+def test_a_page_that_is_nested_deeply_or_empty_is_read(tmp_path):
+    assert texts(tmp_path / "a.html", "<div>" * 1000 + "deep")[0][1] == "deep"
+    assert texts(tmp_path / "b.html", "<!-- nothing -->") == []
+
+
+# ------------------------------------------------------------------------------- Word, slides, books, mails
+
+
+def test_a_word_file_has_headings_numbers_and_notes_but_no_deletions(tmp_path):
+    import docx
+    from docx.oxml import parse_xml
+
+    document = docx.Document()
+    document.add_heading("Pump", 1)
+    document.add_paragraph("Before you start:")
+    document.add_paragraph("Open the cock.", style="List Number")
+    document.add_paragraph("Prime the pump.", style="List Number")
+    document.add_paragraph("Wait a minute.")
+    document.add_paragraph("Press the button.", style="List Number")
+    document.add_paragraph("Ear plugs.", style="List Bullet")
+    w = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    changed = document.add_paragraph("The notice is ")._p
+    changed.append(parse_xml(f'<w:del {w} w:id="1"><w:r><w:delText>nine</w:delText></w:r></w:del>'))
+    changed.append(parse_xml(f'<w:ins {w} w:id="2"><w:r><w:t>four weeks</w:t></w:r></w:ins>'))
+    changed.append(parse_xml(f"<w:r {w}><w:rPr><w:vanish/></w:rPr><w:t>hidden</w:t></w:r>"))
+    document.sections[0].header.paragraphs[0].text = "Contract HT-2207"
+    document.save(tmp_path / "a.docx")
+    ((heading, text),) = texts(tmp_path / "a.docx")
+    assert heading == "Pump"
+    assert text.split("\n") == [
+        *("Before you start:", "1. Open the cock.", "2. Prime the pump.", "", "Wait a minute.", "3. Press the button."),
+        *("- Ear plugs.", "", "The notice is four weeks", "", "Contract HT-2207"),
+    ]
+
+
+def test_a_footnote_stands_where_it_is_called(tmp_path):
+    import docx
+    from docx.opc.constants import RELATIONSHIP_TYPE
+    from docx.opc.packuri import PackURI
+    from docx.opc.part import Part
+    from docx.oxml import parse_xml
+
+    w = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    document = docx.Document()
+    rent = document.add_paragraph("The rent is 300 EUR.")
+    rent._p.append(parse_xml(f'<w:r {w}><w:footnoteReference w:id="2"/></w:r>'))
+    note = '<w:footnote w:id="2"><w:p><w:r><w:t>Heating: 45 EUR.</w:t></w:r></w:p></w:footnote>'
+    notes = f"<w:footnotes {w}>{note}</w:footnotes>"
+    content_type = "application/vnd.openxmlformats-officedocument.wordprocessingml.footnotes+xml"
+    part = Part(PackURI("/word/footnotes.xml"), content_type, notes.encode(), document.part.package)
+    document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
+    document.save(tmp_path / "a.docx")
+    assert texts(tmp_path / "a.docx")[0][1].startswith("The rent is 300 EUR. (Heating: 45 EUR.)")
+
+
+def test_slides_are_read_under_their_titles_with_notes(tmp_path):
+    from pptx import Presentation
+
+    deck = Presentation()
+    slide = deck.slides.add_slide(deck.slide_layouts[1])
+    slide.shapes.title.text = "Signals"
+    slide.placeholders[1].text = "Two balls: closed.\nThree: open."
+    slide.notes_slide.notes_text_frame.text = "Ask the pilot."
+    deck.save(tmp_path / "a.pptx")
+    (section,) = read(tmp_path / "a.pptx")
+    assert (section.heading, section.unit) == ("Signals", "slide")
+    assert section.text == "Two balls: closed.\nThree: open.\n\nAsk the pilot."
+
+
+def test_mails_and_books_are_read(tmp_path):
+    message = EmailMessage()
+    message["Subject"], message["From"], message["To"] = "Würfel für N1", "ada@example.org", "bo@example.org"
+    message.set_content("The gate code is 4411.\n")
+    message.add_alternative("<p>The gate code is 4411.</p>", subtype="html")
+    message.add_attachment(b"x", maintype="application", subtype="pdf", filename="plan.pdf")
+    ((heading, text),) = texts(tmp_path / "a.eml", bytes(message))
+    assert heading == "Würfel für N1" and text.startswith("From: ada@example.org")
+    assert "The gate code is 4411." in text and text.endswith("Attachments: plan.pdf")
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as book:
+        book.writestr("META-INF/container.xml", '<container><rootfile full-path="O/p.opf"/></container>')
+        items = "".join(f'<item id="{c}" href="{c}%20x.xhtml" media-type="application/xhtml+xml"/>' for c in "ab")
+        spine = '<spine><itemref idref="b"/><itemref idref="a"/></spine>'
+        book.writestr("O/p.opf", f"<package><manifest>{items}</manifest>{spine}</package>")
+        for c in "ab":
+            book.writestr(f"O/{c} x.xhtml", f"<html><body><h1>Chapter {c}</h1><p>Text of {c}.</p></body></html>")
+    sections = read(tmp_path / "a.epub")
+    assert [(s.heading, s.text, s.marks[0][1]) for s in sections] == [
+        ("Chapter b", "Text of b.", 1),
+        ("Chapter a", "Text of a.", 2),
+    ]
+
+
+def test_restructured_text_has_headings(tmp_path):
+    text = "=====\nTitle\n=====\n\nIntro.\n\nSub\n---\n\nBody text.\n\n.. note:: kept\n"
+    first, second = read(tmp_path / "a.rst", text)
+    assert (first.heading, first.text.strip()) == ("Title", "Intro.")
+    assert second.heading == "Title > Sub" and "Body text." in second.text and ".. note:: kept" in second.text
+    assert text.split("\n")[find_number(second, second.text.index("Body")) - 1] == "Body text."
+
+
+# ------------------------------------------------------------------------------- PDF
+
+
+def place_texts(path, *pages, rotate=0):
+    """Pages with texts at their places: (x, y, text), in points."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_pdf import PdfPages
+    from matplotlib.figure import Figure
+
+    with rc_context({"pdf.fonttype": 42}), PdfPages(path) as out:
+        for page in pages:
+            figure = Figure(figsize=(595 / 72, 842 / 72))
+            for x, y, text in page:
+                figure.text(x / 595, y / 842, text, fontsize=9)
+            out.savefig(figure)
+    if rotate:  # stored on its side, and shown upright
+        from pypdf import PdfReader, PdfWriter, Transformation
+        from pypdf.generic import RectangleObject
+
+        writer = PdfWriter(clone_from=PdfReader(path))
+        for page in writer.pages:
+            width, height = page.mediabox.width, page.mediabox.height
+            shift = {90: (height, 0), 180: (width, height), 270: (0, width)}[rotate]
+            page.add_transformation(Transformation().rotate(rotate).translate(*shift))
+            page.mediabox = RectangleObject((0, 0, *((width, height) if rotate == 180 else (height, width))))
+            page.cropbox = page.mediabox
+            page.rotate(rotate)
+        writer.write(path)
+
+
+LEFT = [
+    "the ferry sails at six and takes the mail",
+    "to the outer islands on every weekday but",
+    "not on days of gale or fog when it stays",
+    "in port until the duty officer clears it",
+]
+RIGHT = [
+    "a vessel of less than nine metres may use",
+    "the inner lock at any hour of the night if",
+    "its crew works the gate by hand and leaves",
+    "the key with the keeper in the morning",
+]
+
+
+@pytest.mark.parametrize("rotate", [0, 90, 180, 270])
+def test_two_columns_are_read_one_after_the_other(tmp_path, rotate):
+    rows = list(zip(LEFT, RIGHT, strict=True))
+    page = [(60, 780, "A heading that goes across both of the columns of the page")]
+    for n, (left, right) in enumerate(rows):  # line by line across the page, as some programs write
+        page += [(60, 740 - 12 * n, left), (320, 740 - 12 * n, right)]
+    place_texts(tmp_path / "a.pdf", page, rotate=rotate)
+    text = " ".join(read(tmp_path / "a.pdf")[0].text.split())
+    assert " ".join(LEFT) in text and " ".join(RIGHT) in text
+    assert text.startswith("A heading") and text.index("ferry") < text.index("vessel")
+
+
+def test_a_page_that_is_shown_on_its_side_is_read(tmp_path):
+    from pypdf import PdfReader, PdfWriter
+
+    place_texts(tmp_path / "a.pdf", [(60, 700, "The first line of the page."), (60, 600, "The second line of it.")])
+    writer = PdfWriter()
+    writer.add_page(PdfReader(tmp_path / "a.pdf").pages[0].rotate(90))
+    writer.write(tmp_path / "a.pdf")
+    assert read(tmp_path / "a.pdf")[0].text == "The first line of the page.\n\nThe second line of it."
+
+
+def test_a_sentence_goes_on_over_the_page_and_a_broken_word_is_whole(tmp_path, tokenizer):  # noqa: F811
+    first = [(60, 700, "Every crane is inspected in March, and each hoist needs a recerti-")]
+    second = [(60, 780, "fication by the harbour engineer before the season begins in May.")]
+    place_texts(tmp_path / "a.pdf", first, second)
+    (passage,) = load(tmp_path / "a.pdf", tokenizer)
+    assert "needs a recertification by the harbour" in passage.page_content
+    assert (passage.metadata["page"], passage.metadata["last_page"]) == (1, 2)
+
+
+def test_headers_footers_and_page_numbers_are_left_out(tmp_path):
+    facts = [
+        "The north gate opens at six.",
+        "The south gate opens at seven.",
+        "The west gate stays shut.",
+        "No gate east.",
+    ]
+    pages = [
+        [(60, 800, "Harbour manual, edition 3"), (60, 500, fact), (280, 40, f"Page {n} of 4")]
+        for n, fact in enumerate(facts, 1)
+    ]
+    place_texts(tmp_path / "a.pdf", *pages)
+    sections = read(tmp_path / "a.pdf")
+    whole = "\n".join(section.text for section in sections)
+    assert whole.count("Harbour manual") == 1 and "Page" not in whole and all(fact in whole for fact in facts)
+    assert [find_number(section, 0) for section in sections] == [1, 2, 3, 4]
+
+
+def test_pages_without_text_are_named(tmp_path):
+    place_texts(tmp_path / "a.pdf", [(60, 700, "First.")], [], [], [(60, 700, "Last.")], [])
+    notes = [part for part in read_sections(tmp_path / "a.pdf") if isinstance(part, Note)]
+    assert [note.text for note in notes] == ["pages 2-3, 5 of 5 have no text"]
+
+
+def test_an_encrypted_file_is_read_unless_it_needs_a_password(tmp_path):
+    from pypdf import PdfReader, PdfWriter
+
+    make_pdf(tmp_path / "plain.pdf", "The key is brass.")
+    for name, password in (("free.pdf", ""), ("shut.pdf", "secret")):
+        writer = PdfWriter(clone_from=PdfReader(tmp_path / "plain.pdf"))
+        writer.encrypt(password, "owner", algorithm="RC4-128")
+        writer.write(tmp_path / name)
+    assert texts(tmp_path / "free.pdf")[0][1] == "The key is brass."
+    with pytest.raises(UserError, match="needs a password"):
+        read(tmp_path / "shut.pdf")
+
+
+def test_filled_fields_stand_beside_their_labels(tmp_path):
+    from pypdf import PdfReader, PdfWriter
+    from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, TextStringObject
+
+    place_texts(tmp_path / "plain.pdf", [(60, 700, "Name of vessel:"), (60, 660, "Shore power:")])
+    writer = PdfWriter(clone_from=PdfReader(tmp_path / "plain.pdf"))
+    scale = float(writer.pages[0].mediabox.width) / 595
+    fields = ArrayObject()
+    for name, value, y in (("vessel", "Kittiwake", 697), ("power", "Yes", 657)):
+        box = ArrayObject(FloatObject(number * scale) for number in (200, y, 300, y + 14))
+        field = DictionaryObject(
+            {
+                NameObject("/Type"): NameObject("/Annot"),
+                NameObject("/Subtype"): NameObject("/Widget"),
+                NameObject("/FT"): NameObject("/Tx"),
+                NameObject("/T"): TextStringObject(name),
+                NameObject("/V"): TextStringObject(value),
+                NameObject("/Rect"): box,
+            }
+        )
+        fields.append(writer._add_object(field))
+    writer.pages[0][NameObject("/Annots")] = fields
+    form = DictionaryObject({NameObject("/Fields"): fields})
+    writer._root_object[NameObject("/AcroForm")] = writer._add_object(form)
+    writer.write(tmp_path / "a.pdf")
+    assert read(tmp_path / "a.pdf")[0].text.split("\n\n") == ["Name of vessel: Kittiwake", "Shore power: Yes"]
+
+
+@pytest.mark.skipif(not pdf.tesseract_languages(), reason="Tesseract is not installed")
+def test_scanned_pages_are_read_by_tesseract(tmp_path):
+    place_texts(tmp_path / "text.pdf", [(60, 700, "The brass key hangs in room fourteen.")])
+    with pdf.open_pdf(tmp_path / "text.pdf") as document:
+        picture = pdf.draw_page(document, 0)
+    from PIL import Image
+
+    Image.open(io.BytesIO(picture)).save(tmp_path / "scan.pdf", resolution=300)
+    assert read(tmp_path / "scan.pdf") == []
+    assert "brass key hangs in room fourteen" in read(tmp_path / "scan.pdf", ocr="eng")[0].text
+
+
+def test_ocr_takes_languages_that_are_installed(monkeypatch):
+    monkeypatch.setattr(pdf, "tesseract_languages", lambda: ("deu", "eng"))
+    assert [kinds.choose_ocr(asked) for asked in ("off", "auto", "deu+eng")] == ["", "eng", "deu+eng"]
+    with pytest.raises(UserError, match="no language fra - --ocr - install tesseract-ocr-fra"):
+        kinds.choose_ocr("fra")
+    monkeypatch.setattr(pdf, "tesseract_languages", tuple)
+    assert kinds.choose_ocr("auto") == ""
+    with pytest.raises(UserError, match="Tesseract is not installed"):
+        kinds.choose_ocr("deu")
+
+
+# ------------------------------------------------------------------------------- hostile files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.docx", b"\xd0\xcf\x11\xe0" + bytes(600), "encrypted, or saved in an old format"),
+        ("a.xlsx", b"not a workbook", "BadZipFile"),
+        ("a.epub", b"PK\x05\x06" + bytes(18), "KeyError"),
+        ("a.pdf", b"%PDF-1.4 broken", "PdfiumError"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path, tokenizer, name, content, message):  # noqa: F811
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / name, tokenizer)
+
+
+def test_entities_of_a_book_are_not_resolved(tmp_path):
+    (tmp_path / "secret").write_text("top secret")
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as book:
+        book.writestr("META-INF/container.xml", '<container><rootfile full-path="p.opf"/></container>')
+        evil = f'<!DOCTYPE p [<!ENTITY x SYSTEM "file://{tmp_path}/secret">]>'
+        item = '<manifest><item id="a" href="a.xhtml" media-type="application/xhtml+xml"/></manifest>'
+        book.writestr("p.opf", f'{evil}<package>{item}<spine><itemref idref="a"/></spine></package>')
+        book.writestr("a.xhtml", f"{evil}<html><body><p>Before &x; after</p></body></html>")
+    assert "top secret" not in texts(tmp_path / "a.epub")[0][1]
