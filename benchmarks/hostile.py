@@ -116,6 +116,7 @@ def read_one(path: Path) -> dict:
     from qlora.console import UserError
     from qlora.model import base_model
     from qlora.retrieval import documents
+    from qlora.retrieval.passages import Splitting
 
     tokenizer = AutoTokenizer.from_pretrained(base_model.resolve_embedding_model(presets.EMBEDDED_EMBEDDER))
     warm = path.with_name("warm" + path.suffix)
@@ -123,7 +124,8 @@ def read_one(path: Path) -> dict:
     for file in (warm, path):
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         try:
-            result = f"{len(documents.load_passages(file, file.name, tokenizer, 256, 120, 24)):,} passages"
+            passages = documents.load_passages(file, file.name, tokenizer, Splitting("ours", 256, 120, 24))
+            result = f"{sum(1 for _ in passages):,} passages"
         except UserError as error:
             result = error.problems[0].what[:90]
         seconds = time.perf_counter() - started

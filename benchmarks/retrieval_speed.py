@@ -64,12 +64,13 @@ def measure_embedding(args, url: str) -> dict:
     from qlora.retrieval import documents
     from qlora.retrieval.database import Database
     from qlora.retrieval.ingest import choose_splitting, put_files
+    from qlora.retrieval.passages import Splitting
     from qlora.retrieval.pgvector_store import PgVectorStore
 
     plain, ours = load_plain(), load_ours()
     files = documents.find_files([args.documents])
-    tokenizer, window = ours._client.tokenizer, ours._client.max_seq_length
-    passages = [p for f in files for p in documents.load_passages(f.path, f.source, tokenizer, window, 200, 40)]
+    tokenizer, splitting = ours._client.tokenizer, Splitting("ours", ours._client.max_seq_length, 200, 40)
+    passages = [p for f in files for p in documents.load_passages(f.path, f.source, tokenizer, splitting)]
     texts = list(dict.fromkeys(map(documents.embedded_text, passages)))
     made, wanted = numpy.array(ours.embed_documents(texts)), plain.encode(texts, normalize_embeddings=True)
     near = numpy.sum(made * wanted, axis=1) / numpy.linalg.norm(made, axis=1)

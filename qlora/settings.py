@@ -109,6 +109,11 @@ def launcher_failed() -> bool:
     return "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
 
 
+def environment(**changed: str) -> dict[str, str]:
+    """The environment for a program that is started, with these variables changed."""
+    return {**os.environ, **changed}
+
+
 def quieten_libraries() -> None:
     """Silences the advice of libraries and bounds their caches; errors still show.
 

@@ -120,6 +120,7 @@ def test_benchmarks_start_without_torch(script):
 def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
     from qlora.model import base_model, quantised_base
     from qlora.retrieval import documents
+    from qlora.retrieval.passages import Splitting
 
     tokenizer = base_model.load_tokenizer(str(tiny_base))
     prompt = choose_prompt(tokenizer)
@@ -153,7 +154,7 @@ def test_parts_of_the_recipe_are_taken_away(monkeypatch, tiny_base):
     monkeypatch.setattr(documents, "split_sections", documents.split_sections)
     ablation.drop_headings()
     path = SAMPLE / "documents" / "ferry" / "crew.md"
-    passages = documents.load_passages(path, "crew.md", tokenizer, 256, 120, 24)
+    passages = list(documents.load_passages(path, "crew.md", tokenizer, Splitting("fake", 256, 120, 24)))
     assert passages and not any("heading" in passage.metadata for passage in passages)
 
     monkeypatch.setattr(base_model, "SENSITIVE", [*base_model.SENSITIVE])

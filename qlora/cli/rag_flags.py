@@ -161,6 +161,7 @@ def check_sweep(args, problems: console.Problems) -> None:
 
 
 def check_ingest(args, problems: console.Problems) -> None:
+    """Adds problems of the paths, of --overlap and of --ocr, which becomes the languages."""
     from qlora.reading.kinds import choose_ocr
     from qlora.retrieval import documents
 

@@ -5,6 +5,8 @@ pdfplumber 800, and it draws pages for OCR. It gives pieces of lines with their 
 """
 
 import ctypes
+import io
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
+from qlora import settings
 from qlora.console import fail
 from qlora.reading.layout import Box, Paragraph, is_broken, join_touching, lay_out
 from qlora.reading.section import PARAGRAPH, RUNNING, Block, Note, Section, join_blocks
@@ -246,11 +249,10 @@ def tesseract_languages() -> tuple[str, ...]:
 
 def recognise(document, blank: list[int], languages: str) -> list[list[Paragraph]]:
     """The paragraphs of pages that are pictures, several pages at a time."""
-    import os
 
     def read(picture: bytes) -> list[Paragraph]:
         command = ["tesseract", "stdin", "stdout", "-l", languages, "--dpi", str(DPI)]
-        alone = {**os.environ, "OMP_THREAD_LIMIT": "1"}  # with more threads a page is hardly faster
+        alone = settings.environment(OMP_THREAD_LIMIT="1")  # with more threads a page is hardly faster
         done = subprocess.run(command, input=picture, capture_output=True, env=alone, check=True)
         parts = re.split(r"\n\s*\n", done.stdout.decode("utf-8", "replace").replace("\f", ""))
         return [Paragraph(" ".join(part.split())) for part in parts if part.strip()]
@@ -262,8 +264,6 @@ def recognise(document, blank: list[int], languages: str) -> list[list[Paragraph
 
 def draw_page(document, number: int) -> bytes:
     """The page as a grey PNG."""
-    import io
-
     with closing(document[number]) as page:
         picture = page.render(scale=DPI / 72, grayscale=True).to_pil()
     buffer = io.BytesIO()
