@@ -19,6 +19,8 @@ FEWEST = 4  # pieces on both sides of a gutter
 
 @dataclass(frozen=True)
 class Box:
+    """A place on a page, with the text in it; of a drawn line without text."""
+
     left: float
     bottom: float
     right: float
