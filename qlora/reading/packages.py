@@ -19,6 +19,7 @@ def read_email(file: Path) -> Iterator[Section]:
 
 
 def email_blocks(file: Path) -> Iterator[Block]:
+    """Subject, header, text and the names of attachments. Raises ValueError for what is not a message."""
     import email
     from email import policy
 
@@ -44,6 +45,7 @@ def read_epub(file: Path) -> Iterator[Section]:
 
 
 def epub_blocks(file: Path) -> Iterator[Block]:
+    """The blocks of every chapter, with its number."""
     with zipfile.ZipFile(file) as book:
         (root,) = parse_xml(book.read(CONTAINER)).xpath("//*[local-name()='rootfile']/@full-path")[:1]
         package = parse_xml(book.read(root))

@@ -15,6 +15,7 @@ def read_pptx(file: Path) -> Iterator[Section]:
 
 
 def slide_blocks(presentation) -> Iterator[Block]:
+    """Title, shapes and notes of every slide."""
     for number, slide in enumerate(presentation.slides, 1):
         title = slide.shapes.title
         if title is not None and title.text_frame.text.strip():
@@ -27,6 +28,7 @@ def slide_blocks(presentation) -> Iterator[Block]:
 
 
 def shape_blocks(shape, number: int) -> Iterator[Block]:
+    """The rows of a table, the parts of a group, or the text."""
     if hasattr(shape, "shapes"):  # a group
         for part in shape.shapes:
             yield from shape_blocks(part, number)

@@ -25,6 +25,7 @@ def read_plain(file: Path) -> Iterator[Section]:
 
 
 def read_whole(file: Path) -> str:
+    """The text in its encoding, its line ends as one character."""
     with open_text(file) as text:
         return text.read()
 

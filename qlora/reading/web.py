@@ -123,6 +123,7 @@ def collapse(element) -> str:
 
 
 def visible_text(element) -> Iterator[str]:
+    """The pieces of text that a browser shows, with a space between blocks."""
     from lxml import etree
 
     walker = etree.iterwalk(element, events=("start", "end", "comment"))
