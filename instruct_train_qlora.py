@@ -32,7 +32,7 @@ from qlora.training import checkpoints, export
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
 from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows
-from qlora.training.rows import load_rows
+from qlora.training.rows import Draw, load_rows
 
 CHOSEN = ("preset", "base_model", "dataset", "output")
 # Arguments that a resumed run may have anew. Base model and rows are compared by their content.
@@ -107,7 +107,8 @@ def read_start(args):
 
 def load_and_filter(args):
     """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
-    loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split)
+    draw = Draw(args.max_rows, args.seed) if args.max_rows else None
+    loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split, draw)
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)

@@ -177,7 +177,11 @@ def add_dataset_flags(flag) -> None:
     flag("--filter", metavar="COLUMN=A,B", help="only rows with these values; COLUMN!=A,B: without", **pairs)
     flag("--min-words", metavar="COLUMN=N", help="only rows with at least N words there", **pairs)
     flag("--max-words", metavar="COLUMN=N", help="only rows with at most N words there", **pairs)
-    flag("--max-rows", type=console.number(int, 2, 10**9), help="a sample of N rows, by --seed")
+    flag(
+        "--max-rows",
+        type=console.number(int, 2, 10**9),
+        help="a sample of N rows, by --seed; a hub dataset is streamed",
+    )
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
     flag("--require-extractive", action="store_true", help="only rows whose response is in the context")
     flag("--refusal-share", type=share, default=0.2, help="share of rows that refuse, at most")
