@@ -109,6 +109,9 @@ def check_inputs(args, problems: console.Problems) -> None:
     if args.merge:
         with problems.collecting():
             export.check_target(Path(args.merge))
+    if args.export_gguf:
+        with problems.collecting():
+            export.check_gguf_target(Path(args.export_gguf))
     if args.push_to_hub:
         with problems.collecting():
             export.check_hub(args.push_to_hub)
@@ -154,6 +157,7 @@ def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentP
     flag("--output", metavar="FOLDER", help="the adapter (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
     flag("--overwrite", action="store_true", help="replace an adapter or an unfinished run there")
     flag("--merge", metavar="FOLDER", help="also write base + adapter as one model (also with --resume)")
+    flag("--export-gguf", metavar="FILE", help="also as GGUF, for llama.cpp and Ollama (also with --resume)")
     flag("--push-to-hub", metavar="USER/NAME", help="also upload the adapter, private; needs HF_TOKEN")
     flag("--verbose", action="store_true", help="show all settings, also those with their default")
     return parser
