@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora import machine, settings
+from qlora import machine, markdown, settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT / "sample_data"
@@ -170,4 +170,18 @@ def process(*words, prefix=(), folder=PROJECT, **environment) -> subprocess.Comp
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--write", action="store_true", help="write the transcripts anew (tests/test_transcripts.py)")
+    parser.addoption("--write", action="store_true", help="write anew what docs/training.md and transcripts/ show")
+
+
+@pytest.fixture
+def check_table(request):
+    """Compares a table with the one in a section of docs/training.md; `pytest --write` puts it there."""
+
+    def check(section: str, rows: list[list[str]]) -> None:
+        page, table = PROJECT / "docs" / "training.md", markdown.as_markdown_table(rows, left=len(rows[0]))
+        if request.config.getoption("--write"):
+            markdown.put_section(page, section, table)
+        shown = page.read_text(encoding="utf-8").partition(f"<!-- {section} -->\n")[2]
+        assert shown.partition(f"\n<!-- end of {section} -->")[0] == table, "pytest --write, if the table is right"
+
+    return check

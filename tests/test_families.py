@@ -217,6 +217,22 @@ def test_it_is_trained_and_plain_peft_answers_the_same(made, trained):
 EXPORTED = ("llama-3", "qwen2", "qwen3", "mistral")
 
 
+def test_the_table_of_architectures_is_that_of_the_tests(check_table):
+    """Each line is a test above that runs for every family; which layers are ours, and what is exported, differs."""
+    proven = ["packed loss equals that of single rows", "packed gradients equal those of single rows"]
+    proven += ["prompt begins the row, one BOS or none", "the turn's own end is trained", "trained: the loss falls"]
+    proven += ["plain PEFT answers as we do", "layers with fewer passes: LoRA"]
+    lean = []
+    for family in FAMILIES.values():
+        with torch.device("meta"):
+            outline = transformers.AutoModelForCausalLM.from_config(family.config(**SIZES, **family.options))
+        lean.append(any(type(module) is lean_layers.LlamaRMSNorm for module in outline.modules()))
+    rows = [[name, *["yes"] * len(FAMILIES)] for name in proven]
+    rows.append(["layers with fewer passes: norm and gate", *("yes" if ours else "" for ours in lean)])
+    rows.append(["as GGUF the same", *("yes" if name in EXPORTED else "refused" for name in FAMILIES)])
+    check_table("families", [["", *FAMILIES], *rows])
+
+
 def test_as_gguf_it_computes_the_same_or_is_refused(made, tmp_path):
     family, folder = made
     tokenizer, path = base_model.load_tokenizer(str(folder)), tmp_path / "mine.gguf"

@@ -157,7 +157,7 @@ def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentP
     flag("--output", metavar="FOLDER", help="the adapter (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
     flag("--overwrite", action="store_true", help="replace an adapter or an unfinished run there")
     flag("--merge", metavar="FOLDER", help="also write base + adapter as one model (also with --resume)")
-    flag("--export-gguf", metavar="FILE", help="also as GGUF, for llama.cpp and Ollama (also with --resume)")
+    flag("--export-gguf", metavar="FILE", help="the same as GGUF, for llama.cpp and Ollama")
     flag("--push-to-hub", metavar="USER/NAME", help="also upload the adapter, private; needs HF_TOKEN")
     flag("--verbose", action="store_true", help="show all settings, also those with their default")
     return parser
@@ -167,7 +167,7 @@ def add_dataset_flags(flag) -> None:
     """Which rows are trained on."""
     share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
     held_out = console.number(float, 0, 0.9, above=True)
-    kinds = "files (.jsonl, .json, .csv, .parquet), folders, or a hub id (the preset's)"
+    kinds = "files (.jsonl, .json, .csv, .parquet), folders, hub id (the preset's)"
     flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
@@ -184,7 +184,7 @@ def add_dataset_flags(flag) -> None:
     flag(
         "--max-rows",
         type=console.number(int, 2, 10**9),
-        help="a sample of N rows, by --seed; a hub dataset is streamed",
+        help="N rows, by --seed; streamed from the hub",
     )
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
     flag("--require-extractive", action="store_true", help="only rows whose response is in the context")

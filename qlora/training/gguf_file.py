@@ -171,6 +171,7 @@ def head_size(config) -> int:
 
 
 def add_sizes(writer, config, name: str) -> None:
+    """Adds the shape of the model, and by what its positions turn."""
     writer.add_name(name)
     writer.add_file_type(F16_FILE)
     writer.add_context_length(config.max_position_embeddings)
