@@ -46,7 +46,7 @@ def compare(folder: str, server: str, count: int) -> dict:
 
     trained = adapter.read_adapter(Path(folder))
     tokenizer = load_tokenizer_of(trained)
-    model = adapter.load_adapter(base_model.load_base_model(trained.base_model), trained)
+    model = adapter.load_adapter(base_model.load_base_model(base_model.resolve_base_model(trained.base_model)), trained)
     generator = Generator(model=model, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
     asked = [fill_prompt(tokenizer, trained.prompt, 1024, *question) for question in choose_questions(count)]
     texts = [*AWKWARD, *(messages[-1]["content"] for messages in asked)]

@@ -167,7 +167,7 @@ def add_dataset_flags(flag) -> None:
     """Which rows are trained on."""
     share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
     held_out = console.number(float, 0, 0.9, above=True)
-    kinds = "files (.jsonl, .json, .csv, .parquet), folders, hub id (the preset's)"
+    kinds = "files (.jsonl, .json, .csv, .parquet), folders, hub id (preset's)"
     flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")

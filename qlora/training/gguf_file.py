@@ -55,6 +55,8 @@ def describe_tokenizer(tokenizer) -> dict | None:
         return None
     if model["byte_fallback"]:
         return describe_sentencepiece(normalizer, before)
+    if before is None:
+        return None
     *splits, last = before["pretokenizers"] if before["type"] == "Sequence" else [before]
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(splits) > 1:
         return None
