@@ -57,6 +57,10 @@ def run_steps(args) -> int:
         adapter.check_output(args.output, args.overwrite or args.resume)
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
+        if args.export_gguf:
+            gguf_file.check_exportable(
+                base_model.load_config(base_model.resolve_base_model(args.base_model)), tokenizer
+            )
         rows, counts = load_and_filter(args)
         training, held_out = format_rows(args, tokenizer, prompt, rows, counts)
         schedule, plan = plan_run(args, training)
@@ -94,8 +98,6 @@ def load_prompt(args):
     start = read_start(args)
     has_tokenizer = start and (start.folder / "tokenizer_config.json").is_file()
     tokenizer = base_model.load_tokenizer(str(start.folder) if has_tokenizer else source)
-    if args.export_gguf:
-        gguf_file.check_exportable(base_model.load_config(source), tokenizer)
     if start and start.prompt:
         tokenizer.chat_template = start.prompt.chat_template
         return tokenizer, start.prompt

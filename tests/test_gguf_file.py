@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qlora.console import UserError
 from qlora.model import base_model
 from qlora.training import gguf_file
 
@@ -37,7 +38,7 @@ KINDS = [
     ({}, normalizers.NFC(), split(QWEN), {"model": "gpt2", "pre": "qwen2"}),
     (BYTES, OLD, None, {"model": "llama", "add_space_prefix": True}),
     (BYTES, None, METASPACE["always"], {"model": "llama", "add_space_prefix": True}),
-    (BYTES, None, METASPACE["first"], None),
+    (BYTES, None, METASPACE["first"], {"model": "llama", "add_space_prefix": False}),
     (BYTES, normalizers.NFKC(), None, None),
     ({}, None, split(LLAMA3), None),  # Llama-3 takes a piece that is a token whole, and llama.cpp with its name, too
     ({}, None, split(r"\p{N}+"), None),
@@ -59,6 +60,18 @@ def test_which_tokenizer_of_llama_cpp_is_the_same(n):
     assert gguf_file.describe_tokenizer(fast) == wanted
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
     assert gguf_file.describe_tokenizer(other) is None
+
+
+def test_a_space_before_the_text_alone_needs_a_prompt_that_begins_with_a_special_token(tiny_base):
+    config, model = base_model.load_config(str(tiny_base)), models.BPE({"a": 0, "<s>": 1, "</s>": 2}, [], **BYTES)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = METASPACE["first"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{{ bos_token + messages[0].content }}"
+    gguf_file.check_exportable(config, fast)
+    fast.chat_template = "{{ 'a' + messages[0].content }}"
+    with pytest.raises(UserError, match="a chat template that does not begin with a special token cannot be exported"):
+        gguf_file.check_exportable(config, fast)
 
 
 def test_the_factors_of_llama_3_s_scaling_are_those_of_transformers():

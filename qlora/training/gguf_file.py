@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlora.console import fail
-from qlora.prompt import Prompt, show_prompt
+from qlora.prompt import Prompt, encode_prompt, show_prompt
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers' -> GGUF's
 LLAMA_ROTATION = "llama"  # the architecture in which llama.cpp turns neighbouring numbers, not the two halves
@@ -32,16 +32,25 @@ def check_exportable(config, tokenizer) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     is_sliding = window < config.max_position_embeddings and getattr(config, "use_sliding_window", True)
+    kind = describe_tokenizer(tokenizer)
+    is_late = kind and not kind.get("add_space_prefix", True) and not begins_with_special(tokenizer)
     has_bias = config.model_type == "llama" and (config.attention_bias or config.mlp_bias)
     for wrong, what in (
         (config.model_type not in ARCHITECTURES, f"the architecture {config.model_type}"),
         (rope not in ("default", "llama3"), f"{rope} positions"),
         (is_sliding, "attention in a sliding window"),
         (has_bias, "a Llama with biases"),
-        (not describe_tokenizer(tokenizer), "this kind of tokenizer"),
+        (not kind, "this kind of tokenizer"),
+        (is_late, "a chat template that does not begin with a special token"),
     ):
         if wrong:
             raise fail(f"{what} cannot be exported as GGUF here", "--export-gguf", OTHERWISE)
+
+
+def begins_with_special(tokenizer) -> bool:
+    """Whether the first token of a prompt is a special one."""
+    [first, *_] = encode_prompt(tokenizer, [{"role": "user", "content": "Who?"}])
+    return first in tokenizer.all_special_ids
 
 
 def describe_tokenizer(tokenizer) -> dict | None:
@@ -71,12 +80,15 @@ def describe_tokenizer(tokenizer) -> dict | None:
 
 
 def describe_sentencepiece(normalizer: dict | None, before: dict | None) -> dict | None:
-    """Llama-2's kind: a space stands before a text, and after each special token."""
+    """Llama-2's kind: a space stands before a text and after each special token, or before a text alone.
+
+    A prompt begins with a special token, and so in the second kind, of today's transformers, no space is added.
+    """
     steps = [step["type"] for step in (normalizer or {}).get("normalizers", [])]
     if steps == ["Prepend", "Replace"] and before is None:
         return {"model": "llama", "add_space_prefix": True}
     if normalizer is None and before and before["type"] == "Metaspace" and not before["split"]:
-        return {"model": "llama", "add_space_prefix": True} if before["prepend_scheme"] == "always" else None
+        return {"model": "llama", "add_space_prefix": before["prepend_scheme"] == "always"}
     return None
 
 
