@@ -1,6 +1,7 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
 # make evaluate  base and tuned model on both files of sample questions, into evaluations/ and README.md (after make demo)
-# make test    set up if needed, lint, run the tests; CPU=avx2: as on a smaller CPU; TESTS="-m cpu": some of them
+# make test    set up if needed, lint, run the tests; CPU=avx2: as on a smaller CPU; TESTS="-m cpu": some of them;
+#              WORKERS=2: in that many processes, 0: in this one
 # make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
 # make setup   the set-up alone: .venv and the embedded models; PYTHON=python3.12 and TORCH_INDEX=URL choose
 # make lock    write requirements.lock anew; make audit: known faults of the packages in it
@@ -14,6 +15,7 @@ PYTHON ?= $(shell for python in .venv/bin/python python3.14 python3.13 python3.1
 PY := .venv/bin/python
 DEMO := --adapter adapters/demo --collection demo
 INPUTS := requirements.txt requirements-dev.txt
+WORKERS := 2
 
 # make test CPU=avx2: as on a CPU without AVX512 and bf16
 ifeq ($(CPU),avx2)
@@ -50,7 +52,7 @@ notebooks: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # What torch alone needs with CUDA is left out: it belongs to the build of torch, which each machine chooses.
 CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \

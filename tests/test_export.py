@@ -1,7 +1,8 @@
-"""Merging an adapter into a plain model on a tiny Llama, and pushing a folder to a hub that speaks HTTP here."""
+"""Merging a tiny Llama's adapter into a plain model or a GGUF file; pushing a folder to a hub that speaks HTTP here."""
 
 import base64
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import sample_rows, train
+from conftest import QUICK, sample_rows, train
 from safetensors.torch import load_file
 
 from qlora import machine
@@ -18,7 +19,8 @@ from qlora.console import UserError
 from qlora.model import base_model
 from qlora.model.adapter import load_adapter, read_adapter
 from qlora.model.lean_layers import dequantize
-from qlora.training import export
+from qlora.prompt import show_prompt
+from qlora.training import export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import tokenize_rows
 from qlora.training.rows import Row
@@ -197,6 +199,63 @@ def test_a_write_that_dies_leaves_nothing_and_spares_an_unfinished_training(deci
     with pytest.raises(OSError, match="disk full"):
         export.write_model(tmp_path / "mine", Dying(), None, decided)
     assert [path.name for path in tmp_path.iterdir()] == [".mine.partial"]
+
+
+# ------------------------------------------------------------------------------- GGUF
+
+
+@pytest.fixture(scope="module")
+def exported(decided, held_out, tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "mine.gguf"
+    assert export.export_gguf(decided, file, held_out) == 8
+    return file
+
+
+def test_a_gguf_file_answers_as_the_adapter_on_4bit_does(decided, held_out, exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": exported.parent, "gguf_file": exported.name}
+    plain, written = AutoModelForCausalLM.from_pretrained(**place), AutoTokenizer.from_pretrained(**place)
+    tokenizer = base_model.load_tokenizer(str(decided.folder))
+    tuned = load_adapter(base_model.load_base_model(decided.base_model), decided)
+    answers = greedy(plain, tokenizer, held_out)
+    assert answers == greedy(tuned, tokenizer, held_out) and all(len(answer) > 5 for answer in answers)
+    for row in sample_rows()[:30]:
+        ids = written(row["context"], add_special_tokens=False).input_ids
+        assert ids == tokenizer(row["context"], add_special_tokens=False).input_ids
+    assert written.chat_template == decided.prompt.chat_template
+    assert (written.bos_token, written.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
+    assert {path.name for path in exported.parent.iterdir()} == {"mine.gguf", "mine.Modelfile"}
+
+
+def test_the_modelfile_asks_as_we_do(decided, exported):
+    tokenizer = export.load_tokenizer_of(decided)
+    text = exported.with_suffix(".Modelfile").read_text(encoding="utf-8")
+    [template], [rules] = (re.findall(rf'^{name} """(.*?)"""$', text, re.M | re.S) for name in ("TEMPLATE", "SYSTEM"))
+    system, user = decided.prompt.messages("Who {{ signs }}?", ["The bosun.", "The mate."])
+    assert rules == system["content"] and template.endswith("{{ .Response }}")
+    asked = template.removesuffix("{{ .Response }}").replace("{{ .System }}", rules)
+    assert asked.replace("{{ .Prompt }}", user["content"]) == show_prompt(tokenizer, [system, user])
+    lines = text.splitlines()
+    assert {"FROM ./mine.gguf", 'PARAMETER stop "</s>"', "PARAMETER temperature 0"} <= set(lines)
+    assert lines[0] == "# ollama create mine -f mine.Modelfile"
+
+
+def test_a_wrong_gguf_file_is_refused_and_nothing_is_left(decided, held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file, "interleave", lambda weight, heads: weight)
+    with pytest.raises(UserError, match=r"the GGUF file answers \d of 8 prompts differently - .*convert_hf_to_gguf.py"):
+        export.export_gguf(decided, tmp_path / "mine.gguf", held_out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_exports_what_it_trained_and_a_bad_name_is_told_first(tiny_base, rows_file, tmp_path, capsys):
+    words = "--base-model", tiny_base, "--dataset", rows_file, "--output", tmp_path / "a", *QUICK, "--export-gguf"
+    assert train(*words, tmp_path / "mine.gguf") == 0
+    told = f"GGUF, and a Modelfile beside it: {tmp_path / 'mine.gguf'} (answers to 8 held-out rows are the adapter's)"
+    assert told in capsys.readouterr().err
+    for name, said in (("mine.gguf", "is there already"), ("mine.bin", "does not end in .gguf"), ("x/a.gguf", "exist")):
+        assert train(*words, tmp_path / name, "--overwrite") == 2
+        assert said in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- push

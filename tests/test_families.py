@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 from conftest import QUICK, sample_rows, train
+from gguf import GGUFReader
 from test_packing import BATCHES, gradients
 
 from benchmarks import random_llama
 from qlora.console import UserError
 from qlora.model import base_model, lean_layers, packing
 from qlora.prompt import IGNORED, choose_prompt, encode_prompt, encode_row
-from qlora.training import trainer
+from qlora.training import gguf_file, trainer
 from qlora.training.examples import collate
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -211,6 +212,66 @@ def test_it_is_trained_and_plain_peft_answers_the_same(made, trained):
     options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     wanted = plain.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
     assert answer[:4] == wanted[0, len(prompt) :].tolist()[:4]
+
+
+EXPORTED = ("llama-3", "qwen2", "qwen3", "mistral")
+
+
+def test_the_table_of_architectures_is_that_of_the_tests(check_table):
+    """Each line is a test above that runs for every family; which layers are ours, and what is exported, differs."""
+    proven = ["packed loss equals that of single rows", "packed gradients equal those of single rows"]
+    proven += ["prompt begins the row, one BOS or none", "the turn's own end is trained", "trained: the loss falls"]
+    proven += ["plain PEFT answers as we do", "layers with fewer passes: LoRA"]
+    lean = []
+    for family in FAMILIES.values():
+        with torch.device("meta"):
+            outline = transformers.AutoModelForCausalLM.from_config(family.config(**SIZES, **family.options))
+        lean.append(any(type(module) is lean_layers.LlamaRMSNorm for module in outline.modules()))
+    rows = [[name, *["yes"] * len(FAMILIES)] for name in proven]
+    rows.append(["layers with fewer passes: norm and gate", *("yes" if ours else "" for ours in lean)])
+    rows.append(["as GGUF the same", *("yes" if name in EXPORTED else "refused" for name in FAMILIES)])
+    check_table("families", [["", *FAMILIES], *rows])
+
+
+def test_as_gguf_it_computes_the_same_or_is_refused(made, tmp_path):
+    family, folder = made
+    tokenizer, path = base_model.load_tokenizer(str(folder)), tmp_path / "mine.gguf"
+    choose_prompt(tokenizer)
+    config = base_model.load_config(str(folder))
+    if folder.name not in EXPORTED:
+        with pytest.raises(UserError, match=f"the architecture {config.model_type} cannot be exported as GGUF here"):
+            gguf_file.check_exportable(config, tokenizer)
+        return
+    gguf_file.check_exportable(config, tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # so that biases and norms count, and 16 bit hold all
+            weight.copy_((torch.randn_like(weight) / 4 + ("norm" in name)).half())
+    gguf_file.write_gguf(path, model, tokenizer)
+    loaded = gguf_file.load_gguf(path, model.config, "cpu")
+    ids = torch.arange(900)[None] % 800  # beyond the window that Llama-3's scaling begins from
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+    fields = GGUFReader(path).fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.convert_tokens_to_ids(family.end)
+    assert fields["tokenizer.chat_template"].contents() == family.template
+    assert ("rope_freqs.weight" in [tensor.name for tensor in GGUFReader(path).tensors]) == (folder.name == "llama-3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sliding_window": 512}, "attention in a sliding window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn positions"),
+        ({"model_type": "llama", "attention_bias": True, "mlp_bias": False}, "a Llama with biases"),
+    ],
+)
+def test_what_would_answer_otherwise_is_not_exported(tiny_base, changes, told):
+    config = base_model.load_config(str(tiny_base))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(UserError, match=f"{told} cannot be exported .* --merge FOLDER .*convert_hf_to_gguf.py"):
+        gguf_file.check_exportable(config, base_model.load_tokenizer(str(tiny_base)))
 
 
 def test_an_answer_ends_at_every_end_that_the_model_knows(tiny_base):

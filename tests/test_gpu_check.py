@@ -96,6 +96,7 @@ def test_results_are_written_after_each_part(bench, monkeypatch):
     assert seen == [[], ["good"]]
 
 
+@pytest.mark.alone
 def test_minutes_are_shared_by_the_parts_and_the_rest_is_not_run(bench, monkeypatch):
     parts, limits = make_parts("good", "hangs1", "hangs2", "bad"), {}
     ordinary = gpu_check.run_part

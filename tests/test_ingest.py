@@ -182,6 +182,7 @@ def start(database, collection, folder, pause):
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.alone
 def test_killed_at_any_moment_every_document_is_whole_or_absent(database, collection, folder):
     for n in range(6, 30):
         (folder / "sub" / f"{n}.md").write_text(f"# Part {n}\n\n" + f"word{n} says a thing. " * 60)

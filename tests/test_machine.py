@@ -42,6 +42,7 @@ def test_there_is_never_less_than_one_thread_and_never_more_than_were_begun_with
     assert mine.adjust() == 1
 
 
+@pytest.mark.alone
 def test_the_load_of_a_real_neighbour_is_seen():
     if len(machine.list_cores()) < 2:
         pytest.skip("one core")

@@ -240,20 +240,49 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_shapes_that_people_have_are_recognised(tmp_path, name, kind, capsys):
+KINDS = ("jsonl", "json", "csv", "parquet", "saved")
+
+
+def write_kind(path, kind: str, cells: dict) -> str | None:
+    """A dataset of the row, twice; None where the kind cannot hold it: lists in CSV."""
+    import datasets
     import pyarrow
     from pyarrow import parquet
 
-    cells, row = SHAPES[name]
-    path = tmp_path / f"rows.{kind}"
-    if kind == "parquet":
+    if kind == "csv" and any(isinstance(cell, list | dict) for cell in cells.values()):
+        return None
+    if kind == "saved":
+        datasets.Dataset.from_list([cells] * 2).save_to_disk(str(path))
+    elif kind == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist([cells] * 2), path)
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([cells.keys(), *([cells.values()] * 2)])
     else:
         write(path, f"{json.dumps(cells)}\n" * 2 if kind == "jsonl" else json.dumps([cells] * 2))
-    assert load_rows(str(path)) == [row] * 2
-    assert "rows in the shape of" in capsys.readouterr().err
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shapes_that_people_have_are_recognised(tmp_path, name, kind, capsys):
+    cells, row = SHAPES[name]
+    path = write_kind(tmp_path / f"rows.{kind}", kind, cells)
+    if path:
+        assert load_rows(path) == [row] * 2
+        assert "rows in the shape of" in capsys.readouterr().err
+
+
+def test_the_table_of_shapes_and_files_is_that_of_the_tests(tmp_path, check_table):
+    names = ["`.jsonl`", "`.json`", "`.csv`", "`.parquet`", "`save_to_disk`"]
+    table = [["Shape", "Columns", *names, "Row"]]
+    for name, (cells, row) in SHAPES.items():
+        written = [write_kind(tmp_path / f"{len(table)}.{kind}", kind, cells) for kind in KINDS]
+        read = ["" if not path else "yes" if load_rows(path) == [row] * 2 else "no" for path in written]
+        parts = [f"{row.instruction} {row.response}", *(["context"] if row.context else [])]
+        parts += [f"source {row.source}"] * bool(row.source) + ["an earlier turn"] * bool(row.turns)
+        table.append([name, ", ".join(f"`{column}`" for column in cells), *read, ", ".join(parts)])
+    check_table("shapes", table)
 
 
 def test_squad_s_own_file_is_read(tmp_path):

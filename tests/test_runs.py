@@ -67,6 +67,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.mark.alone
 @pytest.mark.cpu
 def test_a_run_killed_twice_gives_the_same_bytes(words, tmp_path, one_thread):
     """All in processes with two threads but for the end of it: here is one."""
@@ -223,6 +224,7 @@ def test_early_stopping_keeps_the_best(words, tmp_path, capsys, monkeypatch):
     assert run["result"]["eval_loss_after"] == pytest.approx(evaluated[1])
 
 
+@pytest.mark.alone
 def test_two_processes_give_the_losses_of_one(words, tmp_path):
     words = [*words, "--dropout", 0, "--max-steps", 3, "--output"]
     assert train(*words, tmp_path / "one") == 0

@@ -109,6 +109,9 @@ def check_inputs(args, problems: console.Problems) -> None:
     if args.merge:
         with problems.collecting():
             export.check_target(Path(args.merge))
+    if args.export_gguf:
+        with problems.collecting():
+            export.check_gguf_target(Path(args.export_gguf))
     if args.push_to_hub:
         with problems.collecting():
             export.check_hub(args.push_to_hub)
@@ -154,6 +157,7 @@ def build_parser(description: str, steps: tuple[str, ...]) -> argparse.ArgumentP
     flag("--output", metavar="FOLDER", help="the adapter (QLORA_ADAPTER, or adapters/NAME-OF-BASE)")
     flag("--overwrite", action="store_true", help="replace an adapter or an unfinished run there")
     flag("--merge", metavar="FOLDER", help="also write base + adapter as one model (also with --resume)")
+    flag("--export-gguf", metavar="FILE", help="the same as GGUF, for llama.cpp and Ollama")
     flag("--push-to-hub", metavar="USER/NAME", help="also upload the adapter, private; needs HF_TOKEN")
     flag("--verbose", action="store_true", help="show all settings, also those with their default")
     return parser
@@ -163,7 +167,7 @@ def add_dataset_flags(flag) -> None:
     """Which rows are trained on."""
     share, pairs = console.number(float, 0, 1), {"nargs": "+", "action": "extend", "default": []}
     held_out = console.number(float, 0, 0.9, above=True)
-    kinds = "files (.jsonl, .json, .csv, .parquet), folders, or a hub id (the preset's)"
+    kinds = "files (.jsonl, .json, .csv, .parquet), folders, hub id (preset's)"
     flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
@@ -177,7 +181,11 @@ def add_dataset_flags(flag) -> None:
     flag("--filter", metavar="COLUMN=A,B", help="only rows with these values; COLUMN!=A,B: without", **pairs)
     flag("--min-words", metavar="COLUMN=N", help="only rows with at least N words there", **pairs)
     flag("--max-words", metavar="COLUMN=N", help="only rows with at most N words there", **pairs)
-    flag("--max-rows", type=console.number(int, 2, 10**9), help="a sample of N rows, by --seed")
+    flag(
+        "--max-rows",
+        type=console.number(int, 2, 10**9),
+        help="N rows, by --seed; streamed from the hub",
+    )
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
     flag("--require-extractive", action="store_true", help="only rows whose response is in the context")
     flag("--refusal-share", type=share, default=0.2, help="share of rows that refuse, at most")

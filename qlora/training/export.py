@@ -1,4 +1,4 @@
-"""Exports: a merged model that runs anywhere, and a folder pushed to the Hugging Face hub."""
+"""Exports: a merged model that runs anywhere, as a folder or as GGUF, and a folder pushed to the Hugging Face hub."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from qlora.console import UserError, fail, note
 from qlora.machine import check_disk, check_writable, claiming
 from qlora.model.adapter import Adapter, load_adapter
 from qlora.model.base_model import load_base_model, load_tokenizer, resolve_base_model
+from qlora.training import gguf_file
 from qlora.training.examples import Example
 
 CHECKED_ROWS, CHECKED_TOKENS = 8, 32
@@ -29,14 +30,68 @@ def merge_adapter(adapter: Adapter, folder: Path, rows: Sequence[Example]) -> in
     """
     folder = folder.resolve()
     check_target(folder)
-    if not rows:
-        raise fail("no held-out row to check the merged model with", "dataset", "give more rows")
-    tokenizer = load_tokenizer(str(adapter.folder))
-    tokenizer.chat_template = adapter.prompt.chat_template
-    spread = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
-    prompts = [row.prompt_ids for row in spread]
+    tokenizer, prompts = load_tokenizer_of(adapter), choose_prompts(rows)
     write_model(folder, merge_in_memory(adapter, tokenizer, prompts, may_move=True), tokenizer, adapter)
     return len(prompts)
+
+
+def load_tokenizer_of(adapter: Adapter):
+    tokenizer = load_tokenizer(str(adapter.folder))
+    tokenizer.chat_template = adapter.prompt.chat_template
+    return tokenizer
+
+
+def choose_prompts(rows: Sequence[Example]) -> list[list[int]]:
+    """The prompts of up to 8 of the rows, from all over them. Raises UserError without any."""
+    if not rows:
+        raise fail("no held-out row to check the merged model with", "dataset", "give more rows")
+    return [row.prompt_ids for row in rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]]
+
+
+def export_gguf(adapter: Adapter, path: Path, rows: Sequence[Example]) -> int:
+    """Writes base + adapter as a GGUF file with an Ollama Modelfile; returns the number of answers that were checked.
+
+    The merged model must answer as the adapter does, and the file, loaded by transformers, as the merged model. Raises
+    UserError, with nothing written, when one does not, and for what cannot be exported.
+    """
+    from accelerate.utils.memory import clear_device_cache
+
+    from qlora.answering.generator import Generator
+
+    path = path.resolve()
+    check_gguf_target(path)
+    tokenizer, prompts = load_tokenizer_of(adapter), choose_prompts(rows)
+    merged = merge_in_memory(adapter, tokenizer, prompts, may_move=True)
+    gguf_file.check_exportable(merged.config, tokenizer)
+    check_disk(path.parent, merged.get_memory_footprint())
+    generator = Generator(model=merged, tokenizer=tokenizer, max_new_tokens=CHECKED_TOKENS)
+    answers, ends = [generator.generate_ids([prompt])[0] for prompt in prompts], generator.end_tokens()
+    partial = path.with_name(f".{path.stem}.writing.gguf")
+    try:
+        gguf_file.write_gguf(partial, merged, tokenizer)
+        config, device = merged.config, merged.device
+        del merged, generator
+        clear_device_cache(garbage_collection=True)
+        loaded = gguf_file.load_gguf(partial, config, device)
+        differing = sum(not keeps_answer(loaded, *pair) for pair in zip(prompts, answers, strict=True))
+        if differing:
+            what = f"the GGUF file answers {differing} of {len(prompts)} prompts differently"
+            raise fail(what, str(adapter.folder), gguf_file.OTHERWISE)
+        gguf_file.write_modelfile(path.with_suffix(".Modelfile"), path, tokenizer, adapter.prompt, ends)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(prompts)
+
+
+def check_gguf_target(path: Path) -> None:
+    """Raises UserError unless the file has GGUF's suffix, is not there, and can be made."""
+    if path.suffix != ".gguf":
+        raise fail("the name of the file to export does not end in .gguf", str(path), "write mine.gguf")
+    for taken in (path, path.with_suffix(".Modelfile")):
+        if taken.exists():
+            raise fail("the file to export is there already", str(taken), "give a new name")
+    machine.check_file(path)
 
 
 def merge_in_memory(adapter: Adapter, tokenizer, prompts: Sequence[list[int]], may_move: bool = False):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.console import Problems, UserError, fail
+from qlora.console import Problems, UserError, fail, note
 from qlora.machine import decode_text
 
 TABLES = {".csv": ",;|\t", ".tsv": "\t"}  # suffix -> delimiters, of which the header has one
@@ -26,6 +26,9 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
 PACKED = ".gz"
 SHOWN = 5  # mistakes of one file that are reported
 HUB = ("hf://datasets/", "hf://")
+SPARE, LEAST = 4, 1000  # rows that are streamed for one that is wanted, since filters drop some; and at least
+PIECE = 2**17  # bytes that are fetched at a time beyond what is read; by default 5 and 10 MB
+FOOTERS = 64  # Parquet files up to which every footer is read, to draw from all row groups and not from whole files
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,21 @@ class Record:
     where: str
 
 
-def read_records(source: str, config: str | None = None, split: str = "train") -> list[Record]:
+@dataclass(frozen=True)
+class Draw:
+    """How many rows are wanted in the end of a dataset of the hub, and the seed that they are drawn with."""
+
+    rows: int
+    seed: int
+
+
+def read_records(
+    source: str, config: str | None = None, split: str = "train", draw: Draw | None = None
+) -> list[Record]:
     """All rows of a file, a folder of files, a glob, a saved dataset, or a dataset of the hub.
 
-    `config` and `split` choose a part of the last two. Raises UserError for what is not there or cannot be read.
+    `config` and `split` choose a part of the last two. With `draw`, only rows enough for it are read from the hub.
+    Raises UserError for what is not there or cannot be read.
     """
     path = Path(source).expanduser()
     if not source.strip():
@@ -51,7 +65,7 @@ def read_records(source: str, config: str | None = None, split: str = "train") -
     elif kind_of(path) in SUFFIXES or path.is_absolute() or source.startswith((".", "~")) or set("*?[") & set(source):
         raise fail("dataset file not found", source, "check the path")
     else:
-        records = read_hub(source, config, split)
+        records = read_hub(source, config, split, draw)
     if not records:
         raise fail("the dataset has no rows", source, "give a dataset with at least two rows")
     return records
@@ -258,8 +272,8 @@ def check_split(split: str, present: Sequence[str], source: str) -> None:
         raise fail(f"the dataset has no split {split}", source, f"give --split {' or '.join(present)}")
 
 
-def read_hub(source: str, config: str | None, split: str) -> list[Record]:
-    """The rows of a split of a hub dataset."""
+def read_hub(source: str, config: str | None, split: str, draw: Draw | None = None) -> list[Record]:
+    """The rows of a split of a hub dataset: all, kept in the cache of `datasets`, or those of `draw`, streamed."""
     import datasets
 
     name = source
@@ -268,12 +282,34 @@ def read_hub(source: str, config: str | None, split: str) -> list[Record]:
     if not name:
         raise fail("the dataset has no name", source, "write hf://datasets/USER/NAME")
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        if draw:
+            return stream_rows(name, config, split, draw)
+        return number_rows(datasets.load_dataset(name, config, split=split), name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # an OSError when it is gated
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         fix = "check the name and the network (gated? set HF_TOKEN), --split and --config; or give a file of rows"
         raise fail(f"dataset {name} cannot be loaded ({said})", "--dataset", fix) from error
-    return number_rows(rows, name)
+
+
+def stream_rows(name: str, config: str | None, split: str, draw: Draw) -> list[Record]:
+    """Rows enough for `draw`, of which only their part of the files is downloaded, and nothing is kept on the disk.
+
+    They come from ten places at a time, in an order that depends on the seed and the files alone: row groups of Parquet
+    files, or the beginnings of other files.
+    """
+    import datasets
+
+    most = max(LEAST, SPARE * draw.rows)
+    builder = datasets.load_dataset_builder(name, config, storage_options={"hf": {"block_size": PIECE}})
+    if hasattr(builder.config, "chunksize"):  # bytes of JSON, or rows of CSV
+        builder.config.chunksize = min(builder.config.chunksize, PIECE)
+    stream = builder.as_streaming_dataset(split=split)
+    if stream.num_shards <= FOOTERS:
+        stream = stream.reshard()
+    rows = list(stream.shuffle(seed=draw.seed, buffer_size=LEAST).take(most))
+    part = f"{most} of its rows are streamed, drawn by --seed" if len(rows) == most else f"it has {len(rows)} rows"
+    note(f"{name}: {part}; filters and --max-rows {draw.rows} choose from them")
+    return number_rows(rows, f"{name} as streamed")
 
 
 def number_rows(rows, source: str) -> list[Record]:

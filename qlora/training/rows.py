@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from qlora.console import note
-from qlora.training.row_files import read_records
+from qlora.training.row_files import Draw, read_records
 from qlora.training.row_shapes import COLUMNS, REQUIRED, Row, count_system_messages, recognise, shape_rows, unfold
 
-__all__ = ["COLUMNS", "REQUIRED", "Row", "load_rows"]
+__all__ = ["COLUMNS", "REQUIRED", "Draw", "Row", "load_rows"]
 
 
 def load_rows(
@@ -15,14 +15,15 @@ def load_rows(
     train_on: str = "last",
     config: str | None = None,
     split: str = "train",
+    draw: Draw | None = None,
 ) -> list[Row]:
-    """All rows of files, folders, globs or hub datasets of one shape.
+    """All rows of files, folders and globs of one shape, and those of hub datasets, or as many as `draw` needs.
 
     `columns` maps our names to the dataset's. Reports a shape other than our own, and what is left unused. Raises
     UserError with every mistake of the rows and where it is.
     """
     sources = [sources] if isinstance(sources, str) else sources
-    records = unfold([record for source in sources for record in read_records(source, config, split)])
+    records = unfold([record for source in sources for record in read_records(source, config, split, draw)])
     present = list(dict.fromkeys(name for record in records for name in record.cells))
     shape = recognise(present, columns or {}, ", ".join(sources))
     rows = shape_rows(records, shape, train_on)
