@@ -15,11 +15,21 @@ from conftest import PROJECT, SAMPLE, sample_rows
 
 import instruct_train_qlora
 import rag_qlora
-from benchmarks import ablation, gpu_check, recipe_search, train_speed
+from benchmarks import (
+    ablation,
+    corpus,
+    formats,
+    gpu_check,
+    ingest_speed,
+    languages,
+    recipe_search,
+    train_speed,
+)
 from qlora import settings
 from qlora.cli import rag_flags, training_flags
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
+BENCHMARKS = (recipe_search, ablation, gpu_check, train_speed, corpus, formats, ingest_speed, languages)  # for users
 MODULES = sorted((PROJECT / "qlora").rglob("*.py"))
 CODE = [*MODULES, *(Path(script.__file__) for script in SCRIPTS)]
 
@@ -163,6 +173,7 @@ def pinned() -> dict[str, str]:
 
 def test_every_pin_is_installed_and_used():
     files = [*CODE, *(PROJECT / "tests").glob("*.py"), PROJECT / "Makefile", PROJECT / "notebooks" / "build.py"]
+    files.append(PROJECT / "benchmarks" / "document_files.py")
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     behind = {  # what a library of ours uses for us
         "gguf": "gguf_file",
@@ -174,6 +185,8 @@ def test_every_pin_is_installed_and_used():
         "sentence-transformers": "HuggingFaceEmbeddings",
         "accelerate": "device_map",
         "ipykernel": '"kernelspec"',
+        "pytest-xdist": "--dist loadfile",
+        "execnet": "PYTEST_XDIST",
     }
     for name, version in pinned().items():
         assert importlib.metadata.version(name).split("+")[0] == version, name
@@ -199,8 +212,7 @@ def parsers() -> list:
     """Of both scripts, each command of rag_qlora.py, and the benchmarks that users run."""
     commands = rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1]
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS)
-    scripts = (recipe_search, ablation, gpu_check, train_speed)
-    return [training, *commands.values(), *(script.build_parser() for script in scripts)]
+    return [training, *commands.values(), *(script.build_parser() for script in BENCHMARKS)]
 
 
 def test_help_fits_a_screen_and_shows_no_path_of_this_machine(monkeypatch):
@@ -219,8 +231,7 @@ def test_docs_show_only_commands_and_flags_that_exist(page):
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
-    scripts = (recipe_search, ablation, gpu_check, train_speed)
-    benchmarks = "".join(script.build_parser().format_help() for script in scripts)
+    benchmarks = "".join(script.build_parser().format_help() for script in BENCHMARKS)
     foreign = {"--enable-lora", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
     for flag in set(flags) - foreign:
