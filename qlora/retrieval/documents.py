@@ -16,12 +16,13 @@ from langchain_core.documents import Document
 
 from qlora.console import Problems, fail
 from qlora.retrieval.reading import explaining_file, read_file
-from qlora.words import clean
+from qlora.words import clean, unify
 
 MOST_BYTES = 100_000_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".pdf", ".docx", ".csv", ".json", ".jsonl")
 AT_ONCE = 500_000  # characters that the splitter gets; it keeps a list of all lines
+NAMED = 3  # other sources of a text that are named to people
 VERSION = 3  # of the splitting: raised when it changes, so that all documents are ingested again
 
 
@@ -207,13 +208,16 @@ def find_headings(text: str) -> Iterator[tuple[int, int, int, str]]:
 
 
 def place(metadata: dict) -> str:
-    """The place of a passage, for people: `ferry/crew.md, line 9, Crew > Watches`."""
+    """The place of a passage, for people: `ferry/crew.md, line 9, Crew > Watches (and in a.md, b.md)`."""
     parts = [metadata["source"]]
     parts += [f"{key} {metadata[key]}" for key in ("page", "line", "row") if key in metadata]
-    return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata])
+    also = metadata.get("also_in", [])
+    more = f" and {len(also) - NAMED} more" if len(also) > NAMED else ""
+    others = f" (and in {', '.join(also[:NAMED])}{more})" if also else ""
+    return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata]) + others
 
 
 def embedded_text(passage: Document) -> str:
-    """The text to embed: the passage after its heading path, which often names the subject."""
+    """The text to embed: the passage after its heading path, which often names the subject, in one form of letters."""
     heading = passage.metadata.get("heading")
-    return f"{heading}\n{passage.page_content}" if heading else passage.page_content
+    return unify(f"{heading}\n{passage.page_content}" if heading else passage.page_content)
