@@ -34,6 +34,11 @@ class SourceFile:
     source: str
     folder: str | None
 
+    @property
+    def root(self) -> str:
+        """The folder that the source is a path below."""
+        return self.folder or os.path.realpath(self.path.parent)
+
 
 def find_files(paths: list[str], unreadable: Problems | None = None) -> list[SourceFile]:
     """Every file under the paths, once; its source is the path below the outermost folder that was named.

@@ -77,10 +77,11 @@ def settle_language(store, wanted: str, texts: Iterable[str]) -> None:
         return
     found = wanted if wanted != AUTO else detect_language(texts)
     store.choose_language(found or DEFAULT)
+    language = store.language or found or DEFAULT  # another process may have been first
     how = "as named" if wanted != AUTO else "found in the text" if found else "too little text to tell"
-    note(f"Language of the collection: {NAMES[store.language]} ({how}; --language NAME for a new collection)")
+    note(f"Language of the collection: {NAMES[language]} ({how}; --language NAME for a new collection)")
     known = embedder_languages(getattr(getattr(store.embeddings, "_client", None), "_model_card_text", ""))
-    if known and not {store.language, "multilingual"} & known:
+    if known and not {language, "multilingual"} & known:
         note(
             f"The embedding model is made for {', '.join(sorted(NAMES.get(code, code) for code in known))}: "
             "similarity will say little here. See docs/documents.md, Languages, for --embedding-model"
