@@ -210,7 +210,7 @@ def ingest(args, store) -> int:
     from qlora.retrieval.ingest import choose_splitting, put_files
 
     splitting = choose_splitting(store, args.embedding_model, args.passage_tokens, args.overlap, args.ocr)
-    put_files(store, args.paths, splitting, args.prune, args.dry_run)
+    put_files(store, args.paths, splitting, args.prune, args.dry_run, args.language)
     note(f'Next: python rag_qlora.py ask {same_places(args)} "Your question?"')
     return 0
 

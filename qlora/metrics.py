@@ -3,16 +3,25 @@
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+
+from qlora.words import CHARACTER, unify
 
 RANKS = (1, 3, 10)
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case without punctuation, articles and extra white space (SQuAD's evaluate-v2.0.py)."""
+    """Lower case without punctuation, articles and extra white space (SQuAD's evaluate-v2.0.py).
+
+    In scripts without spaces between words a character is a word, as in KorQuAD's and CMRC's own scores.
+    """
     text = text.lower().translate(PUNCTUATION)
+    if CHARACTER.search(text):
+        text = "".join(letter for letter in unify(text) if unicodedata.category(letter)[0] not in "PS")
+        text = CHARACTER.sub(r" \g<0> ", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from qlora.prompt import Prompt
 from qlora.words import MARK, SENTENCE_END, WORD, normalize
 
-CONTRAST = {"but", "however", "though", "although"}
+CONTRAST = {"but", "however", "though", "although", "aber", "jedoch", "mais", "pero", "però", "но", "但"}
 
 ASKED = 0.2  # share of questions that the documents don't answer
 NOISE = 0.01  # of a mean over some hundred rows: with resampling the best bias moves by half a nat

@@ -9,10 +9,13 @@ from langchain_core.documents import Document
 
 from qlora.prompt import Prompt
 from qlora.refusal import is_refusal
-from qlora.words import MARK, SENTENCE_END
+from qlora.words import FULL_STOPS, MARK, MARKS, SENTENCE_END, SPACELESS
 
-MARKS_AFTER = re.compile(r"([.!?])((?:\s*\[\d+\])+)")  # "so. [1] Then" cites for the sentence before
-WORD = re.compile(r"\w+(?:[.,:]\d+)*")  # 1,200 and 14:30 are one number
+MARKS_AFTER = re.compile(rf"([{FULL_STOPS}])((?:\s*\[\d+\])+)")  # "so. [1] Then" cites for the sentence before
+RUN = re.compile(rf"[{SPACELESS}{MARKS}]{{2,}}")  # of a script without spaces between words
+WORD = re.compile(
+    rf"[{SPACELESS}][{SPACELESS}{MARKS}]*|(?:[^\W{SPACELESS}][{MARKS}]*)+(?:[.,:]\d+)*"
+)  # 1,200 and 14:30
 QUOTED = re.compile(r"[\"\u201c]([^\"\u201d]+)[\"\u201d]")
 EMPTY_WORDS = frozenset(
     re.findall(
@@ -38,6 +41,7 @@ class Cited:
         return {
             "n": self.n,
             "source": metadata["source"],
+            **({"also_in": metadata["also_in"]} if "also_in" in metadata else {}),
             "score": metadata["score"],
             "text": self.document.page_content,
             **({"support": self.support, "span": self.span} if self.support is not None else {}),
@@ -135,7 +139,10 @@ def stands_exactly(text: str, passage: str) -> bool:
 
 
 def content_words(text: str) -> set[str]:
-    return {word for word in WORD.findall(text.lower()) if word not in EMPTY_WORDS}
+    """The words without function words; in scripts without spaces, pairs of characters."""
+    words = {word for word in WORD.findall(text.lower()) if word not in EMPTY_WORDS}
+    runs = {word for word in words if RUN.fullmatch(word)}
+    return words - runs | {run[n : n + 2] for run in runs for n in range(len(run) - 1)}
 
 
 def support_citation(n: int, document: Document, statements: Sequence[Statement]) -> Cited:

@@ -228,8 +228,16 @@ def add_ingest_flags(one: console.Parser) -> None:
     flag("--overlap", type=console.number(int, 0), default=24, help="tokens that neighbouring passages share")
     text = "scanned PDF pages by Tesseract: auto if it is installed, off, or languages such as deu+eng"
     flag("--ocr", metavar="LANG", default="auto", help=text)
+    text = "language of a new collection, such as german; auto finds it in the text"
+    flag("--language", type=read_named_language, metavar="NAME", default="auto", help=text)
     flag("--prune", action="store_true", help="also remove documents whose files are gone from the folders")
     flag("--dry-run", action="store_true", help="show what would be done: + new, ~ changed, - removed")
+
+
+def read_named_language(text: str):
+    from qlora.retrieval.languages import read_language
+
+    return read_language(text)
 
 
 def add_question_flags(flag) -> None:

@@ -88,7 +88,11 @@ def score_retrieval(questions: Sequence[Question], found: Sequence[Sequence], ra
     """
     answerable = [(q, documents) for q, documents in zip(questions, found, strict=True) if q.answers]
     by_span = [[supports(d.page_content, q) for d in documents] for q, documents in answerable]
-    by_source = [[d.metadata["source"] == q.source for d in documents] for q, documents in answerable if q.source]
+    by_source = [
+        [q.source in (d.metadata["source"], *d.metadata.get("also_in", ())) for d in documents]
+        for q, documents in answerable
+        if q.source
+    ]
     return {**rank_metrics(by_span, ranks), "by_source": rank_metrics(by_source, ranks)}
 
 

@@ -1,8 +1,8 @@
 """The PostgreSQL server: the connection, the schema `rag`, and what happens after a restart.
 
-rag.collections   name, embedding model, dimension, refusal threshold
+rag.collections   name, embedding model, dimension, language and dictionary of its words, refusal threshold
 rag.documents     collection, source, fingerprint (sha256 of content and splitting), folder, size, when
-rag.passages_N    one table per collection: halfvec embedding, text, metadata, tsvector
+rag.passages_N    one table per collection: halfvec embedding, text, metadata, key of equal texts, tsvector
 """
 
 import contextlib
@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 
 import psycopg2
 from pgvector.psycopg2 import register_vector
+from psycopg2 import sql
+from psycopg2.extras import execute_values
 
 from qlora.console import UserError, fail, note, show_value
+from qlora.retrieval.word_index import index_words, text_key
 
 OLDEST_PGVECTOR = (0, 8)  # hnsw.iterative_scan came with 0.8.0
 PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each attempt to reach a server that went away
@@ -28,10 +31,17 @@ CREATE TABLE {table} (
     text text NOT NULL,
     metadata jsonb NOT NULL,
     embedding halfvec({dimension}) NOT NULL,
-    words tsvector
-        GENERATED ALWAYS AS (to_tsvector('english', coalesce(metadata->>'heading', '') || ' ' || text)) STORED
+    same uuid NOT NULL,
+    words tsvector NOT NULL
 );
 CREATE INDEX ON {table} (document);
+CREATE INDEX ON {table} (same);
+"""
+INDEXES = """
+SET LOCAL maintenance_work_mem = '1GB';
+CREATE INDEX IF NOT EXISTS {dense} ON {table} USING hnsw (embedding halfvec_cosine_ops);
+CREATE INDEX IF NOT EXISTS {words} ON {table} USING gin (words);
+ANALYZE {table};
 """
 FIRST_SCHEMA = """
 CREATE SCHEMA rag;
@@ -70,7 +80,21 @@ BEGIN
     END LOOP;
 END $$;
 """
-MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA)
+# Languages, and passages of the same text; their words are made by our own function (`renew_words`).
+THIRD_SCHEMA = """
+ALTER TABLE rag.collections ADD COLUMN language text, ADD COLUMN dictionary text NOT NULL DEFAULT 'english';
+UPDATE rag.collections SET language = 'en';
+DO $$
+DECLARE passages text;
+BEGIN
+    FOR passages IN SELECT format('passages_%s', id) FROM rag.collections LOOP
+        EXECUTE format('ALTER TABLE rag.%I DROP COLUMN words, ADD COLUMN words tsvector, ADD COLUMN same uuid',
+            passages);
+    END LOOP;
+END $$;
+"""
+MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA)
+AT_ONCE = 2_000  # passages whose words are made anew
 # Not to_regclass: it answers from a cache that does not see what another process made while this one waited.
 VERSION = """
 SELECT CASE
@@ -232,7 +256,45 @@ def migrate(cursor) -> None:
         raise fail(f"the database has schema version {version}, this project knows {len(MIGRATIONS)}", "database", fix)
     for statements in MIGRATIONS[version:]:
         cursor.execute(statements)
+    cursor.execute("SELECT id FROM rag.collections ORDER BY id")
+    for (collection,) in cursor.fetchall() if version < 3 else ():
+        renew_words(cursor, collection)
     cursor.execute("UPDATE rag.schema SET version = %s", (len(MIGRATIONS),))
+
+
+def name_parts(collection: int) -> dict[str, sql.Identifier]:
+    """The names of a collection's passage table and of its two indexes, which lie in its schema."""
+    indexes = {name: sql.Identifier(f"passages_{collection}_{name}") for name in ("dense", "words")}
+    return {"table": sql.Identifier("rag", f"passages_{collection}"), **indexes}
+
+
+def renew_words(cursor, collection: int) -> None:
+    """Makes words and text keys of all passages of an English collection of schema version 2.
+
+    The index of embeddings is made anew, since each of its rows would be written again one by one.
+    """
+    parts = name_parts(collection)
+    cursor.execute("SELECT to_regclass(%s)", (f"rag.passages_{collection}_dense",))
+    is_indexed = cursor.fetchone()[0] is not None
+    cursor.execute(sql.SQL("DROP INDEX IF EXISTS rag.{dense}").format(**parts))
+    cursor.execute(sql.SQL("SELECT id, coalesce(metadata->>'heading', ''), text FROM {table}").format(**parts))
+    rows = cursor.fetchall()
+    if rows:
+        note(f"Making the words of {len(rows):,} passages anew (once)")
+    change = sql.SQL(
+        "UPDATE {table} SET same = made.same::uuid, words = to_tsvector('english', made.words) "
+        "FROM (VALUES %s) AS made (id, same, words) WHERE {table}.id = made.id"
+    ).format(**parts)
+    made = ((key, text_key(text).hex(), index_words(f"{heading}\n{text}")) for key, heading, text in rows)
+    execute_values(cursor, change.as_string(cursor), made, page_size=AT_ONCE)
+    cursor.execute(
+        sql.SQL(
+            "ALTER TABLE {table} ALTER COLUMN same SET NOT NULL, ALTER COLUMN words SET NOT NULL;"
+            "CREATE INDEX ON {table} (same)"
+        ).format(**parts)
+    )
+    if is_indexed:
+        cursor.execute(sql.SQL(INDEXES).format(**parts))
 
 
 def read_version(cursor) -> int:

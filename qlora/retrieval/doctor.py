@@ -11,7 +11,7 @@ from psycopg2 import sql
 from qlora import machine, settings
 from qlora.console import printable, show_value
 from qlora.model import base_model
-from qlora.retrieval import search_sql
+from qlora.retrieval import languages, search_sql
 from qlora.retrieval.database import describe_url, find_pgvector, is_unprotected
 from qlora.retrieval.pgvector_store import INDEXED_FROM, PgVectorStore
 
@@ -92,8 +92,10 @@ def examine_collection(store: PgVectorStore, embedding_model: str) -> list[Findi
     fits = dimension == store.collection.dimension
     detail = f"{embedding_model}, {dimension} dimensions" + ("" if fits else f", not {store.collection.dimension}")
     documents = len(store.documents())
+    size = f"{documents:,} documents, {store.count():,} passages"
+    language = f", {languages.NAMES[store.language]}" if store.language else ""
     return [
-        Finding("collection", "good", f"{store.collection.name}: {documents:,} documents, {store.count():,} passages"),
+        Finding("collection", "good", f"{store.collection.name}: {size}{language}"),
         Finding("embeddings", "good" if fits else "bad", detail),
     ]
 
@@ -116,7 +118,7 @@ def examine_index(store: PgVectorStore) -> list[Finding]:
 def measure_recall(store: PgVectorStore, k: int) -> float:
     """The share of the `k` nearest passages that the index finds, over a sample of the collection's own passages."""
     parts = {"table": store.collection.table, "condition": sql.SQL("true")}
-    statement = sql.SQL(search_sql.STATEMENTS["dense"]).format(**parts)
+    statement = sql.SQL(search_sql.NEAREST).format(**parts)
     sample = sql.SQL("SELECT embedding FROM {} ORDER BY md5(id) LIMIT %s").format(store.collection.table)
     hits = 0
     with store.database.transaction() as cursor:
@@ -127,7 +129,7 @@ def measure_recall(store: PgVectorStore, k: int) -> float:
             nearest = []
             for scan in ("on", "off"):
                 cursor.execute(f"SET LOCAL enable_indexscan = {scan}")
-                cursor.execute(statement, {"vector": vector, "k": k, "nearest": k})
+                cursor.execute(statement, {"vector": vector, "looked_at": k})
                 nearest.append({row[0] for row in cursor.fetchall()})
             hits += len(set.intersection(*nearest))
     return hits / (k * len(vectors))

@@ -14,9 +14,11 @@ from qlora.reading.kinds import SUFFIXES
 from qlora.reading.reader import explaining_file, read_file
 from qlora.reading.section import Note, Section
 from qlora.retrieval.passages import Splitting, split_sections
+from qlora.words import unify
 
 MOST_BYTES = 1_000_000_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
+NAMED = 3  # other sources of a text that are named to people
 UNITS = ("page", "slide", "chapter", "paragraph", "line", "row", "part")
 VERSION = 4  # of the splitting: raised when it changes, so that all documents are ingested again
 
@@ -28,6 +30,11 @@ class SourceFile:
     path: Path
     source: str
     folder: str | None
+
+    @property
+    def root(self) -> str:
+        """The folder that the source is a path below."""
+        return self.folder or os.path.realpath(self.path.parent)
 
 
 def find_files(
@@ -146,15 +153,18 @@ def keep_sections(parts: Iterator[Section | Note], notes: list[Note]) -> Iterato
 
 
 def place(metadata: dict) -> str:
-    """The place of a passage, for people: `ferry/crew.md, line 9, Crew > Watches`."""
+    """The place of a passage, for people: `ferry/crew.md, line 9, Crew > Watches (and in a.md, b.md)`."""
     parts = [metadata["source"]]
     parts += [f"{unit} {metadata[unit]}" for unit in UNITS if unit in metadata]
     if "last_page" in metadata:
         parts[-1] = f"pages {metadata['page']}-{metadata['last_page']}"
-    return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata])
+    also = metadata.get("also_in", [])
+    more = f" and {len(also) - NAMED} more" if len(also) > NAMED else ""
+    others = f" (and in {', '.join(also[:NAMED])}{more})" if also else ""
+    return ", ".join(parts + [metadata[key] for key in ("heading",) if key in metadata]) + others
 
 
 def embedded_text(passage: Document) -> str:
-    """The text to embed: the passage after its heading path, which often names the subject."""
+    """The text to embed: the passage after its heading path, which often names the subject, in one form of letters."""
     heading = passage.metadata.get("heading")
-    return f"{heading}\n{passage.page_content}" if heading else passage.page_content
+    return unify(f"{heading}\n{passage.page_content}" if heading else passage.page_content)

@@ -13,8 +13,9 @@ from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
 
 from qlora.retrieval import metadata_filter, search_modes
+from qlora.retrieval.documents import embedded_text
 from qlora.retrieval.metadata_filter import Condition
-from qlora.words import clean
+from qlora.words import clean, unify
 
 ADDED_AS_TEXT = "added as text"  # the fingerprint of what came through LangChain's add_texts
 
@@ -42,7 +43,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that a search found; `dense` and `lexical` are its ranks."""
+    """A passage that a search found; `dense` and `lexical` are its ranks among the different texts.
+
+    `sources` are those of all passages with this text.
+    """
 
     id: str
     text: str
@@ -51,10 +55,17 @@ class Hit:
     dense: int | None
     lexical: int | None
     embedding: Sequence[float]
+    sources: tuple[str, ...] = ()
 
-    def as_document(self):
-        """A LangChain Document with the score and the ranks in its metadata."""
-        found = {"score": round(self.score, 4), "ranks": {"dense": self.dense, "lexical": self.lexical}}
+    def as_document(self, with_score: bool = True) -> Document:
+        """A LangChain Document; `also_in` in its metadata names other sources of the text, where there are some.
+
+        With the score and the ranks, unless LangChain's callers ask for the metadata as they were given.
+        """
+        others = [source for source in self.sources if source != self.metadata.get("source")]
+        found = {"also_in": others} if others else {}
+        if with_score:
+            found |= {"score": round(self.score, 4), "ranks": {"dense": self.dense, "lexical": self.lexical}}
         return Document(self.text, metadata={**self.metadata, **found}, id=self.id)
 
 
@@ -66,10 +77,19 @@ class PassageStore(VectorStore):
 
     _embeddings: Embeddings
     refusal_threshold: float | None  # the similarity that the best passage must reach; None when all are answered
+    language: str | None  # its code; None until the first passages are there
 
     @property
     def embeddings(self) -> Embeddings:
         return self._embeddings
+
+    @abstractmethod
+    def choose_language(self, code: str) -> None:
+        """Sets the language of a collection without documents; does nothing to others."""
+
+    @abstractmethod
+    def move_documents(self, sources: Sequence[str], folder: str) -> None:
+        """Notes that documents are in another folder now."""
 
     @abstractmethod
     def count(self) -> int:
@@ -80,8 +100,14 @@ class PassageStore(VectorStore):
         """The entries of the collection, by source."""
 
     @abstractmethod
-    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
-        """Adds a document or replaces it, with all its passages."""
+    def put_parts(self, entry: Entry, parts: Iterable[tuple[Sequence[Document], Sequence]]) -> int:
+        """Adds a document or replaces it, from parts of its passages with their vectors; returns their number."""
+
+    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> int:
+        """Adds a document or replaces it, with all its passages; returns their number."""
+        if vectors is None:
+            vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
+        return self.put_parts(entry, [(passages, vectors)])
 
     def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
         """Writes documents one after the other; yields each with its number of passages once it is written."""
@@ -107,7 +133,7 @@ class PassageStore(VectorStore):
 
     @abstractmethod
     def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[Hit]:
-        """The `k` best passages, best first."""
+        """The best passages of the `k` best texts, best first."""
 
     # ----------------------------------------------------------------------- LangChain's way in
 
@@ -118,7 +144,7 @@ class PassageStore(VectorStore):
         """
         texts = list(texts)
         ids = [given or str(uuid.uuid4()) for given in ids or [None] * len(texts)]
-        vectors = self._embeddings.embed_documents(texts)
+        vectors = self._embeddings.embed_documents([unify(text) for text in texts])
         # A later text of the same id replaces an earlier one, as it would in two calls.
         last = {given: n for n, given in enumerate(ids)}
         by_source: dict[str, list[Passage]] = {}
@@ -146,7 +172,7 @@ class PassageStore(VectorStore):
         Each leg ranks `fetch_k` passages. With `diversity` above 0, passages that repeat a better one move
         down (maximal marginal relevance, lambda = 1 - diversity).
         """
-        question = clean(question)
+        question = unify(clean(question))
         vector = self._embeddings.embed_query(question)
         pool = max(k, fetch_k)
         found = self._find_passages(question, vector, pool if diversity else k, mode, where, pool)
@@ -159,17 +185,17 @@ class PassageStore(VectorStore):
 
     def similarity_search_with_score(self, query: str, k: int = 4, filter: dict | None = None, **kwargs):
         """(passage, cosine similarity) of the nearest, best first; metadata as they were given."""
-        return self._nearest(query, self._embeddings.embed_query(clean(query)), k, filter)
+        return self._nearest(query, self._embeddings.embed_query(unify(clean(query))), k, filter)
 
     def similarity_search_by_vector(self, embedding: list[float], k: int = 4, filter: dict | None = None, **kwargs):
         return [document for document, _ in self._nearest("", embedding, k, filter)]
 
     def _nearest(self, query: str, vector, k: int, filters: dict | None) -> list[tuple[Document, float]]:
         found = self._find_passages(query, vector, k, "dense", metadata_filter.read_dict(filters), k)
-        return [(Document(hit.text, metadata=hit.metadata, id=hit.id), hit.score) for hit in found]
+        return [(hit.as_document(with_score=False), hit.score) for hit in found]
 
     def max_marginal_relevance_search(self, query, k=4, fetch_k=20, lambda_mult=0.5, filter=None, **kwargs):
-        vector = self._embeddings.embed_query(clean(query))
+        vector = self._embeddings.embed_query(unify(clean(query)))
         return self.max_marginal_relevance_search_by_vector(vector, k, fetch_k, lambda_mult, filter)
 
     def max_marginal_relevance_search_by_vector(
@@ -177,7 +203,7 @@ class PassageStore(VectorStore):
     ):
         found = self._find_passages("", embedding, fetch_k, "dense", metadata_filter.read_dict(filter), fetch_k)
         chosen = choose_diverse(found, embedding, k, lambda_mult)
-        return [Document(hit.text, metadata=hit.metadata, id=hit.id) for hit in chosen]
+        return [hit.as_document(with_score=False) for hit in chosen]
 
     def _select_relevance_score_fn(self):
         return lambda score: (score + 1) / 2

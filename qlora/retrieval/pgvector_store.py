@@ -6,7 +6,7 @@ the only identifier that varies is rag.passages_N, where N is the collection's i
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -17,13 +17,13 @@ from pgvector import HalfVector
 from psycopg2 import sql
 
 from qlora.console import fail, note
-from qlora.retrieval import passage_store, search_sql
-from qlora.retrieval.database import PASSAGES, Database, migrate
-from qlora.retrieval.documents import embedded_text
-from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Passage, PassageStore
+from qlora.retrieval import languages, search_sql
+from qlora.retrieval.database import INDEXES, PASSAGES, Database, migrate, name_parts
+from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Hit, Passage, PassageStore
+from qlora.retrieval.word_index import index_words, text_key
 
 INDEXED_FROM = 20_000  # passages; below, a scan takes a few milliseconds and finds everything
-PASSAGE_COLUMNS = "id, document, text, metadata, embedding"
+PASSAGE_COLUMNS = "id, document, text, metadata, embedding, same"
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_TRAILER = struct.pack("!h", -1)
 
@@ -83,6 +83,23 @@ class PgVectorStore(PassageStore):
     # ----------------------------------------------------------------------- collection
 
     @property
+    def language(self) -> str | None:
+        """The code of the language that words are stemmed in; None before the first passages."""
+        with self.database.transaction() as cursor:
+            cursor.execute("SELECT language FROM rag.collections WHERE id = %s", (self.collection.id,))
+            return cursor.fetchone()[0]
+
+    def choose_language(self, code: str) -> None:
+        with self.database.transaction() as cursor:
+            cursor.execute("SELECT FROM rag.collections WHERE id = %s FOR UPDATE", (self.collection.id,))
+            cursor.execute("SELECT FROM rag.documents WHERE collection = %s LIMIT 1", (self.collection.id,))
+            if cursor.fetchone() is None:  # else another process was first
+                cursor.execute("SELECT cfgname FROM pg_ts_config")
+                dictionary = languages.choose_dictionary(code, [name for (name,) in cursor.fetchall()])
+                change = "UPDATE rag.collections SET (language, dictionary) = (%s, %s) WHERE id = %s"
+                cursor.execute(change, (code, dictionary, self.collection.id))
+
+    @property
     def refusal_threshold(self) -> float | None:
         """The similarity that the best passage must reach for an answer; None when all are answered."""
         with self.database.transaction() as cursor:
@@ -123,18 +140,8 @@ class PgVectorStore(PassageStore):
         if self.count() <= INDEXED_FROM or self.is_indexed():
             return
         note(f"Over {INDEXED_FROM:,} passages: building the indexes (once)")
-        statement = sql.SQL(
-            "SET LOCAL maintenance_work_mem = '1GB';"
-            "CREATE INDEX IF NOT EXISTS {dense} ON {table} USING hnsw (embedding halfvec_cosine_ops);"
-            "CREATE INDEX IF NOT EXISTS {words} ON {table} USING gin (words);"
-            "ANALYZE {table}"
-        ).format(
-            table=self.collection.table,
-            dense=sql.Identifier(f"passages_{self.collection.id}_dense"),
-            words=sql.Identifier(f"passages_{self.collection.id}_words"),
-        )
         with self.database.transaction() as cursor:
-            cursor.execute(statement)
+            cursor.execute(sql.SQL(INDEXES).format(**name_parts(self.collection.id)))
 
     def is_indexed(self) -> bool:
         """Whether the HNSW index exists."""
@@ -144,24 +151,24 @@ class PgVectorStore(PassageStore):
 
     # ----------------------------------------------------------------------- write
 
-    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
-        """Adds a document or replaces it, with all its passages, in one transaction.
+    def put_parts(self, entry: Entry, parts: Iterable[tuple[Sequence[Document], Sequence]]) -> int:
+        """Adds a document or replaces it, in one transaction; each part is written before the next is asked for.
 
-        Returns False, and does nothing, when another process has just written the same document.
+        Returns the number of its passages: 0, with nothing done, when another process has just written the same.
         """
-        if vectors is None:
-            vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
         with self.database.transaction() as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (self.collection.id, entry.source))
             key = (self.collection.id, entry.source)
             cursor.execute("SELECT fingerprint FROM rag.documents WHERE (collection, source) = (%s, %s)", key)
             if cursor.fetchone() == (entry.fingerprint,):
-                return False
+                return 0
             cursor.execute("DELETE FROM rag.documents WHERE (collection, source) = (%s, %s)", key)
-            document = self._add_entry(cursor, entry)
-            numbered = enumerate(zip(passages, vectors, strict=True), 1)
-            self._upsert(cursor, {document: [Passage(f"{document}/{n}", *pair) for n, pair in numbered]})
-        return True
+            document, count = self._add_entry(cursor, entry), 0
+            for passages, vectors in parts:
+                numbered = enumerate(zip(passages, vectors, strict=True), count + 1)
+                self._upsert(cursor, {document: [Passage(f"{document}/{n}", *pair) for n, pair in numbered]})
+                count += len(passages)
+        return count
 
     def _add_entry(self, cursor, entry: Entry) -> int:
         """The key of the document's row, which is inserted where it is missing."""
@@ -173,25 +180,35 @@ class PgVectorStore(PassageStore):
         return cursor.fetchone()[0]
 
     def _upsert(self, cursor, by_document: dict[int, list[Passage]]) -> None:
-        """Writes passages by a binary COPY into a temporary table (ten times as fast as INSERT), then one upsert.
-
-        Once per transaction: the temporary table is emptied by the commit.
-        """
+        """Writes passages by a binary COPY into a temporary table (ten times as fast as INSERT), then one upsert."""
+        cursor.execute(  # the dictionary stays what it is until the commit
+            "SELECT dictionary FROM rag.collections WHERE id = %s FOR SHARE", (self.collection.id,)
+        )
+        (dictionary,) = cursor.fetchone()
         cursor.execute(
             sql.SQL(
-                "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM {} LIMIT 0"
+                "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {}, '' AS words FROM {} LIMIT 0"
             ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(PASSAGE_COLUMNS), self.collection.table)
         )
         incoming = sql.Identifier(f"incoming_{self.collection.id}")
         rows = encode_rows(by_document)
+        cursor.execute(sql.SQL("DELETE FROM {}").format(incoming))  # of an earlier part of this transaction
         cursor.copy_expert(sql.SQL("COPY {} FROM STDIN WITH (FORMAT binary)").format(incoming), rows)
         cursor.execute(
             sql.SQL(
-                "INSERT INTO {table} ({columns}) SELECT {columns} FROM {incoming} ON CONFLICT (id) DO UPDATE SET "
-                "(document, text, metadata, embedding) = "
-                "(excluded.document, excluded.text, excluded.metadata, excluded.embedding)"
-            ).format(table=self.collection.table, columns=sql.SQL(PASSAGE_COLUMNS), incoming=incoming)
+                "INSERT INTO {table} ({columns}, words) SELECT {columns}, to_tsvector(%s::regconfig, words) FROM {incoming} "
+                "ON CONFLICT (id) DO UPDATE SET (document, text, metadata, embedding, same, words) = "
+                "(excluded.document, excluded.text, excluded.metadata, excluded.embedding, excluded.same, excluded.words)"
+            ).format(table=self.collection.table, columns=sql.SQL(PASSAGE_COLUMNS), incoming=incoming),
+            (dictionary,),
         )
+
+    def move_documents(self, sources: Sequence[str], folder: str) -> None:
+        with self.database.transaction() as cursor:
+            cursor.execute(
+                "UPDATE rag.documents SET folder = %s WHERE collection = %s AND source = ANY(%s)",
+                (folder, self.collection.id, list(sources)),
+            )
 
     def forget(self, sources: Sequence[str]) -> int:
         """Removes documents with their passages; returns how many there were."""
@@ -205,6 +222,8 @@ class PgVectorStore(PassageStore):
     # ----------------------------------------------------------------------- LangChain's way in
 
     def _put_texts(self, by_source: dict[str, list[Passage]]) -> None:
+        if self.language is None:
+            self.choose_language(languages.DEFAULT)
         with self.database.transaction() as cursor:
             self._upsert(
                 cursor,
@@ -238,27 +257,33 @@ class PgVectorStore(PassageStore):
 
     # ----------------------------------------------------------------------- search
 
-    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[passage_store.Hit]:
+    def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[Hit]:
+        """Looks at more passages where those of one text leave too few texts."""
+        nearest = k if mode == "dense" else max(k, fetch_k)
+        looked_at = search_sql.LOOKED_AT * nearest
         condition, values = search_sql.as_sql(where)
         values |= {
-            "question": question,
-            "vector": HalfVector(vector),
-            "k": k,
-            "nearest": k if mode == "dense" else fetch_k,
+            **{"words": index_words(question), "vector": HalfVector(vector), "collection": self.collection.id},
+            **{"k": k, "nearest": nearest, "texts": k if mode != "hybrid" else max(k, nearest // 4)},
+            **{"enough": INDEXED_FROM, "most": search_sql.WORDS},
+            **{"common": search_sql.COMMON, "lexical_weight": search_sql.LEXICAL_WEIGHT},
         }
-        values |= {"enough": INDEXED_FROM, "words": search_sql.WORDS, "common": search_sql.COMMON}
-        values["lexical_weight"] = search_sql.LEXICAL_WEIGHT
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(search_sql.SECONDS) as cursor:
-            values["candidates"] = min(1000, max(100, fetch_k))
             settings = sql.SQL(search_sql.INDEX_SETTINGS)
             if where:
                 # HNSW walks through neighbours that the filter rejects. Where few passages match, all are compared.
                 cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)
                 if cursor.fetchone()[0] <= INDEXED_FROM:
                     settings += sql.SQL("SET LOCAL enable_indexscan = off;")
-            cursor.execute(settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts), values)
-            return [passage_store.Hit(*row, embedding.to_numpy()) for *row, embedding in cursor.fetchall()]
+            statement = settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts)
+            while True:
+                values |= {"looked_at": looked_at, "candidates": min(1000, max(100, looked_at))}
+                cursor.execute(statement, values)
+                found = cursor.fetchall()
+                if not found or not found[0][-1] or looked_at >= search_sql.MOST:
+                    return [Hit(*row, near.to_numpy(), tuple(sources)) for *row, near, sources, _ in found]
+                looked_at *= search_sql.MORE
 
 
 def encode_rows(by_document: dict[int, list[Passage]]) -> BytesIO:
@@ -276,6 +301,10 @@ def encode_rows(by_document: dict[int, list[Passage]]) -> BytesIO:
                 passage.document.page_content.encode(),
                 b"\1" + metadata,  # jsonb, version 1
                 struct.pack("!hh", len(vector), 0) + vector.tobytes(),  # halfvec: dimension, unused
+                text_key(passage.document.page_content),
+                index_words(
+                    f"{passage.document.metadata.get('heading', '')}\n{passage.document.page_content}"
+                ).encode(),
             )
             rows.write(struct.pack("!h", len(fields)))
             for field in fields:

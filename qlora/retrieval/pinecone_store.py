@@ -22,17 +22,18 @@ from pinecone.errors import exceptions
 
 from qlora import settings
 from qlora.console import UserError, fail, note
-from qlora.retrieval.documents import embedded_text
 from qlora.retrieval.metadata_filter import LANGCHAIN, NUMBER, Condition
 from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Hit, Passage, PassageStore, Prepared
+from qlora.retrieval.word_index import text_key
 
 REQUEST_BYTES, METADATA_BYTES = 2_000_000, 40_960  # docs.pinecone.io, "Database limits"
 REQUEST_RECORDS, LISTED = 200, 100
 AT_ONCE = 4  # requests
 READY_SECONDS, VISIBLE_SECONDS = 300, 60
 ABOUT = "collection"  # id of the record about the collection itself
-# Ours among a record's metadata: the words, the metadata as they were given, and what the passage belongs to.
-TEXT, GIVEN, SOURCE, FINGERPRINT = "_text", "_metadata", "_source", "_fingerprint"
+# Ours among a record's metadata: the words, their key, the metadata as they were given, what the passage belongs to.
+TEXT, SAME, GIVEN, SOURCE, FINGERPRINT = "_text", "_same", "_metadata", "_source", "_fingerprint"
+LOOKED_AT, MOST_FOUND = 2, 1_000  # records per text that a search looks at first; the most that Pinecone gives
 
 
 def open_index(dimension: int) -> Index:
@@ -83,7 +84,7 @@ class PineconeStore(PassageStore):
     def __init__(self, index: Index, embeddings: Embeddings, embedding_model: str, collection: str):
         """Opens the collection. Raises UserError when it was made with another embedding model."""
         self.index = index
-        self._embeddings = embeddings
+        self._embeddings, self._embedding_model = embeddings, embedding_model
         self.collection = collection
         self._awaited: dict[str, str | None] = {}  # fingerprints that reads should show soon, by source
         self._dimension = len(embeddings.embed_query("dimension"))
@@ -119,14 +120,26 @@ class PineconeStore(PassageStore):
         return {"id": key, "values": [1.0] + [0.0] * (self._dimension - 1), "metadata": kept}
 
     @property
+    def language(self) -> str | None:
+        return self._about().get("language")
+
+    def choose_language(self, code: str) -> None:
+        """Notes the language of the documents: there are no words to stem here."""
+        self._change_about(language=code)
+
+    def _change_about(self, **values) -> None:
+        """Writes the record about the collection; one that was made a moment ago may not be seen yet."""
+        about = {"embedding_model": self._embedding_model, **self._about(), **values}
+        self._write([self._record(ABOUT, about)])
+
+    @property
     def refusal_threshold(self) -> float | None:
         threshold = self._about().get("refusal_threshold", "")
         return None if threshold == "" else threshold
 
     @refusal_threshold.setter
     def refusal_threshold(self, value: float | None) -> None:
-        kept = {**self._about(), "refusal_threshold": "" if value is None else value}
-        self._write([self._record(ABOUT, kept)])
+        self._change_about(refusal_threshold="" if value is None else value)
 
     def count(self) -> int:
         with explaining(self.collection):
@@ -162,20 +175,20 @@ class PineconeStore(PassageStore):
 
     # ----------------------------------------------------------------------- write
 
-    def put_document(self, entry: Entry, passages: Sequence[Document], vectors: Sequence | None = None) -> bool:
+    def put_parts(self, entry: Entry, parts: Iterable[tuple[Sequence[Document], Sequence]]) -> int:
         """Adds a document or replaces it: passages, then its record, then what it had before is removed.
 
-        Raises UserError, with nothing written, for metadata above Pinecone's 40 kB.
+        Raises UserError, with nothing of the part written, for metadata above Pinecone's 40 kB.
         """
-        if vectors is None:
-            vectors = self._embeddings.embed_documents([embedded_text(passage) for passage in passages])
-        numbered = enumerate(zip(passages, vectors, strict=True), 1)
-        start = f"{digest(entry.source)}/{digest(entry.fingerprint)}"
-        rows = [as_record(Passage(f"{start}/{n}", *pair), entry) for n, pair in numbered]
-        self._write(rows, self.passages)
-        self._write_entry(replace(entry, passages=len(passages)))
+        start, count = f"{digest(entry.source)}/{digest(entry.fingerprint)}", 0
+        for passages, vectors in parts:
+            numbered = enumerate(zip(passages, vectors, strict=True), count + 1)
+            rows = [as_record(Passage(f"{start}/{n}", *pair), entry) for n, pair in numbered]
+            self._write(rows, self.passages)
+            count += len(passages)
+        self._write_entry(replace(entry, passages=count))
         self._delete({"$and": [{SOURCE: {"$eq": entry.source}}, {FINGERPRINT: {"$ne": entry.fingerprint}}]})
-        return True
+        return count
 
     def put_documents(self, prepared: Iterable[Prepared]) -> Iterator[tuple[Entry, int]]:
         """Several at once: each needs three answers of a server that may be far away."""
@@ -200,6 +213,11 @@ class PineconeStore(PassageStore):
             known = self._fetch([passage.id for passage in passages], self.passages)
             self._write([as_record(passage, entry) for passage in passages], self.passages)
             self._write_entry(replace(entry, passages=entry.passages + len(passages) - len(known)))
+
+    def move_documents(self, sources: Sequence[str], folder: str) -> None:
+        known = self._fetch([digest(source) for source in sources], self.records)
+        for values in known.values():
+            self._write_entry(replace(as_entry(values), folder=folder))
 
     def forget(self, sources: Sequence[str]) -> int:
         keys = [digest(source) for source in sources]
@@ -262,19 +280,44 @@ class PineconeStore(PassageStore):
     def _find_passages(self, question: str, vector, k: int, mode: str, where, fetch_k: int) -> list[Hit]:
         if mode != "dense":
             raise fail("Pinecone searches by meaning only", f"search {mode}", "use dense, or --store pgvector")
+        looked_at = min(MOST_FOUND, LOOKED_AT * k)
+        while True:
+            matches = self._query(vector, looked_at, as_pinecone(where), with_vectors=True)
+            texts: dict[str, list] = {}
+            for match in matches:
+                texts.setdefault(text_key(match.metadata[TEXT]).hex(), []).append(match)
+            if len(texts) >= k or len(matches) < looked_at or looked_at == MOST_FOUND:
+                break
+            looked_at = min(MOST_FOUND, 8 * looked_at)
+        texts = dict(list(texts.items())[:k])
+        sources = self._find_sources(vector, texts, where, is_all=len(matches) < looked_at)
+        return [
+            Hit(best.id, best.metadata[TEXT], json.loads(best.metadata[GIVEN]), best.score, n, None, best.values, also)
+            for n, ((best, *_), also) in enumerate(zip(texts.values(), sources, strict=True), 1)
+        ]
+
+    def _find_sources(self, vector, texts: dict[str, list], where, is_all: bool) -> list[tuple[str, ...]]:
+        """The sources of each text. Where copies were seen and there may be more, another request looks for them."""
+        copied = [key for key, matches in texts.items() if len(matches) > 1]
+        if copied and not is_all:
+            condition = {"$and": [*(as_pinecone(where) or {"$and": []})["$and"], {SAME: {"$in": copied}}]}
+            for match in self._query(vector, MOST_FOUND, condition):
+                texts[match.metadata[SAME]].append(match)
+        given = [[json.loads(match.metadata[GIVEN]).get("source") for match in matches] for matches in texts.values()]
+        return [tuple(sorted({source for source in sources if source})) for sources in given]
+
+    def _query(self, vector, count: int, condition: dict | None, with_vectors: bool = False) -> list:
+        """The nearest records, with their metadata."""
         with explaining(self.collection):
             answer = self.index.query(
-                top_k=k,
+                top_k=count,
                 vector=[float(x) for x in vector],
                 namespace=self.passages,
-                filter=as_pinecone(where),
+                filter=condition,
                 include_metadata=True,
-                include_values=True,
+                include_values=with_vectors,
             )
-        return [
-            Hit(match.id, match.metadata[TEXT], json.loads(match.metadata[GIVEN]), match.score, n, None, match.values)
-            for n, match in enumerate(answer.matches, 1)
-        ]
+        return answer.matches
 
     @classmethod
     def from_texts(cls, texts, embedding, metadatas=None, *, ids=None, index, embedding_model, collection, **kwargs):
@@ -308,6 +351,7 @@ def as_record(passage: Passage, entry: Entry) -> dict:
     ours = {
         TEXT: passage.document.page_content,
         GIVEN: json.dumps(given, ensure_ascii=False, default=str),
+        SAME: text_key(passage.document.page_content).hex(),
         SOURCE: entry.source,
         FINGERPRINT: entry.fingerprint,
     }

@@ -11,7 +11,9 @@ from psycopg2 import sql
 
 from qlora.retrieval.metadata_filter import NUMBER, OPERATORS, Condition
 
-WORDS = 32  # of a question, the longest ones
+WORDS = 64  # of a question, the longest ones
+LOOKED_AT = 2  # passages per text that each leg looks at first
+MOST, MORE = 50_000, 8  # passages that a leg looks at in the end; and how many times more each time it has drowned
 COMMON = 10_000  # passages with a word above which it is too common to search
 # Best for 400 questions on SQuAD's training articles and 99 on the sample's training documents; 0.4 to 0.8 are equal.
 LEXICAL_WEIGHT = 0.6
@@ -26,24 +28,30 @@ SET LOCAL hnsw.max_scan_tuples = 1000000;
 """
 COUNT = "SELECT count(*) FROM (SELECT 1 FROM {table} WHERE {condition} LIMIT %(enough)s + 1) AS matching"
 
-DENSE = """
+# Passages of one text take one place, that of the best. So more than `nearest` are looked at.
+NEAREST = """
+SELECT id, same, embedding <=> %(vector)s AS distance FROM {table} WHERE {condition}
+ORDER BY embedding <=> %(vector)s LIMIT %(looked_at)s
+"""
+DENSE = f"""
+looked_at AS MATERIALIZED ({NEAREST}),
 dense AS MATERIALIZED (
-    SELECT id, row_number() OVER (ORDER BY distance, id) AS rank
-    FROM (
-        SELECT id, embedding <=> %(vector)s AS distance FROM {table} WHERE {condition}
-        ORDER BY embedding <=> %(vector)s LIMIT %(nearest)s
-    ) AS nearest
+    SELECT id, same, row_number() OVER (ORDER BY distance, id) AS rank
+    FROM (SELECT DISTINCT ON (same) id, same, distance FROM looked_at ORDER BY same, distance, id) AS texts
+    ORDER BY distance, id LIMIT %(nearest)s
 )"""
 # A word weighs as in BM25 (Robertson and Zaragoza 2009); its count in a passage hardly matters in short passages.
-# The quotation marks make a query of any lexeme. Words in COMMON or more passages count only if there are no others.
+# The quotation marks make a query of any lexeme: ours have no such mark in them.
+# Words in COMMON or more passages count only if there are no others.
 LEXICAL = """
 asked AS MATERIALIZED (
-    SELECT lexeme, ('''' || replace(replace(lexeme, '\\', '\\\\'), '''', '''''') || '''')::tsquery AS word
-    FROM unnest(to_tsvector('english', %(question)s)) ORDER BY length(lexeme) DESC, lexeme LIMIT %(words)s
+    SELECT lexeme, ('''' || lexeme || '''')::tsquery AS word
+    FROM (SELECT dictionary FROM rag.collections WHERE id = %(collection)s) AS collection,
+        unnest(to_tsvector(dictionary::regconfig, %(words)s)) ORDER BY length(lexeme) DESC, lexeme LIMIT %(most)s
 ),
 matches AS MATERIALIZED (
-    SELECT lexeme, id FROM asked CROSS JOIN LATERAL (
-        SELECT id FROM {table} WHERE words @@ word AND {condition} LIMIT %(common)s
+    SELECT lexeme, id, same FROM asked CROSS JOIN LATERAL (
+        SELECT id, same FROM {table} WHERE words @@ word AND {condition} LIMIT %(common)s
     ) AS matching
 ),
 counts AS (SELECT lexeme, count(*) AS passages FROM matches GROUP BY lexeme),
@@ -52,35 +60,49 @@ weights AS MATERIALIZED (
     FROM counts, (SELECT count(*) AS total FROM {table} WHERE {condition}) AS size
     WHERE passages < %(common)s OR (SELECT min(passages) FROM counts) = %(common)s
 ),
+shares AS MATERIALIZED (
+    SELECT id, same, sum(weight) / (SELECT sum(weight) FROM weights) AS share
+    FROM matches JOIN weights USING (lexeme) GROUP BY id, same
+),
+found AS MATERIALIZED (SELECT id, same, share FROM shares ORDER BY share DESC, id LIMIT %(looked_at)s),
 lexical AS MATERIALIZED (
-    SELECT id, share, row_number() OVER (ORDER BY share DESC, id) AS rank
-    FROM (
-        SELECT id, sum(weight) / (SELECT sum(weight) FROM weights) AS share
-        FROM matches JOIN weights USING (lexeme) GROUP BY id
-    ) AS weighed
+    SELECT id, same, row_number() OVER (ORDER BY share DESC, id) AS rank
+    FROM (SELECT DISTINCT ON (same) id, same, share FROM found ORDER BY same, share DESC, id) AS texts
+    ORDER BY share DESC, id LIMIT %(nearest)s
 )"""
-BEST = """,
-best AS (SELECT id FROM dense UNION SELECT id FROM lexical WHERE rank <= %(nearest)s)
-SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, dense.rank, lexical.rank, embedding
-FROM best LEFT JOIN dense USING (id) LEFT JOIN lexical USING (id) JOIN {table} USING (id)
-ORDER BY 1 - (embedding <=> %(vector)s) + %(lexical_weight)s * coalesce(lexical.share, 0) DESC, id LIMIT %(k)s
+BEST = """
+scored AS MATERIALIZED (
+    SELECT id, same, 1 - (embedding <=> %(vector)s) + %(lexical_weight)s * coalesce(share, 0) AS total
+    FROM (SELECT id FROM dense UNION SELECT id FROM lexical) AS either
+    JOIN {table} USING (id) LEFT JOIN (SELECT id, share FROM shares) AS share USING (id)
+),
+best AS (
+    SELECT id, same, row_number() OVER (ORDER BY total DESC, id) AS place, dense.rank AS dense, lexical.rank AS lexical
+    FROM (SELECT DISTINCT ON (same) id, same, total FROM scored ORDER BY same, total DESC, id) AS texts
+    LEFT JOIN (SELECT same, rank FROM dense) AS dense USING (same)
+    LEFT JOIN (SELECT same, rank FROM lexical) AS lexical USING (same)
+    ORDER BY place LIMIT %(k)s
+)"""
+# Whether a leg looked at as many passages as it may, and found too few texts among them.
+DROWNED = "(SELECT count(*) FROM {seen}) >= %(looked_at)s AND (SELECT count(*) FROM {leg}) < %(texts)s"
+DENSE_DROWNED = DROWNED.format(seen="looked_at", leg="dense")
+LEXICAL_DROWNED = DROWNED.format(seen="found", leg="lexical")
+HITS = """
+SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, best.dense, best.lexical, embedding,
+    ARRAY(
+        SELECT DISTINCT metadata->>'source' FROM {table} AS copy
+        WHERE copy.same = best.same AND metadata->>'source' IS NOT NULL AND {condition} ORDER BY 1
+    ) AS sources
 """
-STATEMENTS = {  # each returns the columns of a Hit
-    "dense": "WITH"
-    + DENSE
-    + """
-SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, dense.rank, NULL, embedding
-FROM dense JOIN {table} USING (id)
-ORDER BY dense.rank, id LIMIT %(k)s
-""",
-    "lexical": "WITH"
-    + LEXICAL
-    + """
-SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, NULL, lexical.rank, embedding
-FROM lexical JOIN {table} USING (id)
-ORDER BY lexical.rank, id LIMIT %(k)s
-""",
-    "hybrid": "WITH" + DENSE + "," + LEXICAL + BEST,
+FROM_BEST = "FROM best JOIN {table} USING (id) ORDER BY best.place"
+STATEMENTS = {  # each returns the columns of a Hit, and whether a leg has drowned
+    "dense": f"""WITH{DENSE},
+best AS (SELECT id, same, rank AS place, rank AS dense, NULL::bigint AS lexical FROM dense ORDER BY rank LIMIT %(k)s)
+{HITS}, {DENSE_DROWNED} {FROM_BEST}""",
+    "lexical": f"""WITH{LEXICAL},
+best AS (SELECT id, same, rank AS place, NULL::bigint AS dense, rank AS lexical FROM lexical ORDER BY rank LIMIT %(k)s)
+{HITS}, {LEXICAL_DROWNED} {FROM_BEST}""",
+    "hybrid": f"WITH{DENSE},{LEXICAL},{BEST}{HITS}, ({DENSE_DROWNED}) OR ({LEXICAL_DROWNED}) {FROM_BEST}",
 }
 
 
