@@ -31,7 +31,7 @@ from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
-from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows
+from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
 from qlora.training.rows import Draw, load_rows
 
 CHOSEN = ("preset", "base_model", "dataset", "output")
@@ -91,7 +91,7 @@ def run_steps(args) -> int:
 
 def load_prompt(args):
     """The tokenizer and the prompt's texts; both are saved with the adapter."""
-    from qlora.prompt import choose_prompt
+    from qlora.prompt import choose_prompt, word_rules
 
     source = base_model.resolve_base_model(args.base_model)
     base_model.check_trainable(source, args.max_length)
@@ -101,7 +101,7 @@ def load_prompt(args):
     if start and start.prompt:
         tokenizer.chat_template = start.prompt.chat_template
         return tokenizer, start.prompt
-    return tokenizer, choose_prompt(tokenizer)
+    return tokenizer, choose_prompt(tokenizer, word_rules(args.refusal, args.rules))
 
 
 def read_start(args):
@@ -113,6 +113,7 @@ def load_and_filter(args):
     """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
     draw = Draw(args.max_rows, args.seed) if args.max_rows else None
     loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split, draw)
+    loaded = word_refusals(loaded, args.refusal)
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)
@@ -155,8 +156,15 @@ def draw_replay(args, count: int) -> list:
     """
     if not args.replay:
         return []
+    from qlora.prompt import Prompt
+
     start = read_start(args)
-    older = {"train_on": "last", "config": None, "split": "train"}  # runs of earlier versions do not name them
+    older = {
+        "train_on": "last",
+        "config": None,
+        "split": "train",
+        "refusal": Prompt.refusal,
+    }  # runs of earlier versions do not name them
     before = argparse.Namespace(**older | start.run["arguments"])
     rows, _ = load_and_filter(before)
     if digest_rows(rows) != start.run["dataset"]["sha256_of_rows"]:
@@ -229,6 +237,7 @@ def plan_schedule(args, batches: int):
         neftune=args.neftune,
         report_to=args.report_to,
         seed=args.seed,
+        refusal=args.refusal,
     )
 
 
@@ -236,6 +245,7 @@ def report_data(args, tokenizer, training, held_out, counts, plan) -> dict:
     """The data report, with estimates of time and memory. Raises UserError for rows that would train nothing."""
     from qlora.training import data_report
 
+    plan = {**plan, "refusal": args.refusal}
     report = data_report.build_data_report(tokenizer, unbatch(training.batches), held_out, counts, plan)
     estimate = report["estimate"]
     if not args.dry_run:

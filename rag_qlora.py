@@ -398,7 +398,7 @@ def evaluate(args, store, prompt, generator) -> int:
     from qlora.evaluation import evaluation, report
     from qlora.evaluation.questions import load_questions
 
-    questions = load_questions(args.questions, args.limit)
+    questions = load_questions(args.questions, args.limit, prompt.refusal)
     found = evaluation.search_all(make_search(args, store), questions, args.top_k)
     passages = evaluation.gather_passages(questions, found, args.top_k)
     contexts = {name: asked for name, asked in passages.items() if name in args.contexts}
@@ -422,6 +422,7 @@ def evaluate(args, store, prompt, generator) -> int:
             threshold=threshold,
             batch=args.batch_size,
             advance=lambda count: bar.advance(task, count),
+            refusal=prompt.refusal,
         )
         cells = evaluation.answer_cells(asking, modes, contexts)
     values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": threshold}

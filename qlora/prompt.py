@@ -85,8 +85,15 @@ def as_langchain(messages: list[dict]):
     return ChatPromptValue(messages=convert_to_messages(messages))
 
 
-def choose_prompt(tokenizer) -> Prompt:
-    """Our texts with the tokenizer's chat template, or Llama-2's when it has none (base models).
+def word_rules(refusal: str, rules: str | None = None) -> dict[str, str]:
+    """The texts of a prompt with another refusal, and with other rules for answers from passages where they are given."""
+    ours = {"rules": Prompt.rules, "closed_book_rules": Prompt.closed_book_rules}
+    worded = {name: text.replace(Prompt.refusal, refusal) for name, text in ours.items()}
+    return {**worded, **({"rules": rules} if rules else {}), "refusal": refusal}
+
+
+def choose_prompt(tokenizer, texts: dict[str, str] | None = None) -> Prompt:
+    """Our texts, or `texts` (`word_rules`), with the tokenizer's chat template, or Llama-2's when it has none.
 
     The tokenizer uses that template from here on, and ends a response with the token that ends a turn there. Raises
     UserError for a template that takes no question or loses one.
@@ -96,7 +103,7 @@ def choose_prompt(tokenizer) -> Prompt:
     template = tokenizer.chat_template or LLAMA2_TEMPLATE
     tokenizer.chat_template, refused = template, ""
     for rules_in_question in (False, True):
-        prompt = Prompt(chat_template=template, rules_in_question=rules_in_question)
+        prompt = Prompt(chat_template=template, rules_in_question=rules_in_question, **texts or {})
         try:
             shown = show_prompt(tokenizer, prompt.messages("QUESTION", ["PASSAGE"], EARLIER))
         except TemplateError as error:

@@ -144,6 +144,89 @@ def test_pruning_leaves_other_folders_alone(database, collection, folder, tmp_pa
     assert set(passages_of(store)) == {"theirs.md", "single.md", *(f"sub/{n}.md" for n in range(1, 6))}
 
 
+# ------------------------------------------------------------------------------- two folders, one name
+
+
+def write(folder, **texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.md").write_text(text)
+    return folder
+
+
+def found(store, question: str) -> str:
+    return store.find(question, 1, mode="lexical")[0].page_content
+
+
+def test_a_second_folder_never_replaces_the_documents_of_the_first(database, collection, tmp_path):
+    store = open_store(database, collection)
+    first = write(tmp_path / "a", README="The pump needs diesel.", LICENSE="All rights reserved.")
+    second = write(tmp_path / "b", README="The crane lifts nine tonnes.", LICENSE="All rights reserved.", own="A yard.")
+    put(store, first)
+    with pytest.raises(UserError, match=rf"same names, from {first}: README.md - {second} - ingest the folder above"):
+        put(store, second)
+    assert set(passages_of(store)) == {"README.md", "LICENSE.md", "own.md"}  # the others are in
+    assert found(store, "pump") == "The pump needs diesel."
+    with pytest.raises(UserError, match="same names"):
+        put(store, second / "README.md")  # a file by itself
+    put(store, first / "README.md")  # the very file: nothing to refuse
+    (first / "README.md").write_text("The pump needs petrol.")
+    put(store, first / "README.md")
+    assert found(store, "pump") == "The pump needs petrol."
+    store.forget(list(passages_of(store)))
+    put(store, tmp_path)
+    assert {"a/README.md", "b/README.md"} < set(passages_of(store))
+
+
+def test_two_files_by_themselves_with_one_name_are_not_one(database, collection, tmp_path):
+    store = open_store(database, collection)
+    put(store, write(tmp_path / "a", notes="The pump.") / "notes.md")
+    with pytest.raises(UserError, match="same names"):
+        put(store, write(tmp_path / "b", notes="The crane.") / "notes.md")
+    assert found(store, "pump") == "The pump."
+
+
+def test_a_moved_folder_is_the_same_folder(database, collection, tmp_path, capsys):
+    store = open_store(database, collection)
+    old = write(tmp_path / "old", one="One pump.", two="Two cranes.", three="Three locks.")
+    put(store, old)
+    new = old.rename(tmp_path / "new")
+    (new / "two.md").write_text("Two cranes and a winch.")
+    embedded = len(store.embeddings.embedded)
+    put(store, new)
+    assert "0 added, 1 changed, 2 unchanged" in capsys.readouterr().err
+    assert len(store.embeddings.embedded) == embedded + 1
+    assert {entry.folder for entry in store.documents()} == {str(new)}
+    (new / "one.md").unlink()
+    put(store, new, prune=True)  # which works by the new folder
+    assert set(passages_of(store)) == {"two.md", "three.md"}
+    other = write(tmp_path / "other", two="About something else.", three="Quite another story.")
+    for file in new.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="three.md, two.md"):
+        put(store, other)  # not moved: nothing is as it was
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again_by_the_next_run(
+    database, collection, folder, monkeypatch, capsys
+):
+    store, load = open_store(database, collection), ingest.documents.load_passages
+
+    def load_and_change(file, *args):
+        passages = load(file, *args)
+        if file.name == "3.md":
+            file.write_text("Another text by now.")
+        return passages
+
+    monkeypatch.setattr(ingest.documents, "load_passages", load_and_change)
+    with pytest.raises(UserError, match=r"changed while it was read - .*3\.md - ingest it again"):
+        put(store, folder)
+    assert len(passages_of(store)) == 5 and "5 added" in capsys.readouterr().err
+    monkeypatch.setattr(ingest.documents, "load_passages", load)
+    put(store, folder)
+    assert passages_of(store)["sub/3.md"] == 1
+
+
 def test_equal_passages_are_embedded_once(database, collection, folder):
     for n in range(20):
         (folder / f"copy{n}.txt").write_text("The same notice stands in every one of them.")

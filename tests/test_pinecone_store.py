@@ -71,6 +71,30 @@ def test_no_two_collections_share_a_namespace(server):
     assert [store.count() for store in stores] == [1, 0, 1, 1, 1]
 
 
+def test_copies_take_one_place_and_are_all_named(server):
+    store = open_store()
+    for n in range(30):
+        put(store, f"{n}.md", "one  ONE" if n % 2 else "One one")
+    put(store, "b.md", "four")
+    store.finish()
+    found = store.find("One one", 2, mode="dense")
+    assert [d.page_content.casefold().split() for d in found] == [["one", "one"], ["four"]]
+    assert len(found[0].metadata["also_in"]) == 29 and "also_in" not in found[1].metadata
+    assert [d.metadata["ranks"]["dense"] for d in found] == [1, 2]
+
+
+def test_language_and_folder_are_kept(server):
+    store = open_store()
+    assert store.language is None
+    store.choose_language("de")
+    store.refusal_threshold = 0.5
+    put(store, "a.md", "one")
+    store.move_documents(["a.md"], "elsewhere")
+    again = open_store()
+    assert (again.language, again.refusal_threshold) == ("de", 0.5)
+    assert [(entry.folder, entry.passages) for entry in again.documents()] == [("elsewhere", 1)]
+
+
 def test_documents_are_replaced_listed_and_forgotten(server):
     store = open_store()
     put(store, "a.md", "one", "two", "three")

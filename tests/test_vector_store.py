@@ -366,6 +366,47 @@ def test_an_old_database_is_brought_forward(database):
         open_store(url, "mine")
 
 
+def test_a_database_of_version_2_keeps_its_words_and_its_index(database, monkeypatch, capsys):
+    """English words as before, now with identifiers; copies take one place; the index of embeddings is there."""
+    import psycopg2
+
+    admin = psycopg2.connect(database)
+    admin.autocommit = True
+    admin.cursor().execute("CREATE DATABASE second")
+    url = database.replace("/postgres?", "/second?")
+    with Database(url).transaction() as cursor:
+        for statements in (*MIGRATIONS[:2], "UPDATE rag.schema SET version = 2"):
+            cursor.execute(statements)
+        cursor.execute(
+            "INSERT INTO rag.collections (name, embedding_model, dimension, refusal_threshold) "
+            "VALUES ('mine', 'steered', 2, 0.5), ('empty', 'steered', 2, NULL)"
+        )
+        cursor.execute("INSERT INTO rag.documents (collection, source, fingerprint) VALUES (1, 'a.md', 'f')")
+        for n in (1, 2):
+            cursor.execute(
+                f"CREATE TABLE rag.passages_{n} (id text PRIMARY KEY, document bigint NOT NULL REFERENCES rag.documents "
+                "ON DELETE CASCADE, text text NOT NULL, metadata jsonb NOT NULL, embedding halfvec(2) NOT NULL, "
+                "words tsvector GENERATED ALWAYS AS (to_tsvector('english', coalesce(metadata->>'heading', '') || ' ' "
+                "|| text)) STORED)"
+            )
+        cursor.execute(
+            "INSERT INTO rag.passages_1 (id, document, text, metadata, embedding) SELECT n::text, 1, "
+            "CASE WHEN n < 3 THEN 'The crew''s code ERR-1042' ELSE 'text ' || n END, "
+            "jsonb_build_object('source', n || '.md', 'heading', 'Watches'), '[1,0]' FROM generate_series(1, 50) n"
+        )
+        cursor.execute("CREATE INDEX passages_1_dense ON rag.passages_1 USING hnsw (embedding halfvec_cosine_ops)")
+        cursor.execute("CREATE INDEX passages_1_words ON rag.passages_1 USING gin (words)")
+    store = open_store(url, "mine")
+    assert "Making the words of 50 passages anew (once)" in capsys.readouterr().err
+    assert (store.language, store.refusal_threshold) == ("en", 0.5) and store.is_indexed()
+    for question in ("Which crew?", "error 1042", "watch"):
+        assert store.find(question, 50, mode="lexical")[0].metadata["also_in"] == ["2.md"]
+    store.choose_language("de")
+    assert store.language == "en"
+    open_store(url, "empty").add_texts(["0 new"], [{"source": "b.md"}])
+    assert "anew" not in capsys.readouterr().err
+
+
 def test_servers_elsewhere_should_be_verified():
     assert is_unprotected("postgresql://u@db.example/x") and is_unprotected(
         "postgresql://u@db.example/x?sslmode=require"

@@ -10,10 +10,12 @@ from qlora import console, machine, presets, settings
 from qlora.model import adapter, base_model
 from qlora.model.lora import Lora
 from qlora.model.parent import Parent, grow, read_parent
+from qlora.prompt import Prompt
 from qlora.training import checkpoints, export
 from qlora.training.row_files import SUFFIXES, kind_of
 from qlora.training.row_filters import Selection, keep_usable, read_selection
 from qlora.training.rows import load_rows
+from qlora.words import WORD
 
 REPORTERS = ("tensorboard", "wandb", "trackio")
 RANK, TARGETS = 16, "all-linear"
@@ -39,6 +41,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     args.dataset = [args.dataset] if isinstance(args.dataset, str) else args.dataset
     args.output = choose_output(args.output, args.base_model)
     choose_shape(args, parent, problems)
+    choose_texts(args, parent, problems)
     args.columns = read_pairs(args.columns, "--columns", problems)
     if settings.launcher_failed():
         fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
@@ -82,6 +85,24 @@ def choose_shape(args, parent: Parent | None, problems: console.Problems) -> Non
         problems.add("the output is the adapter to start from", str(args.output), "give another --output")
 
 
+def choose_texts(args, parent: Parent | None, problems: console.Problems) -> None:
+    """Resolves the refusal: that of the adapter that is trained further, the flag's, or the default.
+
+    Adds a problem for texts that contradict the adapter's, and for rules that do not name the refusal.
+    """
+    if kept := parent and parent.prompt:
+        for flag, given, theirs in (("--refusal", args.refusal, kept.refusal), ("--rules", args.rules, kept.rules)):
+            if given not in (None, theirs):
+                problems.add(f"the prompt of {parent.name} is kept: {theirs}", flag, "leave it out")
+        args.refusal, args.rules = kept.refusal, None
+    args.refusal = args.refusal or Prompt.refusal
+    if not WORD.search(args.refusal):
+        problems.add("a refusal without words", "--refusal", "give a sentence")
+    if args.rules and args.refusal not in args.rules:
+        what = f"the rules do not say what to answer when the passages do not: {args.refusal}"
+        problems.add(what, "--rules", "put the text of --refusal into them, word for word")
+
+
 def sorted_layers(lora: Lora) -> str | list[str]:
     return lora.targets if isinstance(lora.targets, str) else sorted(lora.targets)
 
@@ -94,9 +115,8 @@ def choose_selection(args) -> Selection:
     problems = console.Problems()
     selection = read_selection(args.filter, args.min_words, args.max_words, problems)
     problems.raise_if_any()
-    return replace(
-        selection, max_rows=args.max_rows, extractive=args.require_extractive, refusal_share=args.refusal_share
-    )
+    given = {"max_rows": args.max_rows, "extractive": args.require_extractive, "refusal_share": args.refusal_share}
+    return replace(selection, **given, refusal=args.refusal)
 
 
 def check_inputs(args, problems: console.Problems) -> None:
@@ -189,6 +209,9 @@ def add_dataset_flags(flag) -> None:
     flag("--dry-run", action="store_true", help="show and save what would be trained on, and stop")
     flag("--require-extractive", action="store_true", help="only rows whose response is in the context")
     flag("--refusal-share", type=share, default=0.2, help="share of rows that refuse, at most")
+    text = f"what the model says when the passages do not answer ({Prompt.refusal})"
+    flag("--refusal", metavar="TEXT", help=text)
+    flag("--rules", metavar="TEXT", help="the rules of the prompt in your language; they name the refusal")
     flag("--eval-share", type=held_out, default=0.1, help="share of rows held out, by document")
     flag("--distractors", type=console.number(int, 0, 20), help="other passages per row, at most (the preset's)")
     flag("--gold-probability", type=share, help="share of rows with the right passage (the preset's)")

@@ -17,6 +17,7 @@ from qlora.console import progress
 from qlora.evaluation.comparison import compare_cells, give_verdict, paired_bootstrap, split_halves
 from qlora.evaluation.questions import Question
 from qlora.metrics import RANKS, exact_match, mean, normalize_answer, rank_metrics, ratio, token_f1, total
+from qlora.prompt import Prompt
 from qlora.refusal import fit_threshold
 from qlora.words import MARK
 
@@ -154,6 +155,7 @@ class Asking:
     threshold: float | None
     batch: int
     advance: Callable[[int], None]
+    refusal: str = Prompt.refusal
 
 
 def answer_cells(asking: Asking, modes: dict, contexts: dict[str, list]) -> dict:
@@ -181,7 +183,7 @@ def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple]) ->
         if keys[-1] in log.known:
             asking.advance(1)
         elif refused:
-            log.add(keys[-1], describe_answer(model, context, question, refuse(documents), 0.0))
+            log.add(keys[-1], describe_answer(model, context, question, refuse(documents, asking.refusal), 0.0))
             asking.advance(1)
         else:
             missing.append((keys[-1], (question, documents)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora.console import Problems, fail
 from qlora.machine import decode_text
+from qlora.prompt import Prompt
 from qlora.refusal import is_refusal
 from qlora.words import clean
 
@@ -21,15 +22,15 @@ class Question:
     context: str | None = None
 
 
-def load_questions(path: Path, limit: int | None = None) -> list[Question]:
+def load_questions(path: Path, limit: int | None = None, refusal: str = Prompt.refusal) -> list[Question]:
     """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
 
-    With `limit` a deterministic sample with equal shares of answerable and unanswerable ones. Raises
+    Dataset rows that say `refusal`, or the English one, have no answer. With `limit` a deterministic sample with equal shares of answerable and unanswerable ones. Raises
     UserError that names each bad line.
     """
     if not path.is_file():
         raise fail("question file not found", str(path), "check --questions")
-    questions = read_squad(path) if path.suffix == ".json" else read_lines(path)
+    questions = read_squad(path) if path.suffix == ".json" else read_lines(path, refusal)
     if not questions:
         raise fail("no questions in the file", str(path), "write one JSON object per line: question, answers")
     if limit and limit < len(questions):
@@ -39,14 +40,14 @@ def load_questions(path: Path, limit: int | None = None) -> list[Question]:
     return questions
 
 
-def read_lines(path: Path) -> list[Question]:
+def read_lines(path: Path, refusal: str = Prompt.refusal) -> list[Question]:
     """The questions of a .jsonl file; all bad lines are reported together."""
     problems, questions = Problems(), []
     for number, line in enumerate(decode_text(path.read_bytes(), path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            questions.append(read_question(json.loads(line)))
+            questions.append(read_question(json.loads(line), refusal))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"not a question ({type(error).__name__}: {error})"
             fix = '{"question": "...", "answers": ["..."], "source": null, "context": null}'
@@ -55,10 +56,12 @@ def read_lines(path: Path) -> list[Question]:
     return questions
 
 
-def read_question(row: dict) -> Question:
+def read_question(row: dict, refusal: str = Prompt.refusal) -> Question:
     """One of our questions, or a dataset row, whose response is the answer."""
     if "question" not in row and "instruction" in row:
-        refused = row.get("category") == "unanswerable" or is_refusal(row["response"])
+        refused = row.get("category") == "unanswerable" or any(
+            is_refusal(row["response"], words) for words in (refusal, Prompt.refusal)
+        )
         row = {**row, "question": row["instruction"], "answers": [] if refused else [row["response"]]}
     texts = [row["question"], *row["answers"]]
     if isinstance(row["answers"], str) or not all(isinstance(text, str) and text.strip() for text in texts):

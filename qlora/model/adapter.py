@@ -250,7 +250,7 @@ tags: [qlora, lora, retrieval-augmented-generation]
 
 # QLoRA adapter for {base}
 
-Answers questions from numbered passages, cites them as `[n]`, and says "I don't know." when they do
+Answers questions from numbered passages, cites them as `[n]`, and says "{run["arguments"].get("refusal", Prompt.refusal)}" when they do
 not hold the answer. The exact prompt is in `prompt.json` and `chat_template.jinja`.
 
 | | |

@@ -162,7 +162,7 @@ def refuse_namesakes(
         if namesakes:
             refused |= {entry.source for entry in namesakes}
             names = shorten_text(", ".join(entry.source for entry in namesakes))
-            what = f"the collection has other documents of {len(namesakes)} names from {old}: {names}"
+            what = f"the collection has other documents with the same names, from {old}: {names}"
             fix = "ingest the folder above both, or give another --collection; to replace a document, `forget` it first"
             problems.add(what, new, fix)
     return refused

@@ -24,6 +24,7 @@ THOUSANDS = re.compile(r"\d{1,3}(?:[.,]\d{3})+")
 RUNS = re.compile(r"\d+|[^\W\d]+")  # of digits, of letters
 PLACE = re.compile(r"(§+\s?)?(?<![^\W_])(\d+[a-z]?)((?:\s?\([0-9a-z]{1,3}\))*)(?![^\W_])")  # § 12 (3) (b)
 SPACED = re.compile(r"(?<![^\W_])([A-Zb-z]) (\d+)(?![^\W_])")  # B 7; not: a 7 day trip
+HANGUL = re.compile("[\uac00-\ud7af]")
 HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LONGEST, MOST_RUNS = 64, 5  # letters of a name as a whole; runs that one is cut into: a checksum has dozens
 SHORTEST = 6  # digits of numbers as a whole: 10-42 is not 1042
@@ -59,10 +60,11 @@ def list_words(text: str) -> Iterator[str]:
 
 
 def pair_characters(run: str) -> Iterator[str]:
-    """Pairs of neighbours, and Chinese characters by themselves, which are often whole words."""
+    """Pairs of neighbours, and what is often a word of one character: Chinese ones, and a Korean one before particles."""
     characters = CHARACTER.findall(run)
     yield from (first + second for first, second in pairwise(characters))
-    yield from (one for one in characters if len(characters) == 1 or HAN.match(one))
+    is_short = len(characters) == 1 or (len(characters) <= 3 and HANGUL.match(run))
+    yield from (one for n, one in enumerate(characters) if HAN.match(one) or (n == 0 and is_short))
 
 
 def cut_name(name: str) -> Iterator[str]:

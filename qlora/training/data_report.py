@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qlora import machine
 from qlora.console import fail, note, printable, shorten_text, stderr
-from qlora.prompt import IGNORED
+from qlora.prompt import IGNORED, Prompt
 from qlora.refusal import is_refusal
 from qlora.training.costs import estimate_memory, estimate_seconds, measure_rate
 from qlora.training.examples import Example, count_labels, count_tokens
@@ -44,7 +44,7 @@ def build_data_report(
     check_examples(tokenizer, training, "training")
     check_examples(tokenizer, held_out, "held-out")
     tokens = count_tokens(training)
-    batches = plan["batches"]
+    batches, refusal = plan["batches"], plan.get("refusal", Prompt.refusal)
     batches_a_step = plan["accumulation"] * plan["processes"]
     trained = sum(map(count_labels, training))
     return {
@@ -54,7 +54,7 @@ def build_data_report(
         "held_out": describe_part(held_out, counts["held out"]),
         "lengths": measure_lengths(training),
         "labelled_share": round(trained / tokens, 4),
-        "refused_share": round(sum(is_refused(tokenizer, example) for example in training) / len(training), 4),
+        "refused_share": round(sum(is_refused(tokenizer, example, refusal) for example in training) / len(training), 4),
         "tokens_an_epoch": tokens,
         "steps": plan["steps"],
         "tokens_computed_an_epoch": sum(batches),
@@ -65,7 +65,7 @@ def build_data_report(
             "seconds": round(estimate_seconds(plan, rate or measure_rate())),
             "memory_gb": estimate_memory(plan),
         },
-        "example": mark_trained(tokenizer, choose_example(tokenizer, training)),
+        "example": mark_trained(tokenizer, choose_example(tokenizer, training, refusal)),
     }
 
 
@@ -130,16 +130,16 @@ def measure_lengths(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     return {"prompt": describe(rows - responses), "response": describe(responses), "row": describe(rows)}
 
 
-def is_refused(tokenizer, example: Example) -> bool:
-    return is_refusal(tokenizer.decode(example.response_ids, skip_special_tokens=True))
+def is_refused(tokenizer, example: Example, refusal: str) -> bool:
+    return is_refusal(tokenizer.decode(example.response_ids, skip_special_tokens=True), refusal)
 
 
 # ------------------------------------------------------------------------------- show
 
 
-def choose_example(tokenizer, examples: Sequence[Example]) -> Example:
+def choose_example(tokenizer, examples: Sequence[Example], refusal: str) -> Example:
     """The row of median length among those with an answer; among all when every row refuses."""
-    answered = [example for example in examples if not is_refused(tokenizer, example)] or list(examples)
+    answered = [example for example in examples if not is_refused(tokenizer, example, refusal)] or list(examples)
     return sorted(answered, key=lambda example: len(example.input_ids))[len(answered) // 2]
 
 

@@ -11,9 +11,10 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlora.console import Invalid, Problems, fail, number, shorten_text
+from qlora.prompt import Prompt
 from qlora.refusal import is_refusal
 from qlora.training.rows import COLUMNS, REQUIRED, Row
 from qlora.words import answer_span, normalize, pad_words
@@ -26,7 +27,7 @@ class Selection:
     """Conditions on rows: values that a column must or must not have, its number of words, and the most rows.
 
     `extractive` demands that the response is in the context, where there is one. At most `refusal_share` of the rows
-    may refuse.
+    may refuse, in the words of `refusal`.
     """
 
     equal: dict[str, set[str]] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Selection:
     max_rows: int | None = None
     extractive: bool = False
     refusal_share: float = 1.0
+    refusal: str = Prompt.refusal
 
 
 class Dropped(Counter):
@@ -129,26 +131,34 @@ def reason_by_words(row: Row, selection: Selection) -> str:
     for name, most in selection.max_words.items():
         if len(getattr(row, name).split()) > most:
             return f"{name} longer than {most} words"
-    if selection.extractive and not is_extractive(row.response, row.context):
+    if selection.extractive and not is_extractive(row.response, row.context, selection.refusal):
         return "response not in context"
     return ""
 
 
-def is_extractive(response: str, context: str) -> bool:
+def is_extractive(response: str, context: str, refusal: str = Prompt.refusal) -> bool:
     """Whether the answer is in the context, letter by letter and as whole words.
 
     Case and white space don't matter. True without a context, and for refusals and a bare "Yes" or "No".
     """
-    if not context or is_refusal(response):
+    if not context or is_refusal(response, refusal):
         return True
     span = answer_span(response)
     letters = " ".join(span.casefold().split()) in " ".join(context.casefold().split())
     return letters and (not normalize(span) or pad_words(span) in pad_words(context))
 
 
-def limit_refusals(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """The rows in their order, with at most `share` of them refusing."""
-    refusing = [row for row in rows if is_refusal(row.response)]
+def word_refusals(rows: Sequence[Row], refusal: str) -> list[Row]:
+    """The rows, where those that refuse in English, as SQuAD's unanswered ones do here, have this refusal."""
+    if refusal == Prompt.refusal:
+        return list(rows)
+    return [replace(row, response=refusal) if is_refusal(row.response) else row for row in rows]
+
+
+def limit_refusals(rows: Sequence[Row], selection: Selection, seed: int) -> list[Row]:
+    """The rows in their order, with at most `refusal_share` of them refusing."""
+    share = selection.refusal_share
+    refusing = [row for row in rows if is_refusal(row.response, selection.refusal)]
     most = len(rows) if share == 1 else round(share / (1 - share) * (len(rows) - len(refusing)))
     left_out = set(refusing) - set(sample_rows(refusing, most, seed))
     return [row for row in rows if row not in left_out]
@@ -191,7 +201,7 @@ def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int
     if not passed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise fail("no row is left after filtering", reasons, "loosen --filter or give other rows")
-    limited = limit_refusals(list(passed), selection.refusal_share, seed)
+    limited = limit_refusals(list(passed), selection, seed)
     kept = sample_rows(limited, selection.max_rows, seed)
     for reason, rows, chosen in (("--refusal-share", passed, set(limited)), ("--max-rows", limited, set(kept))):
         for row in rows:

@@ -47,6 +47,7 @@ class Schedule:
     neftune: float
     report_to: str
     seed: int
+    refusal: str = Prompt.refusal
 
     @property
     def effective_batch(self) -> int:
@@ -220,7 +221,7 @@ class ResponseTrainer(SFTTrainer):
         """
         started = time.perf_counter()
         self.model.eval()
-        refusal = [*self.processing_class(Prompt.refusal, add_special_tokens=False).input_ids]
+        refusal = [*self.processing_class(self.plan.refusal, add_special_tokens=False).input_ids]
         refusal += [self.processing_class.eos_token_id]
         batches = []
         with torch.no_grad(), self.accelerator.autocast():
