@@ -38,9 +38,9 @@ class Ingest:
         return [line.strip(" *") for line in self.report.splitlines() if line.startswith("  * ")]
 
 
-def ingest(paths: Sequence[Path], collection: str, project: Path = PROJECT) -> Ingest:
+def ingest(paths: Sequence[Path], collection: str, project: Path = PROJECT, flags: Sequence[str] = ()) -> Ingest:
     """Runs the `ingest` of a checkout. Raises RuntimeError when it does more than leave files out (exit code 2)."""
-    command = [sys.executable, "rag_qlora.py", "ingest", *map(str, paths), "--collection", collection]
+    command = [sys.executable, "rag_qlora.py", "ingest", *map(str, paths), "--collection", collection, *flags]
     started, peak = time.perf_counter(), [0]
     with subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         watch = threading.Thread(target=watch_memory, args=(run, peak), daemon=True)
@@ -71,12 +71,12 @@ def watch_memory(run: subprocess.Popen, peak: list[int]) -> None:
 # ------------------------------------------------------------------------------- search
 
 
-def open_collection(name: str):
+def open_collection(name: str, flags: Sequence[str] = ()):
     """The store of the collection, and search(question, k, mode=...) as the `search` command runs it."""
     import rag_qlora
     from qlora.cli.rag_flags import resolve_arguments
 
-    args = resolve_arguments(["search", "--collection", name, "?"], rag_qlora.__doc__, rag_qlora.STEPS)
+    args = resolve_arguments(["search", "--collection", name, *flags, "?"], rag_qlora.__doc__, rag_qlora.STEPS)
     store = rag_qlora.open_store(args)
     return store, rag_qlora.make_search(args, store)
 
