@@ -6,6 +6,7 @@ of the document that the question names.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora.retrieval.search_modes import MODES
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEPTH = 3  # passages that the model reads
-EVERY = 0.2  # seconds between two looks at the memory
+EVERY = 0.2  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Ingest:
 
     code: int
     seconds: float
+    cpu_seconds: float  # of all its processes: hardly longer beside other work, as the wall clock's are
     peak_bytes: int
     report: str
 
@@ -38,22 +40,41 @@ class Ingest:
         return [line.strip(" *") for line in self.report.splitlines() if line.startswith("  * ")]
 
 
-def ingest(paths: Sequence[Path], collection: str, project: Path = PROJECT, flags: Sequence[str] = ()) -> Ingest:
-    """Runs the `ingest` of a checkout. Raises RuntimeError when it does more than leave files out (exit code 2)."""
-    command = [sys.executable, "rag_qlora.py", "ingest", *map(str, paths), "--collection", collection, *flags]
-    started, peak = time.perf_counter(), [0]
-    with subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        watch = threading.Thread(target=watch_memory, args=(run, peak), daemon=True)
+def ingest(paths: Sequence[Path], collection: str, flags: Sequence[str] = ()) -> Ingest:
+    """Runs `ingest` of this project. Raises RuntimeError when it does more than leave files out (exit code 2)."""
+    done = run_measured(["rag_qlora.py", "ingest", *map(str, paths), "--collection", collection, *flags])
+    if done.code not in (0, 2) or "Traceback" in done.report:
+        raise RuntimeError(f"ingest ends with {done.code}: {done.report[-2000:]}")
+    return done
+
+
+def run_measured(words: Sequence[str], project: Path = PROJECT, most_seconds: float = 86_400, **variables) -> Ingest:
+    """Runs Python with these words in a checkout; it is stopped after `most_seconds`, which is no error."""
+    environment, seen = {**os.environ, **variables}, Seen()
+    started = time.perf_counter()
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *words], cwd=project, env=environment, **pipes) as run:
+        watch = threading.Thread(target=watch_processes, args=(run, seen), daemon=True)
         watch.start()
-        report = run.stderr.read()
+        try:
+            _, report = run.communicate(timeout=most_seconds)
+        except subprocess.TimeoutExpired:
+            run.terminate()
+            _, report = run.communicate()
     watch.join()
-    if run.returncode not in (0, 2) or "Traceback" in report:
-        raise RuntimeError(f"ingest of {project} ends with {run.returncode}: {report[-2000:]}")
-    return Ingest(run.returncode, time.perf_counter() - started, peak[0], report)
+    return Ingest(run.returncode, time.perf_counter() - started, sum(seen.cpu.values()), seen.peak, report)
 
 
-def watch_memory(run: subprocess.Popen, peak: list[int]) -> None:
-    """Keeps in `peak[0]` the most bytes that the processes had together; pages that they share count once (PSS)."""
+@dataclass
+class Seen:
+    """The most memory of a tree of processes so far, and the CPU seconds of each of them."""
+
+    peak: int = 0
+    cpu: dict[int, float] = field(default_factory=dict)
+
+
+def watch_processes(run: subprocess.Popen, seen: Seen) -> None:
+    """Keeps `seen` up to date until the run ends; memory that processes share counts once (PSS)."""
     import psutil
 
     while run.poll() is None:
@@ -62,7 +83,8 @@ def watch_memory(run: subprocess.Popen, peak: list[int]) -> None:
             for process in [(root := psutil.Process(run.pid)), *root.children(recursive=True)]:
                 memory = process.memory_full_info()
                 total += getattr(memory, "pss", memory.uss)
-            peak[0] = max(peak[0], total)
+                seen.cpu[process.pid] = sum(process.cpu_times()[:2])
+            seen.peak = max(seen.peak, total)
         except psutil.Error:
             pass  # a process ended between the two looks
         time.sleep(EVERY)
