@@ -135,12 +135,19 @@ def holds(text: str, answers: Sequence[str]) -> bool:
 
     Not the project's own metric: that needs spaces between words, which Chinese has not.
     """
-    text = squeeze(text)
-    return any(re.search(rf"(?<!\d){re.escape(squeeze(answer))}(?!\d)", text) for answer in answers)
+    return any(re.search(as_pattern(answer), fold(text)) for answer in answers)
 
 
-def squeeze(text: str) -> str:
-    return re.sub(r"[\s\u00ad]+", "", unicodedata.normalize("NFKC", text).casefold())
+def as_pattern(answer: str) -> str:
+    """A pattern of the answer's characters with any white space between them, not inside a longer word."""
+    characters = re.sub(r"\s", "", fold(answer))
+    before, after = (r"(?<![0-9a-z])", r"(?![0-9a-z])")
+    is_word = [re.match("[0-9a-z]", characters[at]) for at in (0, -1)]
+    return before * bool(is_word[0]) + r"\s*".join(map(re.escape, characters)) + after * bool(is_word[1])
+
+
+def fold(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().replace("\u00ad", "")
 
 
 def read_questions(path: Path) -> list[dict]:

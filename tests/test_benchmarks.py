@@ -1,16 +1,35 @@
 """The benchmark's own arithmetic, and models of random weights; the speeds are measured by hand."""
 
+import email
 import json
 import math
+import re
 import subprocess
 import sys
+import zipfile
+import zlib
+from collections import Counter
+from html import unescape
 
 import bitsandbytes
 import pytest
 from conftest import PROJECT, SAMPLE
 
 import instruct_train_qlora
-from benchmarks import ablation, forgetting, plain_recipe, random_llama, train_speed, trials
+from benchmarks import (
+    ablation,
+    corpus,
+    document_files,
+    fill_and_search,
+    forgetting,
+    formats,
+    ingest_speed,
+    languages,
+    plain_recipe,
+    random_llama,
+    train_speed,
+    trials,
+)
 from qlora.console import UserError
 from qlora.prompt import Prompt, choose_prompt, encode_row
 from qlora.training import distractors, examples
@@ -239,3 +258,119 @@ def test_tables_are_written_from_the_log(tmp_path, monkeypatch, capsys):
         "| rank 1 | 0.30 (0.20, 0.40) | 0.40 | 0.50 |  | 5.5 |",  # a seed cited nothing: there is no mean
     ]
     assert (before, after) == ("before", "after") and rows[0] in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- documents
+
+
+def read_plainly(path) -> str:
+    """The text of a file of any format, without the project's own readers."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = [archive.read(name).decode() for name in archive.namelist() if name.endswith(("xml", "xhtml"))]
+    elif path.suffix == ".pdf":
+        streams = re.findall(rb"stream\n(.*?)\nendstream", path.read_bytes(), re.DOTALL)
+        shown = [text for packed in streams for text in re.findall(rb"\((.*)\) Tj", zlib.decompress(packed))]
+        parts = [text.decode("cp1252") for text in shown]
+    elif path.suffix == ".eml":
+        message = email.message_from_bytes(path.read_bytes())
+        parts = [part.get_payload(decode=True).decode() for part in message.walk() if not part.is_multipart()]
+    else:
+        parts = [path.read_text(encoding="utf-8")]
+    return unescape(re.sub(r"<[^>]*>", " ", "\n".join(parts)))
+
+
+@pytest.mark.parametrize("name", document_files.WRITERS)
+def test_every_format_holds_all_facts(name, tmp_path):
+    sections = formats.read_sections()
+    assert len(sections) == 10 and sum(len(section.questions) for section in sections) == 30
+    for section in sections[::3]:
+        formats.write_format(name, [section], tmp_path / section.title)
+        text = "\n".join(read_plainly(path) for path in (tmp_path / section.title).iterdir())
+        for _, wanted in formats.facts_of(section):
+            assert all(fill_and_search.holds(text, [one]) for one in wanted), wanted
+
+
+def test_facts_stand_in_one_section():
+    sections = formats.read_sections()
+    texts = ["\n".join([*section.paragraphs, *map("\n".join, section.table)]) for section in sections]
+    for number, section in enumerate(sections):
+        for _, wanted in formats.facts_of(section):
+            holding = [n for n, text in enumerate(texts) if all(fill_and_search.holds(text, [one]) for one in wanted)]
+            assert holding == [number], wanted
+
+
+def test_recall_counts_a_passage_that_holds_an_answer_or_is_of_the_document():
+    from langchain_core.documents import Document
+
+    holds = fill_and_search.holds
+    assert holds("costs 19 EUR", ["19 eur"]) and not holds("costs 19 EUR", ["9 EUR"])
+    assert holds("bed A4 12 cm", ["12 cm"]) and holds("bed A4 12 cm", ["A4"]) and not holds("bed A41", ["A4"])
+    assert holds("救生衣由渡轮长检查。", ["渡轮长"]) and holds("the ﬁrst of\nMay", ["first of May"])
+    asked = [{"question": "a", "answers": ["red"], "source": "a.md"}, {"question": "b", "answers": ["blue"]}]
+    found = [
+        [Document("a green flag", metadata={"source": "a.md"}), Document("a red flag", metadata={"source": "b.md"})],
+        [Document("", metadata={"source": "c.md", "heading": "Blue"})],
+    ]
+    assert fill_and_search.score(asked, found) == {"answer@1": 0.5, "answer@3": 1.0, "source@1": 0.5, "source@3": 0.5}
+
+
+def test_a_run_is_watched_with_its_children():
+    child = "import time; held = bytearray(60_000_000); time.sleep(1.5)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{child}']); sys.exit('told')"
+    run = fill_and_search.run_measured(["-c", code])
+    assert run.code == 1 and "told" in run.report and run.seconds > 1.4
+    assert 60e6 < run.peak_bytes < 200e6 and run.cpu_seconds > 0
+    assert fill_and_search.run_measured(["-c", "import time; time.sleep(60)"], most_seconds=0.5).seconds < 10
+
+
+@pytest.mark.parametrize("code", languages.LANGUAGES)
+def test_questions_of_a_language_are_answered_by_one_document(code):
+    documents = {path.name: path.read_text(encoding="utf-8") for path in (languages.FOLDER / code).iterdir()}
+    questions = fill_and_search.read_questions(languages.FOLDER / f"{code}.jsonl")
+    assert len(questions) == 20 and len(documents) == 8
+    for row in questions:
+        holding = [name for name, text in documents.items() if fill_and_search.holds(text, row["answers"])]
+        assert holding == [row["source"]], row
+
+
+def test_a_share_of_the_corpus_has_the_pages_of_the_questions(tmp_path):
+    questions = fill_and_search.read_questions(corpus.QUESTIONS)
+    assert Counter(row["source"].split("/")[0] for row in questions) == {"postgresql": 15, "python": 15}
+    for source in [*(row["source"] for row in questions), *(f"python/more{n}.html" for n in range(70))]:
+        page = tmp_path / "manuals" / source
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.touch()
+    manuals = {name: tmp_path / "manuals" / name for name in ("postgresql", "python")}
+    for count, least, most in ((None, 100, 100), (10, 30, 40)):
+        corpus.copy_pages(tmp_path / f"of {count}", manuals, count)
+        copied = {
+            str(page.relative_to(tmp_path / f"of {count}")) for page in (tmp_path / f"of {count}").rglob("*.html")
+        }
+        assert least <= len(copied) <= most and copied >= {row["source"] for row in questions}
+
+
+def test_the_mixed_folder_is_the_same_at_every_call(tmp_path):
+    for name in ("first", "second"):
+        ingest_speed.write_folder(tmp_path / name, 40)
+    first, second = (
+        {path.relative_to(tmp_path / name): read_plainly(path) for path in (tmp_path / name).rglob("*.*")}
+        for name in ("first", "second")
+    )
+    kinds = Counter(path.suffix for path in first)
+    assert {kind: kinds[kind] for kind in (".txt", ".pdf", ".docx")} == {".txt": 10, ".pdf": 6, ".docx": 5}
+    assert first.keys() == second.keys() and all(first[path] == second[path] for path in first)
+
+
+def test_large_files_have_their_size(tmp_path):
+    ingest_speed.write_large_csv(tmp_path / "large.csv", 1)
+    assert 1e6 <= (tmp_path / "large.csv").stat().st_size < 1.5e6
+    ingest_speed.write_long_pdf(tmp_path / "long.pdf", 30)
+    assert (tmp_path / "long.pdf").read_bytes().count(b"/Type /Page ") == 30
+
+
+def test_speeds_are_compared_within_rounds():
+    runs = [{"passages": 100, "seconds": 10.0, "cpu_seconds": cpu, "peak_gb": 1.0} for cpu in (8.0, 10.0, 12.0)]
+    others = [run | {"cpu_seconds": 2 * run["cpu_seconds"]} for run in runs]
+    text = ingest_speed.describe_speed({"files": 40, "speed": {"whole": {"this": runs, "other": others}}})
+    assert "| whole | this | 100 | 10.0 | 100.0 | 1.00 |  |" in text and "2.00 (2.00 to 2.00)" in text

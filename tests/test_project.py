@@ -15,11 +15,21 @@ from conftest import PROJECT, SAMPLE, sample_rows
 
 import instruct_train_qlora
 import rag_qlora
-from benchmarks import ablation, gpu_check, recipe_search, train_speed
+from benchmarks import (
+    ablation,
+    corpus,
+    formats,
+    gpu_check,
+    ingest_speed,
+    languages,
+    recipe_search,
+    train_speed,
+)
 from qlora import settings
 from qlora.cli import rag_flags, training_flags
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
+BENCHMARKS = (recipe_search, ablation, gpu_check, train_speed, corpus, formats, ingest_speed, languages)  # for users
 MODULES = sorted((PROJECT / "qlora").rglob("*.py"))
 CODE = [*MODULES, *(Path(script.__file__) for script in SCRIPTS)]
 
@@ -199,8 +209,7 @@ def parsers() -> list:
     """Of both scripts, each command of rag_qlora.py, and the benchmarks that users run."""
     commands = rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1]
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS)
-    scripts = (recipe_search, ablation, gpu_check, train_speed)
-    return [training, *commands.values(), *(script.build_parser() for script in scripts)]
+    return [training, *commands.values(), *(script.build_parser() for script in BENCHMARKS)]
 
 
 def test_help_fits_a_screen_and_shows_no_path_of_this_machine(monkeypatch):
@@ -219,9 +228,8 @@ def test_docs_show_only_commands_and_flags_that_exist(page):
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
-    scripts = (recipe_search, ablation, gpu_check, train_speed)
-    benchmarks = "".join(script.build_parser().format_help() for script in scripts)
-    foreign = {"--enable-lora", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
+    benchmarks = "".join(script.build_parser().format_help() for script in BENCHMARKS)
+    foreign = {"--enable-lora", "--lora-modules", "--chat-template", "--check", "--port"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
     for flag in set(flags) - foreign:
         assert flag in training + benchmarks + "".join(helps.values()), flag
