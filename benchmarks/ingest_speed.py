@@ -1,6 +1,6 @@
 """Speed and memory of `ingest`: a mixed folder of 2,000 files, a long PDF and a large CSV file.
 
-    python -m benchmarks.ingest_speed                            # 2,000 files: about an hour on two cores without AVX512
+    python -m benchmarks.ingest_speed                            # 2,000 files: an hour on two cores without AVX512
     python -m benchmarks.ingest_speed --files 400 --other ../before --rounds 3    # beside another checkout
     python -m benchmarks.ingest_speed --large                    # memory, no speed: at most twenty minutes
     python -m benchmarks.ingest_speed --write docs/measurements.md
