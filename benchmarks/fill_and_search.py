@@ -8,6 +8,7 @@ of the document that the question names.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from qlora.retrieval.search_modes import MODES
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEPTH = 3  # passages that the model reads
-EVERY = 0.2  # seconds between two looks at the processes
+EVERY = 0.5  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def run_measured(words: Sequence[str], project: Path = PROJECT, most_seconds: fl
         try:
             _, report = run.communicate(timeout=most_seconds)
         except subprocess.TimeoutExpired:
-            run.terminate()
+            run.send_signal(signal.SIGINT)  # as Ctrl-C: then it stops its database server, too
             _, report = run.communicate()
     watch.join()
     return Ingest(run.returncode, time.perf_counter() - started, sum(seen.cpu.values()), seen.peak, report)

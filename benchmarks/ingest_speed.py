@@ -1,8 +1,8 @@
 """Speed and memory of `ingest`: a mixed folder of 2,000 files, a long PDF and a large CSV file.
 
-    python -m benchmarks.ingest_speed                            # 2,000 files: about 15 minutes on two cores
+    python -m benchmarks.ingest_speed                            # 2,000 files: an hour on two cores without AVX512
     python -m benchmarks.ingest_speed --files 400 --other ../before --rounds 3    # beside another checkout
-    python -m benchmarks.ingest_speed --large                    # memory, no speed: about ten minutes
+    python -m benchmarks.ingest_speed --large                    # memory, no speed: at most twenty minutes
     python -m benchmarks.ingest_speed --write docs/measurements.md
 
 The files are made of the sample's sentences, shuffled; the same at every call. Each checkout has a database of its own.
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,6 @@ from benchmarks.hostile import pdf
 from qlora import console
 from qlora.markdown import as_markdown_table, put_section
 from qlora.presets import SAMPLE_DATA
-from qlora.words import SENTENCE_END
 
 SHARES = {"txt": 0.25, "md": 0.2, "html": 0.2, "pdf": 0.15, "docx": 0.12, "csv": 0.04, "json": 0.04}
 PDF_PAGES, CSV_MEGABYTES = (50, 500), (20, 200)  # memory is flat when the large one takes hardly more
@@ -129,11 +129,11 @@ def read_sentences() -> list[str]:
     """The sentences of the sample documents, about 800."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((SAMPLE_DATA / "documents").rglob("*.md"))]
     lines = [line for text in texts for line in text.splitlines() if line and not line.startswith(("#", "-", "1"))]
-    return [sentence for line in lines for sentence in SENTENCE_END.split(line) if len(sentence) > 30]
+    return [sentence for line in lines for sentence in re.split(r"(?<=[.!?])\s+", line) if len(sentence) > 30]
 
 
 def write_long_pdf(path: Path, pages: int) -> None:
-    """Pages of 44 lines."""
+    """Pages of 48 lines."""
     chance, sentences = random.Random(0), read_sentences()
     lines = [[(LEFT, chance.choice(sentences)[:90])] for _ in range(48 * pages)]
     path.write_bytes(pdf(*make_pages(lines)))
