@@ -86,7 +86,7 @@ def as_langchain(messages: list[dict]):
 
 
 def word_rules(refusal: str, rules: str | None = None) -> dict[str, str]:
-    """The texts of a prompt with another refusal, and with other rules for answers from passages where they are given."""
+    """The texts of a prompt with another refusal, and other rules for answers from passages where they are given."""
     ours = {"rules": Prompt.rules, "closed_book_rules": Prompt.closed_book_rules}
     worded = {name: text.replace(Prompt.refusal, refusal) for name, text in ours.items()}
     return {**worded, **({"rules": rules} if rules else {}), "refusal": refusal}

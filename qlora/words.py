@@ -16,7 +16,7 @@ def list_marks() -> str:
 
 
 MARKS = list_marks()
-# Written without spaces between words, or (Korean) with particles on them: Thai, Lao, Burmese, Khmer, kana, Han, Hangul.
+# Without spaces between words, or (Korean) with particles on them: Thai, Lao, Burmese, Khmer, kana, Han, Hangul.
 SPACELESS = (
     "\u0e01-\u0e4e\u0e81-\u0ecf\u0edc-\u0eff\u1000-\u103f\u1050-\u109f\u1780-\u17d3\u3005-\u3007\u3040-\u309f"
     "\u30a1-\u30fa\u30fc-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
@@ -35,7 +35,7 @@ def clean(text: str) -> str:
 
 
 def unify(text: str) -> str:
-    """The text in one form of each letter (NFKC), without invisible characters: ﬁ is fi, a decomposed ü is one letter."""
+    """The text in one form of each letter (NFKC), without invisible ones: ﬁ is fi, a decomposed ü is one letter."""
     if text.isascii():
         return text
     return unicodedata.normalize("NFKC", INVISIBLE.sub("", text))

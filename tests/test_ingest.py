@@ -203,7 +203,7 @@ def test_a_moved_folder_is_the_same_folder(database, collection, tmp_path, capsy
     other = write(tmp_path / "other", two="About something else.", three="Quite another story.")
     for file in new.iterdir():
         file.unlink()
-    with pytest.raises(UserError, match="three.md, two.md"):
+    with pytest.raises(UserError, match=r"three\.md, two\.md"):
         put(store, other)  # not moved: nothing is as it was
 
 

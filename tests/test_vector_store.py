@@ -384,10 +384,10 @@ def test_a_database_of_version_2_keeps_its_words_and_its_index(database, monkeyp
         cursor.execute("INSERT INTO rag.documents (collection, source, fingerprint) VALUES (1, 'a.md', 'f')")
         for n in (1, 2):
             cursor.execute(
-                f"CREATE TABLE rag.passages_{n} (id text PRIMARY KEY, document bigint NOT NULL REFERENCES rag.documents "
-                "ON DELETE CASCADE, text text NOT NULL, metadata jsonb NOT NULL, embedding halfvec(2) NOT NULL, "
-                "words tsvector GENERATED ALWAYS AS (to_tsvector('english', coalesce(metadata->>'heading', '') || ' ' "
-                "|| text)) STORED)"
+                f"CREATE TABLE rag.passages_{n} (id text PRIMARY KEY, document bigint NOT NULL "
+                "REFERENCES rag.documents ON DELETE CASCADE, text text NOT NULL, metadata jsonb NOT NULL, "
+                "embedding halfvec(2) NOT NULL, words tsvector GENERATED ALWAYS AS "
+                "(to_tsvector('english', coalesce(metadata->>'heading', '') || ' ' || text)) STORED)"
             )
         cursor.execute(
             "INSERT INTO rag.passages_1 (id, document, text, metadata, embedding) SELECT n::text, 1, "

@@ -79,18 +79,7 @@ def test_forms_of_letters_are_one(database, collection, text, typed):
 
 
 def test_single_letters_and_small_joints_do_not_flood_the_index():
-    assert index_words("and/or end.Next a 7 day trip 10-42").split() == [
-        "and",
-        "or",
-        "end",
-        "next",
-        "a",
-        "7",
-        "day",
-        "trip",
-        "10",
-        "42",
-    ]
+    assert index_words("and/or end.Next a 7 day trip 10-42") == "and or end next a 7 day trip 10 42"
     assert index_words("b7c1").split() == ["b7c1", "7", "1"]
     assert len(index_words("3f2a9c81d2e4f5a6b7c8d9e0 " * 5).split()) == 5  # checksums stay whole
 
@@ -195,12 +184,10 @@ def test_names_and_codes_of_languages():
 
 def put_copies(store, count=300) -> None:
     """A notice in many files, two other texts that are farther away, each text in one file."""
-    notice = [Document("The gate opens at six.", metadata={"source": "", "heading": "Notice"})]
     vectors = [[1.0] + [0.0] * 7]
     for n in range(count):
-        copy = [
-            Document("The  GATE opens at six.\n" if n % 2 else notice[0].page_content, metadata={"source": f"{n}.md"})
-        ]
+        text = "The  GATE opens at six.\n" if n % 2 else "The gate opens at six."
+        copy = [Document(text, metadata={"source": f"{n}.md"})]
         store.put_document(Entry(f"{n}.md", "1"), copy, vectors)
     for n, text in enumerate(["The gate is red.", "A fee at the gate."], 1):
         store.put_document(
@@ -245,3 +232,83 @@ def test_sources_of_copies_are_shown_briefly_and_count_for_each():
     assert place(metadata) == "a.md, line 3 (and in b.md, c.md, d.md and 2 more)"
     found = [[Document("nine", metadata=metadata)]]
     assert score_retrieval([Question("?", ("nine",), "f.md")], found)["by_source"]["recall@1"] == 1.0
+
+
+# ------------------------------------------------------------------------------- scores, sentences, refusals
+
+
+def test_scores_work_without_spaces_between_words():
+    from qlora.evaluation.evaluation import supports
+    from qlora.evaluation.questions import Question
+    from qlora.metrics import exact_match, normalize_answer, token_f1
+
+    assert supports("访客船只每晚停泊费为十二欧元。", Question("?", ("十二欧元",)))
+    assert not supports("访客船只每晚停泊费为二欧元。", Question("?", ("十二欧元",)))
+    assert supports("ค่าจอดเรือคืนละสิบสองยูโร", Question("?", ("สิบสองยูโร",)))
+    assert supports("정박료는 하룻밤에 십이 유로이다.", Question("?", ("십이 유로",)))
+    assert exact_match("「十二 欧元」。", ["十二欧元"]) == 1.0
+    assert token_f1("十二个欧元", ["十二欧元"]) == pytest.approx(8 / 9)
+    assert normalize_answer("The  Café's £9.50, an “offer”.") == "cafés £950 “offer”"  # as SQuAD's own
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("狗必须拴绳。好！他说「走。」船来了", ["狗必须拴绳。", "好！", "他说「走。」", "船来了"]),
+        ("ما اسمك؟ اسمي علي. نعم", ["ما اسمك؟", "اسمي علي.", "نعم"]),
+        ("यह है। वह था।", ["यह है।", "वह था।"]),
+        ("Er kam. Über uns. Это он. Да", ["Er kam.", "Über uns.", "Это он.", "Да"]),
+        ("At 9.30 a.m. it opens. It shuts.", ["At 9.30 a.m. it opens.", "It shuts."]),
+    ],
+)
+def test_sentences_end_in_their_own_way(text, sentences):
+    from qlora.words import SENTENCE_END
+
+    assert SENTENCE_END.split(text) == sentences
+
+
+def test_citations_are_checked_without_spaces_between_words():
+    from qlora.answering.citations import check_answer
+
+    passages = [
+        Document("狗在港区内必须拴绳。", metadata={"source": "a.md", "score": 1.0}),
+        Document("访客船只每晚停泊费为12欧元。", metadata={"source": "b.md", "score": 1.0}),
+    ]
+    answer = check_answer("停泊费为12欧元。[2]狗必须拴绳。[1]", passages, "我不知道。")
+    assert [statement.cites for statement in answer.statements] == [(2,), (1,)] and answer.unsupported == []
+    wrong = check_answer("停泊费为13欧元。[2]", passages, "我不知道。")
+    assert wrong.unsupported == ["停泊费为13欧元。"]
+    assert check_answer("我不知道。", passages, "我不知道。").refused
+    assert not check_answer("我知道。", passages, "我不知道。").refused
+
+
+def test_refusal_and_rules_in_the_language_of_the_user(tmp_path, capsys):
+    from conftest import train
+
+    from qlora.cli.training_flags import resolve_arguments
+    from qlora.evaluation.questions import load_questions
+    from qlora.prompt import Prompt, word_rules
+    from qlora.training.row_filters import Selection, keep_usable, word_refusals
+    from qlora.training.rows import Row
+
+    refusal = "Ich weiß es nicht."
+    prompt = Prompt(**word_rules(refusal))
+    assert prompt.rules.endswith(refusal) and prompt.closed_book_rules.endswith(refusal) and "know." not in prompt.rules
+    rows = [
+        Row("Wer?", "I don't know.", "Nichts."),
+        Row("Wo?", refusal, "Nichts."),
+        Row("Wann?", "Um neun.", "Um neun."),
+    ]
+    rows = word_refusals(rows, refusal)
+    assert [row.response for row in rows] == [refusal, refusal, "Um neun."]
+    kept, _ = keep_usable(rows, Selection(refusal=refusal, refusal_share=0.5))
+    assert len(kept) == 2
+    (tmp_path / "q.jsonl").write_text(json.dumps({"instruction": "Wer?", "response": refusal}) + "\n", "utf-8")
+    assert load_questions(tmp_path / "q.jsonl", refusal=refusal)[0].answers == ()
+    words = ["--output", str(tmp_path / "out"), "--refusal", refusal, "--rules"]
+    with pytest.raises(UserError, match="put the text of --refusal into them"):
+        resolve_arguments([*words, "Antworte nur aus den Absätzen."], "x", ("a", "b", "c", "d"))
+    args = resolve_arguments([*words, f"Antworte aus den Absätzen, sonst: {refusal}"], "x", ("a", "b", "c", "d"))
+    assert word_rules(args.refusal, args.rules)["rules"].startswith("Antworte")
+    assert train("--output", tmp_path / "out", "--refusal", "...") == 2
+    assert "a refusal without words" in capsys.readouterr().err

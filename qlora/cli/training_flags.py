@@ -256,4 +256,5 @@ def add_training_flags(flag) -> None:
     flag("--save-steps", type=steps, default=0, help="checkpoint every N steps; 0 is ten times per run")
     flag("--keep-checkpoints", type=count, default=1, help="checkpoints to keep during the run")
     flag("--resume", action="store_true", help="continue a run that was stopped or killed")
-    flag("--report-to", type=console.choice("none", *REPORTERS), default="none", help="where the curves go, too")
+    names, text = ("none", *REPORTERS), f"{', '.join(REPORTERS)}: where the curves go, too"
+    flag("--report-to", type=console.choice(*names), metavar="NAME", default="none", help=text)

@@ -25,8 +25,8 @@ class Question:
 def load_questions(path: Path, limit: int | None = None, refusal: str = Prompt.refusal) -> list[Question]:
     """Questions of a .jsonl file (ours, or dataset rows) or of a SQuAD v1 or v2 .json file.
 
-    Dataset rows that say `refusal`, or the English one, have no answer. With `limit` a deterministic sample with equal shares of answerable and unanswerable ones. Raises
-    UserError that names each bad line.
+    Dataset rows that say `refusal`, or the English one, have no answer. With `limit` a deterministic sample with equal
+    shares of answerable and unanswerable ones. Raises UserError that names each bad line.
     """
     if not path.is_file():
         raise fail("question file not found", str(path), "check --questions")

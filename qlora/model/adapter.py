@@ -242,6 +242,7 @@ def model_card(run: dict) -> str:
     base, data, result = run["base_model"]["name"], run["dataset"], run["result"]
     kept = ", ".join(run["quantisation"].get("llm_int8_skip_modules") or ["lm_head"])
     line = "" if "folder" in run["base_model"] else f"base_model: {base}\n"  # the hub knows no local folders
+    refusal = run["arguments"].get("refusal", Prompt.refusal)
     return f"""---
 {line}library_name: peft
 pipeline_tag: text-generation
@@ -250,7 +251,7 @@ tags: [qlora, lora, retrieval-augmented-generation]
 
 # QLoRA adapter for {base}
 
-Answers questions from numbered passages, cites them as `[n]`, and says "{run["arguments"].get("refusal", Prompt.refusal)}" when they do
+Answers questions from numbered passages, cites them as `[n]`, and says "{refusal}" when they do
 not hold the answer. The exact prompt is in `prompt.json` and `chat_template.jinja`.
 
 | | |

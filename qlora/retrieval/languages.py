@@ -12,95 +12,19 @@ AUTO = "auto"
 DEFAULT = "en"  # where the text is too short to say; the embedded embedding model's, too
 SURE = 0.5  # probability of the likeliest language
 SAMPLE = 20_000  # characters
-NAMES = dict(
-    pair.split("=")
-    for pair in [
-        "ar=arabic",
-        "hy=armenian",
-        "eu=basque",
-        "ca=catalan",
-        "da=danish",
-        "nl=dutch",
-        "en=english",
-        "et=estonian",
-        "fi=finnish",
-        "fr=french",
-        "de=german",
-        "el=greek",
-        "hi=hindi",
-        "hu=hungarian",
-        "id=indonesian",
-        "ga=irish",
-        "it=italian",
-        "lt=lithuanian",
-        "ne=nepali",
-        "no=norwegian",
-        "pt=portuguese",
-        "ro=romanian",
-        "ru=russian",
-        "sr=serbian",
-        "es=spanish",
-        "sv=swedish",
-        "ta=tamil",
-        "tr=turkish",
-        "zh=chinese",
-        "ja=japanese",
-        "ko=korean",
-        "th=thai",
-        "lo=lao",
-        "my=burmese",
-        "km=khmer",
-        "af=afrikaans",
-        "sq=albanian",
-        "am=amharic",
-        "az=azerbaijani",
-        "be=belarusian",
-        "bn=bengali",
-        "bs=bosnian",
-        "bg=bulgarian",
-        "hr=croatian",
-        "cs=czech",
-        "eo=esperanto",
-        "fo=faroese",
-        "gl=galician",
-        "ka=georgian",
-        "gu=gujarati",
-        "he=hebrew",
-        "is=icelandic",
-        "jv=javanese",
-        "kn=kannada",
-        "kk=kazakh",
-        "ky=kyrgyz",
-        "la=latin",
-        "lv=latvian",
-        "lb=luxembourgish",
-        "mk=macedonian",
-        "ms=malay",
-        "ml=malayalam",
-        "mt=maltese",
-        "mr=marathi",
-        "mn=mongolian",
-        "or=odia",
-        "ps=pashto",
-        "fa=persian",
-        "pl=polish",
-        "pa=punjabi",
-        "si=sinhala",
-        "sk=slovak",
-        "sl=slovenian",
-        "so=somali",
-        "sw=swahili",
-        "tl=tagalog",
-        "te=telugu",
-        "uk=ukrainian",
-        "ur=urdu",
-        "ug=uyghur",
-        "vi=vietnamese",
-        "cy=welsh",
-        "xh=xhosa",
-        "zu=zulu",
-    ]
+CODES = (
+    "ar=arabic hy=armenian eu=basque ca=catalan da=danish nl=dutch en=english et=estonian fi=finnish fr=french "
+    "de=german el=greek hi=hindi hu=hungarian id=indonesian ga=irish it=italian lt=lithuanian ne=nepali "
+    "no=norwegian pt=portuguese ro=romanian ru=russian sr=serbian es=spanish sv=swedish ta=tamil tr=turkish "
+    "zh=chinese ja=japanese ko=korean th=thai lo=lao my=burmese km=khmer "
+    "af=afrikaans sq=albanian am=amharic az=azerbaijani be=belarusian bn=bengali bs=bosnian bg=bulgarian "
+    "hr=croatian cs=czech eo=esperanto fo=faroese gl=galician ka=georgian gu=gujarati he=hebrew is=icelandic "
+    "jv=javanese kn=kannada kk=kazakh ky=kyrgyz la=latin lv=latvian lb=luxembourgish mk=macedonian ms=malay "
+    "ml=malayalam mt=maltese mr=marathi mn=mongolian or=odia ps=pashto fa=persian pl=polish pa=punjabi si=sinhala "
+    "sk=slovak sl=slovenian so=somali sw=swahili tl=tagalog te=telugu uk=ukrainian ur=urdu ug=uyghur vi=vietnamese "
+    "cy=welsh xh=xhosa zu=zulu"
 )
+NAMES = dict(pair.split("=") for pair in CODES.split())
 SPACELESS = {"zh", "ja", "ko", "th", "lo", "my", "km"}
 
 

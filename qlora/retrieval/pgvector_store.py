@@ -187,7 +187,8 @@ class PgVectorStore(PassageStore):
         (dictionary,) = cursor.fetchone()
         cursor.execute(
             sql.SQL(
-                "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {}, '' AS words FROM {} LIMIT 0"
+                "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS "
+                "SELECT {}, '' AS words FROM {} LIMIT 0"
             ).format(sql.Identifier(f"incoming_{self.collection.id}"), sql.SQL(PASSAGE_COLUMNS), self.collection.table)
         )
         incoming = sql.Identifier(f"incoming_{self.collection.id}")
@@ -196,9 +197,11 @@ class PgVectorStore(PassageStore):
         cursor.copy_expert(sql.SQL("COPY {} FROM STDIN WITH (FORMAT binary)").format(incoming), rows)
         cursor.execute(
             sql.SQL(
-                "INSERT INTO {table} ({columns}, words) SELECT {columns}, to_tsvector(%s::regconfig, words) FROM {incoming} "
+                "INSERT INTO {table} ({columns}, words) "
+                "SELECT {columns}, to_tsvector(%s::regconfig, words) FROM {incoming} "
                 "ON CONFLICT (id) DO UPDATE SET (document, text, metadata, embedding, same, words) = "
-                "(excluded.document, excluded.text, excluded.metadata, excluded.embedding, excluded.same, excluded.words)"
+                "(excluded.document, excluded.text, excluded.metadata, excluded.embedding, excluded.same, "
+                "excluded.words)"
             ).format(table=self.collection.table, columns=sql.SQL(PASSAGE_COLUMNS), incoming=incoming),
             (dictionary,),
         )

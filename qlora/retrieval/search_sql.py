@@ -33,8 +33,8 @@ NEAREST = """
 SELECT id, same, embedding <=> %(vector)s AS distance FROM {table} WHERE {condition}
 ORDER BY embedding <=> %(vector)s LIMIT %(looked_at)s
 """
-DENSE = f"""
-looked_at AS MATERIALIZED ({NEAREST}),
+LOOKED_AT_ROWS = "\nlooked_at AS MATERIALIZED (" + NEAREST + "),"
+DENSE = """
 dense AS MATERIALIZED (
     SELECT id, same, row_number() OVER (ORDER BY distance, id) AS rank
     FROM (SELECT DISTINCT ON (same) id, same, distance FROM looked_at ORDER BY same, distance, id) AS texts
@@ -94,15 +94,17 @@ SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, best.dense, 
         WHERE copy.same = best.same AND metadata->>'source' IS NOT NULL AND {condition} ORDER BY 1
     ) AS sources
 """
-FROM_BEST = "FROM best JOIN {table} USING (id) ORDER BY best.place"
+FROM_BEST = " FROM best JOIN {table} USING (id) ORDER BY best.place"
+BEST_OF_LEG = """,
+best AS (SELECT id, same, rank AS place, rank AS {leg}, NULL::bigint AS {other} FROM {leg} ORDER BY rank LIMIT %(k)s)
+"""
+OF_DENSE = BEST_OF_LEG.format(leg="dense", other="lexical")
+OF_LEXICAL = BEST_OF_LEG.format(leg="lexical", other="dense")
+EITHER_DROWNED = f"({DENSE_DROWNED}) OR ({LEXICAL_DROWNED})"
 STATEMENTS = {  # each returns the columns of a Hit, and whether a leg has drowned
-    "dense": f"""WITH{DENSE},
-best AS (SELECT id, same, rank AS place, rank AS dense, NULL::bigint AS lexical FROM dense ORDER BY rank LIMIT %(k)s)
-{HITS}, {DENSE_DROWNED} {FROM_BEST}""",
-    "lexical": f"""WITH{LEXICAL},
-best AS (SELECT id, same, rank AS place, NULL::bigint AS dense, rank AS lexical FROM lexical ORDER BY rank LIMIT %(k)s)
-{HITS}, {LEXICAL_DROWNED} {FROM_BEST}""",
-    "hybrid": f"WITH{DENSE},{LEXICAL},{BEST}{HITS}, ({DENSE_DROWNED}) OR ({LEXICAL_DROWNED}) {FROM_BEST}",
+    "dense": "WITH" + LOOKED_AT_ROWS + DENSE + OF_DENSE + HITS + "," + DENSE_DROWNED + FROM_BEST,
+    "lexical": "WITH" + LEXICAL + OF_LEXICAL + HITS + "," + LEXICAL_DROWNED + FROM_BEST,
+    "hybrid": "WITH" + LOOKED_AT_ROWS + DENSE + "," + LEXICAL + "," + BEST + HITS + "," + EITHER_DROWNED + FROM_BEST,
 }
 
 

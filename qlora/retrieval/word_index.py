@@ -41,6 +41,7 @@ def text_key(text: str) -> bytes:
 
 
 def list_words(text: str) -> Iterator[str]:
+    """The words, then the names with a space in them: B 7, § 12 (3)."""
     for piece in PIECE.finditer(folded := text.casefold()):
         word = piece[0]
         if piece["run"]:
@@ -60,7 +61,7 @@ def list_words(text: str) -> Iterator[str]:
 
 
 def pair_characters(run: str) -> Iterator[str]:
-    """Pairs of neighbours, and what is often a word of one character: Chinese ones, and a Korean one before particles."""
+    """Pairs of neighbours, and words of one character: a Chinese one, and a Korean one that has particles on it."""
     characters = CHARACTER.findall(run)
     yield from (first + second for first, second in pairwise(characters))
     is_short = len(characters) == 1 or (len(characters) <= 3 and HANGUL.match(run))
