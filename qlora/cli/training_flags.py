@@ -246,7 +246,8 @@ def add_training_flags(flag) -> None:
     flag("--max-steps", type=steps, default=0, help="optimizer steps; above 0 it overrides --epochs")
     flag("--learning-rate", type=console.number(float, 0, 1, above=True), help="peak rate (the preset's)")
     flag("--warmup", type=console.number(float, 0, 1), default=0.05, help="share of steps with a rising rate")
-    flag("--scheduler", type=console.choice(*schedulers), default="cosine", help="how the rate falls")
+    text = f"how the rate falls: {', '.join(schedulers)}"
+    flag("--scheduler", type=console.choice(*schedulers), metavar="NAME", default="cosine", help=text)
     flag(
         "--neftune", type=console.number(float, 0, 100), default=0.0, help="noise on embeddings; 5 is usual, 0 is none"
     )
