@@ -186,6 +186,15 @@ def test_two_files_by_themselves_with_one_name_are_not_one(database, collection,
     assert found(store, "pump") == "The pump."
 
 
+def test_a_copy_of_a_folder_may_be_split_anew(database, collection, tmp_path):
+    store = open_store(database, collection)
+    first = write(tmp_path / "a", one="One pump. " * 90, two="Two cranes.")
+    put(store, first)
+    write(tmp_path / "b", one="One pump. " * 90, two="Two cranes.")
+    ingest.put_files(store, [str(tmp_path / "b")], ingest.choose_splitting(store, "fake", 30, 5))
+    assert passages_of(store)["one.md"] > 6
+
+
 def test_a_moved_folder_is_the_same_folder(database, collection, tmp_path, capsys):
     store = open_store(database, collection)
     old = write(tmp_path / "old", one="One pump.", two="Two cranes.", three="Three locks.")

@@ -3,6 +3,7 @@
 A document is written whole or not at all, so that a second run completes one that was killed.
 """
 
+import filecmp
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -142,6 +143,11 @@ def comes_from_elsewhere(entry: Entry, known: dict[str, Entry]) -> bool:
     return folder is not None and os.path.realpath(place_of(known[entry.source])) != os.path.realpath(place_of(entry))
 
 
+def has_another_text(old: str, new: str) -> bool:
+    """Whether the first file is still there, with another content: the splitting may be all that changed."""
+    return os.path.exists(old) and not filecmp.cmp(old, new, shallow=False)
+
+
 def refuse_namesakes(
     elsewhere: list[tuple[SourceFile, Entry]], known: dict[str, Entry], problems: Problems
 ) -> set[str]:
@@ -156,7 +162,7 @@ def refuse_namesakes(
     refused: set[str] = set()
     for (old, new), entries in pairs.items():
         changed = [entry for entry in entries if entry.fingerprint != known[entry.source].fingerprint]
-        there = [entry for entry in changed if os.path.exists(place_of(known[entry.source]))]
+        there = [entry for entry in changed if has_another_text(place_of(known[entry.source]), place_of(entry))]
         same = sum(entry.bytes == known[entry.source].bytes for entry in entries)
         namesakes = there if 2 * same >= len(entries) else changed
         if namesakes:
