@@ -5,8 +5,8 @@
     python -m benchmarks.formats --write docs/measurements.md    # puts the table there
 
 Ten sections about the houses of a garden (formats.json, beside this file) become ten files of each format. Of each
-section's three facts two stand in paragraphs, among others that resemble them, and one in a table of ten rows. A fact
-is found when a passage of its section holds the answer; for a row of the table it must hold the plant's name, too.
+section's three facts two stand in paragraphs, among others that resemble them, and one in a table of 30 rows. A fact is
+found when one passage holds the answer; for a cell of the table it must name the row's plant and the column, too.
 The goal is a recall@1 and recall@3 within .05 of those of .txt.
 """
 
@@ -25,6 +25,7 @@ from qlora import console, settings
 from qlora.markdown import as_markdown_table, put_section
 
 COLUMNS = ["Plant", "Bed", "Height", "Price"]
+SIZES = ("small", "medium", "large")  # of every plant; the questions are about large ones
 FACTS = PROJECT / "benchmarks" / "formats.json"
 WITHIN = 0.05
 
@@ -66,8 +67,8 @@ def read_sections() -> list[Section]:
     """The ten sections; the cells of their tables are counted out, so that no value stands there twice."""
     sections = []
     for n, row in enumerate(json.loads(FACTS.read_text(encoding="utf-8"))):
-        plants = enumerate(row["plants"], 1)
-        table = [[plant, f"{'ABCDEFGHKL'[n]}{at}", f"{30 * n + 3 * at} cm", cost(10 * n + at)] for at, plant in plants]
+        plants = enumerate((f"{size} {plant}" for size in SIZES for plant in row["plants"]), 1)
+        table = [[plant, f"{'ABCDEFGHKL'[n]}{at}", f"{90 * n + 3 * at} cm", cost(30 * n + at)] for at, plant in plants]
         sections.append(Section(row["title"], row["paragraphs"], [COLUMNS, *table], row["questions"]))
     return sections
 
@@ -77,14 +78,15 @@ def cost(number: int) -> str:
 
 
 def facts_of(section: Section) -> list[tuple[str, list[str]]]:
-    """(question, what its passage must hold): the answer, and for a row of the table the plant."""
+    """(question, what its passage must hold): the answer, and for a row of the table plant and column, too."""
     facts = []
     for fact in section.questions:
-        wanted = fact.get("answers", [])
+        question, wanted = fact["question"], fact.get("answers", [])
         if plant := fact.get("plant"):
-            row = next(row for row in section.table if row[0] == plant)
-            wanted = [plant, row[COLUMNS.index(fact["column"])]]
-        facts.append((fact["question"], wanted))
+            asked, column = f"{SIZES[-1]} {plant}", fact["column"]
+            row = next(row for row in section.table if row[0] == asked)
+            question, wanted = question.replace(plant, asked), [asked, column, row[COLUMNS.index(column)]]
+        facts.append((question, wanted))
     return facts
 
 
