@@ -137,7 +137,7 @@ def is_refused(tokenizer, example: Example, refusal: str) -> bool:
 # ------------------------------------------------------------------------------- show
 
 
-def choose_example(tokenizer, examples: Sequence[Example], refusal: str) -> Example:
+def choose_example(tokenizer, examples: Sequence[Example], refusal: str = Prompt.refusal) -> Example:
     """The row of median length among those with an answer; among all when every row refuses."""
     answered = [example for example in examples if not is_refused(tokenizer, example, refusal)] or list(examples)
     return sorted(answered, key=lambda example: len(example.input_ids))[len(answered) // 2]
