@@ -129,6 +129,7 @@ def turn(question: str, answer: str = "So. [1]") -> Turn:
         ("When must they pay?", "What does it cost to berth a launch? When must they pay?"),
         ("What about dinghies?", "What does it cost to berth a launch? What about dinghies?"),
         ("Why?", "What does it cost to berth a launch? Why?"),
+        ("夜间停泊一晚要多少钱\uff1f", "夜间停泊一晚要多少钱\uff1f"),
     ],
 )
 def test_follow_up_questions_stand_alone(question, alone):

@@ -186,6 +186,7 @@ def test_every_pin_is_installed_and_used():
         "accelerate": "device_map",
         "ipykernel": '"kernelspec"',
         "pytest-xdist": "--dist loadfile",
+        "pyyaml": "import yaml",
         "execnet": "PYTEST_XDIST",
     }
     for name, version in pinned().items():

@@ -9,6 +9,7 @@ from qlora.answering.citations import content_words
 from qlora.answering.conversation import Turn, indent
 from qlora.console import note, say
 from qlora.retrieval.documents import place
+from qlora.words import WORD
 
 COMMANDS = {
     "/sources": "show the passages behind the last answer",
@@ -47,7 +48,8 @@ class Session:
         The model rewrites it. Where its text is not usable, the question is appended to the last one: both legs of the
         search find words of both questions.
         """
-        follows = CONTINUING.match(question) or POINTING.search(question) or len(question.split()) < 3
+        is_short = len(question.split()) < 3 and len(WORD.findall(question)) < 6  # a Chinese question has no spaces
+        follows = CONTINUING.match(question) or POINTING.search(question) or is_short
         if not self.turns or not follows:
             return question
         by_rule = f"{self.turns[-1].searched} {question}"
