@@ -54,7 +54,9 @@ def run_measured(words: Sequence[str], project: Path = PROJECT, most_seconds: fl
     environment, seen = {**os.environ, **variables}, Seen()
     started = time.perf_counter()
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *words], cwd=project, env=environment, **pipes) as run:
+    # What a shell starts in the background ignores Ctrl-C, and hands that on.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([sys.executable, *words], cwd=project, env=environment, **pipes, **heed) as run:
         watch = threading.Thread(target=watch_processes, args=(run, seen), daemon=True)
         watch.start()
         try:

@@ -195,7 +195,7 @@ def test_a_network_that_goes_away_is_completed_by_the_second_run(server, tmp_pat
     for name in "abcd":
         (tmp_path / f"{name}.md").write_text(f"# {name}\n\nThe {name} bell rings.")
     words = "ingest", tmp_path, "--store", "pinecone", "--collection", "mine"
-    server.faults["/vectors/upsert"] = [200] * 6 + [0] * 90  # the collection's record, and five of eight requests
+    server.faults["/vectors/upsert"] = [200] * 7 + [0] * 90  # the collection's record twice, and five of eight requests
     assert rag(*words) == 2
     error = capsys.readouterr().err
     assert "what is done stays done" in error and KEY not in error
