@@ -78,7 +78,7 @@ def read_csv(file: Path) -> Iterator[Section]:
         delimiter = find_delimiter(text.read(100_000), DELIMITERS[file.suffix.lower()])
         text.seek(0)
         rows = ([cell.strip() for cell in cells] for cells in csv.reader(text, delimiter=delimiter))
-        yield from as_sections((number, cells) for number, cells in enumerate(rows) if any(cells))
+        yield from as_sections((max(number, 1), cells) for number, cells in enumerate(rows) if any(cells))
 
 
 def find_delimiter(text: str, delimiters: str) -> str:
