@@ -182,6 +182,15 @@ def as_markdown(path):
     path.write_text("\n".join([lines[0], "|---|---|---|", *lines[1:]]))
 
 
+def as_rst(path):
+    border = "+".join(["", *["-" * 10] * 3, ""])
+    lines = [border]
+    for cells in TABLE:
+        lines += ["|" + "|".join(cell.ljust(10) for cell in cells) + "|", border]
+    lines[2] = border.replace("-", "=")
+    path.write_text("Fees\n====\n\n" + "\n".join(lines) + "\n\nText below.\n")
+
+
 def as_csv(path):
     path.write_text("\n".join(";".join(cells) for cells in TABLE))
 
@@ -206,6 +215,7 @@ def make_xlsx(path, rows, merged=""):
     [
         ("a.md", as_markdown),
         ("a.html", as_html),
+        ("a.rst", as_rst),
         ("a.docx", as_docx),
         ("a.pptx", as_pptx),
         ("a.pdf", draw_table),
@@ -414,6 +424,10 @@ def test_restructured_text_has_headings(tmp_path):
     assert (first.heading, first.text.strip()) == ("Title", "Intro.")
     assert second.heading == "Title > Sub" and "Body text." in second.text and ".. note:: kept" in second.text
     assert text.split("\n")[find_number(second, second.text.index("Body")) - 1] == "Body text."
+    simple = "Before.\n\n=====  ====\nBerth  Fee\n=====  ====\nN1     12\nN2\n=====  ====\n\nAfter.\n"
+    assert texts(tmp_path / "b.rst", simple)[0][1].split("\n") == [
+        *("Before.", "", "", "Berth: N1 / Fee: 12", "Berth: N2 / Fee:", "", "After.", ""),
+    ]
 
 
 # ------------------------------------------------------------------------------- PDF

@@ -4,13 +4,17 @@ Plain text has no headings: a line that begins with # is a comment, or a gate co
 """
 
 import io
+import re
+import textwrap
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 from qlora.reading.encoding import open_text
 from qlora.reading.section import LINE, Block, Section, join_blocks, sections
 from qlora.reading.table import as_rows
+from qlora.reading.web import parse_html, table_blocks
 
 AT_ONCE = 500_000  # characters: a file may be larger than the memory
 
@@ -88,30 +92,59 @@ def read_table(tokens: list, first: int) -> list[Block]:
 # ------------------------------------------------------------------------------- reStructuredText
 
 
+QUIET = {"report_level": 5, "halt_level": 5}
+SAFE = {"file_insertion_enabled": False, "raw_enabled": False, "doctitle_xform": False}
+BORDER = re.compile(r" *(?:\+[-=+]+\+|=+(?: +=+)+) *")  # of a grid, of a simple table
+
+
 def read_rst(file: Path) -> Iterator[Section]:
-    """A section per title, its text as it is written."""
+    """A section per title, its text as it is written but for tables."""
     return sections(rst_blocks(read_whole(file)), "line")
 
 
 def rst_blocks(text: str) -> Iterator[Block]:
-    """Titles as docutils finds them, and the lines between them."""
+    """Titles as docutils finds them, rows of tables, and the lines between them."""
+    lines, first = text.split("\n"), 0
+    for begin, end, made in sorted(chain(find_titles(text, lines), find_tables(lines)), key=itemgetter(0)):
+        if first < begin:
+            yield Block("\n".join(lines[first:begin]), first + 1, join=LINE)
+        yield from made
+        first = max(first, end)
+    yield Block("\n".join(lines[first:]), first + 1, join=LINE)
+
+
+def find_titles(text: str, lines: list[str]) -> Iterator[tuple[int, int, list[Block]]]:
+    """(first line, line after it, heading) of every title, with the lines below and above it."""
     from docutils import nodes
     from docutils.core import publish_doctree
 
-    quiet = {"report_level": 5, "halt_level": 5, "warning_stream": io.StringIO()}
-    safe = {"file_insertion_enabled": False, "raw_enabled": False, "doctitle_xform": False}
-    tree = publish_doctree(text, settings_overrides=quiet | safe)
-    lines, first = text.split("\n"), 0
+    tree = publish_doctree(text, settings_overrides={**QUIET, **SAFE, "warning_stream": io.StringIO()})
     for section in tree.findall(nodes.section):
         title = section[0]
         under = title.line - 1  # the line below the title; docutils counts from 1
         over = under - 2 if under > 1 and lines[under - 2].strip() == lines[under].strip() else under - 1
-        if first < over:
-            yield Block("\n".join(lines[first:over]), first + 1, join=LINE)
         depth = sum(isinstance(node, nodes.section) for node in ancestors(section))
-        yield Block(title.astext(), under, level=depth)
-        first = under + 1
-    yield Block("\n".join(lines[first:]), first + 1, join=LINE)
+        yield over, under + 1, [Block(title.astext(), under, level=depth)]
+
+
+def find_tables(lines: list[str]) -> Iterator[tuple[int, int, list[Block]]]:
+    """(first line, line after it, rows) of every grid and simple table."""
+    from docutils.core import publish_string
+
+    at = 0
+    while at < len(lines):
+        begin, at = at, at + 1
+        if not BORDER.fullmatch(lines[begin]):
+            continue
+        while at < len(lines) and (lines[at].strip() or not BORDER.fullmatch(lines[at - 1])):
+            at += 1
+        text = textwrap.dedent("\n".join(lines[begin:at]))
+        page = publish_string(
+            text, writer="html5", settings_overrides={**QUIET, **SAFE, "warning_stream": io.StringIO()}
+        )
+        table = parse_html(page).find(".//table")
+        if table is not None:
+            yield begin, at, table_blocks(table, begin + 1)
 
 
 def ancestors(node) -> Iterator:
