@@ -236,6 +236,46 @@ def test_a_file_that_changes_while_it_is_read_is_read_again_by_the_next_run(
     assert passages_of(store)["sub/3.md"] == 1
 
 
+def test_a_document_larger_than_the_memory_is_written_part_by_part(database, collection, folder, monkeypatch):
+    monkeypatch.setattr(ingest, "MANY", 50)
+    monkeypatch.setattr(ingest, "BATCH", 16)
+    rows = "".join(f"N{n};{n} crowns\n" for n in range(123))
+    (folder / "large.csv").write_text(f"berth;fee\n{rows}")
+    (folder / "zz.md").write_text("After the large one.")
+    store = open_store(database, collection)
+    asked: list[int] = []
+    embed = FakeEmbeddings.embed_documents
+    monkeypatch.setattr(FakeEmbeddings, "embed_documents", lambda self, t: asked.append(len(t)) or embed(self, t))
+    put(store, folder)
+    known = passages_of(store)
+    assert known["large.csv"] == 123 and known["zz.md"] == 1 and len(known) == 8
+    assert asked.count(16) >= 7  # of the large one never more than a batch
+    assert [hit.page_content for hit in store.find("berth N77", mode="lexical", k=1)] == ["berth: N77 / fee: 77 crowns"]
+    put(store, folder)
+    assert passages_of(store) == known
+
+
+def test_a_large_document_that_fails_in_the_middle_stays_as_it_was(database, collection, folder, monkeypatch):
+    monkeypatch.setattr(ingest, "MANY", 20)
+    (folder / "large.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(60)))
+    store, load = open_store(database, collection), ingest.documents.load_passages
+    put(store, folder)
+    (folder / "large.jsonl").write_text("".join(f'{{"m": {n}}}\n' for n in range(70)))
+    (folder / "zz.md").write_text("After the large one.")
+
+    def load_and_change(file, *args):
+        yield from load(file, *args)
+        if file.name == "large.jsonl":  # its passages are written by now, but not for good
+            file.write_text("another")
+
+    monkeypatch.setattr(ingest.documents, "load_passages", load_and_change)
+    with pytest.raises(UserError, match="changed while it was read"):
+        put(store, folder)
+    known = passages_of(store)
+    assert known["large.jsonl"] == 60 and known["zz.md"] == 1
+    assert store.find("n 59", mode="lexical", k=1)[0].page_content == "n: 59"
+
+
 def test_equal_passages_are_embedded_once(database, collection, folder):
     for n in range(20):
         (folder / f"copy{n}.txt").write_text("The same notice stands in every one of them.")
