@@ -242,7 +242,7 @@ def read_batches(plan: Plan, tokenizer, splitting: Splitting, problems: Problems
                 yield batch
                 batch = []
             batch.append(Loaded(entry, first, passages if len(first) == MANY else None))
-        if sum(len(one.passages) for one in batch) >= BATCH:
+        if batch and (batch[-1].rest or sum(len(one.passages) for one in batch) >= BATCH):
             yield batch
             batch = []
     if batch:
