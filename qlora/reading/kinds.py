@@ -2,7 +2,6 @@
 
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from qlora.console import fail
@@ -39,8 +38,7 @@ def read_sections(file: Path, ocr: str = "") -> Iterator[Section | Note]:
     suffix = file.suffix.lower()
     if suffix in ZIPPED:
         check_zip(file)
-    reader = READERS[suffix]
-    return partial(reader, ocr=ocr)(file) if suffix == ".pdf" else reader(file)
+    return pdf.read_pdf(file, ocr) if suffix == ".pdf" else READERS[suffix](file)
 
 
 def check_zip(file: Path) -> None:

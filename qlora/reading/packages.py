@@ -32,7 +32,8 @@ def email_blocks(file: Path) -> Iterator[Block]:
     yield Block("\n".join(f"{name}: {message[name]}" for name in SHOWN if message[name]))
     body = message.get_body(("plain", "html"))
     if body is not None and body.get_content_subtype() == "html":
-        yield from html_blocks(parse_html(body.get_payload(decode=True)), 1)
+        page = f"\ufeff{body.get_content()}"  # in the encoding that the mail names; the mark tells the parser
+        yield from html_blocks(parse_html(page.encode("utf-8", "replace")), 1)
     elif body is not None:
         yield Block(body.get_content().replace("\r\n", "\n"))
     if names := [part.get_filename() for part in message.iter_attachments() if part.get_filename()]:

@@ -23,13 +23,15 @@ from qlora import settings
 from qlora.console import fail
 from qlora.reading.layout import Box, Paragraph, is_broken, join_touching, lay_out
 from qlora.reading.section import PARAGRAPH, RUNNING, Block, Note, Section, join_blocks
+from qlora.words import FULL_STOPS
 
 MOST_PAGES = 5_000
 MARGIN = 2  # lines at the top and at the bottom of a page that may be its header or footer
 REPEATED = 0.6  # share of the pages that have a header or footer
+OCR_AT_ONCE = 32  # pages that are drawn; one takes 1 to 9 MB
 DPI = 300  # what Tesseract's documentation asks for
 PAGE_NUMBER = re.compile(r"[-\u2013 ]*(?:page |seite |p\. ?)?#+(?: ?(?:/|of|von|de) ?#+)?[-\u2013 ]*")
-SENTENCE_ENDS = re.compile(r"[.!?:;\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*$")
+SENTENCE_ENDS = re.compile(rf"[{FULL_STOPS}:;][\"'\u201d\u2019)\]]*$")
 
 
 def read_pdf(file: Path, ocr: str = "") -> Iterator[Section | Note]:
@@ -45,8 +47,10 @@ def read_pdf(file: Path, ocr: str = "") -> Iterator[Section | Note]:
         pages = [read_page(document, number) for number in range(len(document))]
         blank = [number for number, page in enumerate(pages, 1) if not page]
         if ocr and blank:
-            for number, paragraphs in zip(blank, recognise(document, blank, ocr), strict=True):
-                pages[number - 1] = paragraphs
+            for at in range(0, len(blank), OCR_AT_ONCE):
+                some = blank[at : at + OCR_AT_ONCE]
+                for number, paragraphs in zip(some, recognise(document, some, ocr), strict=True):
+                    pages[number - 1] = paragraphs
             blank = [number for number in blank if not pages[number - 1]]
     yield from join_pages(drop_repeated(pages))
     if blank:

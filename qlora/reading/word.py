@@ -6,11 +6,10 @@ Comments, deleted and hidden text are not read; inserted text is. Header and foo
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora.reading.numbering import Numbering
+from qlora.reading.numbering import Numbering, W
 from qlora.reading.section import LINE, PARAGRAPH, Block, Section, sections
 from qlora.reading.table import BETWEEN, as_rows
 
-W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 MC = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 UNSEEN = {f"{W}del", f"{W}moveFrom", f"{W}instrText", f"{W}delText", f"{W}pPr", f"{W}rPr", f"{MC}Fallback"}
 BREAKS = {f"{W}tab": " ", f"{W}br": "\n", f"{W}cr": "\n", f"{W}noBreakHyphen": "-", f"{W}softHyphen": ""}

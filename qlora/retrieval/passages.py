@@ -4,21 +4,22 @@ A passage keeps its source, the path of headings above it, and its place: a line
 """
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from langchain_core.documents import Document
 
 from qlora.reading.section import Section, find_number
 from qlora.reading.table import BETWEEN
+from qlora.words import FULL_STOPS
 
 AT_ONCE = 500_000  # characters that the splitter gets; it keeps a list of all lines
 # A word without a space, such as base64 or a Thai sentence, may be one token of any length. English has 4 to 5.
 CHARACTERS_PER_TOKEN = 10
-# Full stops, question and exclamation marks of Chinese and Japanese, Hindi, Urdu and Arabic.
-SENTENCE_MARKS = "\u3002\uff0e\uff01\uff1f\uff61\u0964\u06d4\u061f"
-# Paragraphs, lines, sentences, words, characters.
-SEPARATORS = ["\n\n", "\n", r"\. ", f"(?<=[{SENTENCE_MARKS}])", " ", ""]
+# Paragraphs, lines, sentences (also of scripts without spaces), words, characters.
+SEPARATORS = ["\n\n", "\n", r"\. ", f"(?<=[{FULL_STOPS.strip('.!?')}])", " ", ""]
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ def split_sections(sections: Iterator[Section], source: str, tokenizer, splittin
         return max(tokens, len(text) // CHARACTERS_PER_TOKEN)
 
     for section in sections:
-        heading = section.heading
-        while count(heading) > splitting.window // 2:  # a line that looks like a heading but is not
-            heading = heading[: len(heading) // 2]
+        heading = fit(section.heading, splitting.window // 2, count)  # a line may look like one and be none
         room = min(splitting.passage_tokens, splitting.window - 2 - count(heading + "\n"))
+        leads = {n: fit(lead, room // 2, count) for n, lead in long_rows(section, room, count)}
+        room -= max((count(lead + BETWEEN) for lead in leads.values()), default=0)
         for offset, text in parts(section.text):
-            for start, piece in split_text(text, offset, section, (room, splitting.overlap), count):
-                lead = cut_lead(section, start)
+            for start, piece in split_text(text, room, splitting.overlap, count):
+                start += offset
+                lead = cut_lead(section, leads, start)
                 metadata = {"source": source, **({"heading": heading} if heading else {})}
                 metadata |= find_place(section, start, start + len(piece))
                 yield Document(lead + piece, metadata=metadata)
@@ -67,15 +69,24 @@ def parts(text: str) -> Iterator[tuple[int, str]]:
     yield at, text[at:]
 
 
-def split_text(
-    text: str, offset: int, section: Section, sizes: tuple[int, int], count: Callable[[str], int]
-) -> Iterator[tuple[int, str]]:
-    """(first character in the section, text) of every piece of this part of the section."""
+def fit(text: str, most: int, count: Callable[[str], int]) -> str:
+    """The beginning of the text, halved until it has at most so many tokens."""
+    while count(text) > most:
+        text = text[: len(text) // 2]
+    return text
+
+
+def long_rows(section: Section, room: int, count: Callable[[str], int]) -> Iterator[tuple[int, str]]:
+    """(number, lead) of the section's rows that do not fit into one passage."""
+    for n, (begin, end, lead) in enumerate(section.rows):
+        if count(section.text[begin:end]) > room:
+            yield n, lead
+
+
+def split_text(text: str, room: int, overlap: int, count: Callable[[str], int]) -> Iterator[tuple[int, str]]:
+    """(first character, text) of every piece."""
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
-    room, overlap = sizes
-    long = [lead for begin, end, lead in section.rows if count(section.text[begin:end]) > room]
-    room -= max((count(lead + BETWEEN) for lead in long), default=0)
     splitter = RecursiveCharacterTextSplitter(
         separators=SEPARATORS,
         is_separator_regex=True,
@@ -87,15 +98,16 @@ def split_text(
     for piece in splitter.split_text(text):
         # The splitter's own add_start_index counts the overlap in characters: wrong for tokens.
         start = text.find(piece, start + 1)
-        yield offset + start, piece
+        yield start, piece
 
 
-def cut_lead(section: Section, start: int) -> str:
-    """What says which row the passage is of, where it begins within one."""
-    for begin, end, lead in section.rows:
-        if begin + len(lead) <= start < end:
-            return lead + BETWEEN
-    return ""
+def cut_lead(section: Section, leads: dict[int, str], start: int) -> str:
+    """What says which row the passage is of, where it begins within a long one."""
+    n = bisect_right(section.rows, start, key=itemgetter(0)) - 1
+    if n not in leads:
+        return ""
+    begin, end, _ = section.rows[n]
+    return leads[n] + BETWEEN if begin + len(leads[n]) <= start < end else ""
 
 
 def find_place(section: Section, start: int, end: int) -> dict[str, int]:
