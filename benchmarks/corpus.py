@@ -4,9 +4,9 @@
     for package in *.deb; do dpkg -x $package .; done
     python -m benchmarks.corpus usr/share/doc/postgresql-doc-15/html usr/share/doc/python3.11/html
 
-About 1,700 pages, 55,000 passages: a quarter of an hour on two cores with AVX512-BF16, an hour and a half without. `--pages 100` takes fewer,
-those of the questions and others evenly; `--write docs/measurements.md` puts the tables there. Every question of
-benchmarks/corpus_questions.jsonl names the page that answers it.
+About 1,700 pages, 55,000 passages: a quarter of an hour on two cores with AVX512-BF16, an hour and a half without.
+`--pages 100` takes fewer, those of the questions and others evenly; `--write docs/measurements.md` puts the tables
+there. Every question of benchmarks/corpus_questions.jsonl names the page that answers it.
 """
 
 import argparse
