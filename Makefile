@@ -1,5 +1,7 @@
 # make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
 # make evaluate  base and tuned model on both files of sample questions, into evaluations/ and README.md (after make demo)
+# make own DOCUMENTS=folder  a model of your own: ingest, write rows, train, evaluate on documents that were held out;
+#              NAME=mine: of the collection and of adapters/NAME
 # make test    set up if needed, lint, run the tests; CPU=avx2: as on a smaller CPU; TESTS="-m cpu": some of them;
 #              WORKERS=2: in that many processes, 0: in this one
 # make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
@@ -24,7 +26,7 @@ export ONEDNN_MAX_CPU_ISA := AVX2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: setup demo evaluate notebooks test lock audit gpu-wheels clean
+.PHONY: setup demo own evaluate notebooks test lock audit gpu-wheels clean
 
 setup:
 	@"$(PYTHON)" tools/set_up.py $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
@@ -40,6 +42,16 @@ demo: setup
 	@echo '  python rag_qlora.py search --collection demo "When may the night shift eat?"'
 	@echo '  python rag_qlora.py ask --adapter none --collection demo "When may the night shift eat?"   # before fine-tuning'
 	@echo "  python rag_qlora.py ingest YOUR_FOLDER --collection mine"
+
+NAME ?= own
+OWN := --collection "$(NAME)"
+own: setup
+	@test -e "$(DOCUMENTS)" || { echo "Name the documents: make own DOCUMENTS=folder"; exit 2; }
+	@mkdir -p "rows/$(NAME)"
+	$(PY) rag_qlora.py ingest "$(DOCUMENTS)" $(OWN)
+	$(PY) rag_qlora.py write $(OWN) --output "rows/$(NAME)/rows.jsonl" --hold-out 0.2
+	$(PY) instruct_train_qlora.py --preset laptop --dataset "rows/$(NAME)/rows.jsonl" --output "adapters/$(NAME)" --overwrite
+	$(PY) rag_qlora.py evaluate $(OWN) --adapter "adapters/$(NAME)" --questions "rows/$(NAME)/rows.questions.jsonl"
 
 evaluate: setup
 	$(PY) rag_qlora.py evaluate $(DEMO) --questions sample_data/second_questions.jsonl --output evaluations/second

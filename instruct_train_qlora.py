@@ -4,7 +4,6 @@
     python instruct_train_qlora.py                                    # laptop: embedded model, sample rows
     python instruct_train_qlora.py --dataset rows.jsonl --columns context=passage instruction=question
     python instruct_train_qlora.py --preset llama2-7b --filter category=closed_qa,information_extraction
-    python instruct_train_qlora.py --base-model ./my-llama --output adapters/mine --max-steps 20
 
 Every row becomes context / instruction / response in the base model's own chat format.
 Precedence: flag > environment > .env > preset or default.
@@ -20,6 +19,7 @@ import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
 from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
-from qlora.training.rows import Draw, load_rows
+from qlora.training.rows import Draw, Row, load_rows
+from qlora.training.turned_rows import turn_around
 
 CHOSEN = ("preset", "base_model", "dataset", "output")
 # Arguments that a resumed run may have anew. Base model and rows are compared by their content.
@@ -137,15 +138,18 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     training, counts["leaked"] = drop_leaked(training, held_out)
     note_dropped(counts["leaked"])
 
-    def encode(part, epoch: int):
+    def encode(part, epoch: int, turned: Sequence[Row] = ()):
         shaped = add_distractors(part, args.distractors, args.gold_probability, prompt, args.seed + epoch)
-        return tokenize_rows(tokenizer, prompt, shaped, args.max_length)
+        return tokenize_rows(tokenizer, prompt, [*shaped, *turned], args.max_length)
 
     def batch(examples, epoch: int):
         return make_batches(examples, args.batch_size, args.seed + epoch)
 
-    first = batch(count_rows(args, "training", training, encode(training, 0), counts), 0)
-    epochs = Epochs(first, lambda epoch: batch(encode(training, epoch)[0], epoch))
+    turned = turn_around(training, args.refusal) if args.writer else []
+    if args.writer:
+        console.note(f"{len(turned)} rows are also trained turned around: passage -> question and answer")
+    first = batch(count_rows(args, "training", training, encode(training, 0, turned), counts), 0)
+    epochs = Epochs(first, lambda epoch: batch(encode(training, epoch, turned)[0], epoch))
     return epochs, count_rows(args, "held out", held_out, encode(held_out, 0), counts)
 
 

@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 
-from qlora import console, machine, presets, settings
+from qlora import console, machine, settings
 from qlora.cli.rag_flags import (
     SAMPLE_DOCUMENTS,
     SAMPLE_QUESTIONS,
@@ -30,6 +30,7 @@ from qlora.cli.rag_flags import (
 )
 from qlora.console import json_line, note, say
 from qlora.model import adapter, base_model
+from qlora.writing import embedded_writer
 
 CHOSEN = ("base_model", "adapter", "collection")
 STEPS = ("Model and Tokenizer Setup", "Text Generation", "Database Integration", "Generate Response")
@@ -52,6 +53,8 @@ def run_command(args) -> int:
             return COMMANDS[args.command](args, open_store(args))
 
     with console.step(STEPS, "Model and Tokenizer Setup"):
+        if args.command == "write" and args.writer == embedded_writer.NAME:
+            embedded_writer.prepare()
         model, tokenizer, prompt = load_model(args)
     with console.step(STEPS, "Text Generation"):
         generator = make_generator(args, model, tokenizer, prompt)
@@ -59,10 +62,12 @@ def run_command(args) -> int:
         store = open_store(args)
         fill_if_empty(args, store)
     with console.step(STEPS, "Generate Response"):
+        if args.command == "write":
+            return write(args, store, prompt, generator)
         if args.command != "evaluate":
             chain = build_chain(args, store, prompt, generator)
             if args.command == "chat":
-                return chat(args, chain, prompt, make_rewriter(args, prompt, generator))
+                return chat(args, chain, prompt, generator)
             return ask(args, chain, prompt)
         return evaluate(args, store, prompt, generator)
 
@@ -87,7 +92,9 @@ def load_model(args):
     machine.threads()
     note(f"Computes on {machine.describe()}")
     if args.merge_for_speed:
-        model = merge_for_speed(trained, tokenizer)
+        from qlora.training.export import merge_for_speed
+
+        model = merge_for_speed(trained, tokenizer, SAMPLE_QUESTIONS)
         note(f"{args.base_model} merged in memory with {args.adapter}, 16 bit")
     else:
         model = base_model.load_base_model(source, keep=not args.no_cache)
@@ -119,17 +126,6 @@ def check_room(args, tokenizer, prompt, window: int) -> None:
     if args.max_new_tokens > most:
         what = f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a window of {window} tokens"
         raise console.fail(what, args.base_model, f"give less than {most}: question and passages need room, too")
-
-
-def merge_for_speed(trained, tokenizer):
-    """The merged model, checked on the sample's first questions with their contexts."""
-    from qlora.evaluation.questions import load_questions
-    from qlora.prompt import encode_prompt, fill_prompt
-    from qlora.training.export import CHECKED_ROWS, merge_in_memory
-
-    asked = [question for question in load_questions(SAMPLE_QUESTIONS) if question.context][:CHECKED_ROWS]
-    messages = [fill_prompt(tokenizer, trained.prompt, 1024, q.question, [q.context]) for q in asked]
-    return merge_in_memory(trained, tokenizer, [encode_prompt(tokenizer, each) for each in messages])
 
 
 # ============================================================================ Text Generation
@@ -255,7 +251,7 @@ def fill_if_empty(args, store) -> None:
     from qlora.retrieval.ingest import choose_splitting, put_files
 
     if store.count() == 0:
-        if args.command in ("evaluate", "sweep") and args.questions != SAMPLE_QUESTIONS:
+        if args.command in ("evaluate", "sweep", "write") and args.questions != SAMPLE_QUESTIONS:
             fix = f"python rag_qlora.py ingest PATH --collection {args.collection}"
             raise console.fail(f"collection {args.collection} is empty", "--collection", fix)
         note(f"Collection {args.collection} is empty: filling it with the sample documents")
@@ -345,30 +341,14 @@ def describe_turn(args, turn, prompt) -> dict:
     return {**turn.as_json(), "model": model, "prompt_digest": prompt.digest, "collection": args.collection}
 
 
-def make_rewriter(args, prompt, generator):
-    """complete(messages) -> text, by the base model; None where that has no chat template of its own.
-
-    None for the embedded model, too: of 24 questions (tests/follow_ups.jsonl) it rewrote none usably.
-    """
-    from qlora.prompt import LLAMA2_TEMPLATE, as_langchain, defuse
-
-    def complete(messages: list[dict]) -> str:
-        harmless = [{**message, "content": defuse(generator.tokenizer, message["content"])} for message in messages]
-        with generator.without_adapter():
-            return generator.invoke(as_langchain(prompt.place_rules(harmless))).text
-
-    is_able = prompt.chat_template != LLAMA2_TEMPLATE and args.base_model != presets.EMBEDDED
-    return complete if is_able else None
-
-
-def chat(args, chain, prompt, complete) -> int:
+def chat(args, chain, prompt, generator) -> int:
     """Answers turn after turn. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends the chat."""
-    from qlora.answering.chat_session import Session
+    from qlora.answering.chat_session import Session, make_rewriter
     from qlora.answering.conversation import answer_question, print_turn, write_trace
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
-    session = Session(complete=complete)
+    session = Session(complete=make_rewriter(args.base_model, prompt, generator))
     note("Ask about your documents. /help lists the commands; an empty line or Ctrl-D ends.")
     while True:
         try:
@@ -440,6 +420,29 @@ def evaluate(args, store, prompt, generator) -> int:
     return 0
 
 
+def write(args, store, prompt, generator) -> int:
+    """Writes questions about the passages, with answers; checks each, and saves those that are kept as rows."""
+    from qlora.writing import drafts, report, review, writing
+
+    if args.writer == embedded_writer.NAME and not args.writer_url:
+        embedded_writer.check_language(store.language)
+    names = ("rows", "per_passage", "keep", "refusal_share", "hold_out", "asked", "seed")
+    wanted = drafts.Wanted(**{name: getattr(args, name) for name in names}, refusal=prompt.refusal)
+    writer = writing.choose_writer(args.writer_url, args.writer_model, generator, prompt)
+    read = writing.make_reader(generator, prompt) if args.adapter else None
+    tools = writing.Tools(writer, read, make_search(args, store), args.top_k, prompt.refusal)
+    files = report.Files(args.output)
+    log = drafts.DraftLog(files.drafts, writing_settings(args), args.overwrite)
+    chosen, result = report.write_and_select(store.all_passages(), tools, log, wanted)
+    say(json_line(result)) if args.json else report.print_report(result)
+    if args.review:
+        review.review_rows([*chosen.rows, *chosen.held_out], files, args.review)
+    report.write_all(files, *review.apply_to(chosen, files), result)
+    note(f"Rows: {args.output}, and beside them what each check dropped: {files.drafts}")
+    note(f"Next: python instruct_train_qlora.py --dataset {args.output} --output adapters/mine")
+    return 0
+
+
 def sweep(args, store) -> int:
     """Retrieval metrics for every value of each swept setting, best first; loads no language model."""
     from qlora.evaluation import sweep
@@ -477,6 +480,13 @@ def evaluation_settings(args, prompt) -> dict:
     names += ("mode", "fetch_k", "diversity", "refusal_bias")
     digest = adapter.digest_weights(args.adapter) if args.adapter else None
     return {**{name: getattr(args, name) for name in names}, "adapter": digest, "prompt": prompt.digest}
+
+
+def writing_settings(args) -> dict:
+    """What drafts depend on: with equal settings a second run goes on from the drafts of the first."""
+    names = ("writer_url", "writer_model", "per_passage", "refusal_share", "seed", "mode", "fetch_k", "top_k")
+    digest = adapter.digest_weights(args.adapter) if args.adapter else None
+    return {**{name: getattr(args, name) for name in names}, "adapter": digest}
 
 
 COMMANDS = {

@@ -27,7 +27,7 @@ PROJECT = FOLDER.parent
 MARK = re.compile(r"(?P<code># source: (\S+))|<!-- source: (\S+) -->")
 LIMIT = 1_000_000  # bytes a notebook; GitHub shows no large ones
 SMALL = "SMALL = False", "SMALL = True"
-NOT_STEPPED = {"chat", "make_rewriter"}  # a chat wants a person
+NOT_STEPPED = {"chat", "write"}  # a chat wants a person, writing a trained writer
 
 
 def main(argv: list[str]) -> int:

@@ -77,6 +77,10 @@ class Prompt:
         return [{**first, "content": f"{rules['content']}\n\n{first['content']}"}, *others]
 
 
+# The instruction of a row that is turned around: the response is an answer and, on the next line, its question.
+WRITE = "Choose an answer in passage [1], and write the question that it answers."
+
+
 def as_langchain(messages: list[dict]):
     """The messages as a LangChain prompt value."""
     from langchain_core.messages import convert_to_messages

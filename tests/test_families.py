@@ -359,17 +359,15 @@ def test_the_tokenizer_of_a_model_that_only_a_server_can_load(tiny_base, tmp_pat
 
 
 def test_a_follow_up_is_rewritten_where_the_template_has_no_system_role(tiny_base):
-    from types import SimpleNamespace
 
-    import rag_qlora
-    from qlora.answering.chat_session import REWRITING
+    from qlora.answering.chat_session import REWRITING, make_rewriter
     from qlora.answering.generator import Generator
 
     tokenizer = base_model.load_tokenizer(str(tiny_base))
     tokenizer.chat_template = GEMMA
     prompt = choose_prompt(tokenizer)
     generator = Generator(model=base_model.load_base_model(str(tiny_base)), tokenizer=tokenizer, max_new_tokens=3)
-    complete = rag_qlora.make_rewriter(SimpleNamespace(base_model=str(tiny_base)), prompt, generator)
+    complete = make_rewriter(str(tiny_base), prompt, generator)
     assert isinstance(complete([*REWRITING, {"role": "user", "content": "And then?"}]), str)
     first, *others = prompt.place_rules([*REWRITING])
     assert first["content"].startswith(REWRITING[0]["content"]) and [turn["role"] for turn in others] == ["assistant"]

@@ -49,7 +49,8 @@ def imports(node: ast.AST) -> set[str]:
 
 
 NAMED_BY_LIBRARIES = {"from_texts", "attend"}  # with the parameters that LangChain and transformers give them
-ROOMS = ("reading", "model", "retrieval", "answering", "evaluation", "training", "cli")  # each may use those before it
+# Each may use those before it.
+ROOMS = ("reading", "model", "retrieval", "answering", "evaluation", "training", "writing", "cli")
 
 
 def module_name(path: Path) -> str:

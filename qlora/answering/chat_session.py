@@ -8,6 +8,7 @@ from pathlib import Path
 from qlora.answering.citations import content_words
 from qlora.answering.conversation import Turn, indent
 from qlora.console import note, say
+from qlora.presets import EMBEDDED
 from qlora.retrieval.documents import place
 from qlora.words import WORD
 
@@ -113,3 +114,18 @@ class Session:
 
 def describe_citations(turn: Turn) -> str:
     return "".join(f"\n* [{cited.n}] {place(cited.document.metadata)}" for cited in turn.answer.citations) + "\n"
+
+
+def make_rewriter(base_model: str, prompt, generator) -> Callable[[list[dict]], str] | None:
+    """complete(messages) -> text, by the base model; None where that has no chat template of its own.
+
+    None for the embedded model, too: of 24 questions (tests/follow_ups.jsonl) it rewrote none usably.
+    """
+    from qlora.prompt import LLAMA2_TEMPLATE, as_langchain, defuse
+
+    def complete(messages: list[dict]) -> str:
+        harmless = [{**message, "content": defuse(generator.tokenizer, message["content"])} for message in messages]
+        with generator.without_adapter():
+            return generator.invoke(as_langchain(prompt.place_rules(harmless))).text
+
+    return complete if prompt.chat_template != LLAMA2_TEMPLATE and base_model != EMBEDDED else None

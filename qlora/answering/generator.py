@@ -7,7 +7,7 @@ echoes the prompt, counts tokens, and passes on exceptions of the generating thr
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,8 +76,10 @@ class Generator(BaseChatModel):
         prompts = [encode_prompt(self.tokenizer, messages) for messages in conversations]
         return self.tokenizer.batch_decode(self.generate_ids(prompts), skip_special_tokens=True)
 
-    def generate_ids(self, prompts: list[list[int]], **options) -> list[list[int]]:
+    def generate_ids(self, prompts: list[list[int]], processors: Sequence[Callable] = (), **options) -> list[list[int]]:
         """New token ids for each prompt, up to and with EOS; prompts are padded on the left.
+
+        `processors` change the logits of every step, before a temperature does.
 
         A single greedy answer uses prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): the continuation of
         the last two tokens in the prompt is checked in one step, so that a quotation takes several tokens per step.
@@ -97,7 +99,7 @@ class Generator(BaseChatModel):
             output = self.model.generate(
                 **inputs.to(self.model.device),
                 **{"do_sample": False, **options},
-                logits_processor=LogitsProcessorList([self.bias_first(inputs["input_ids"].shape[1])]),
+                logits_processor=LogitsProcessorList([self.bias_first(inputs["input_ids"].shape[1]), *processors]),
                 max_new_tokens=self.max_new_tokens,
                 repetition_penalty=self.repetition_penalty,
                 pad_token_id=self.tokenizer.pad_token_id,

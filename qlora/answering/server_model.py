@@ -71,8 +71,7 @@ def connect(url: str, model: str | None, tokenizer, decoding: Decoding) -> Serve
     key = settings.get("QLORA_API_KEY") or NO_KEY
     name, window = choose_model(url, key, model)
     note(f"{name} at {url}")
-    if urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
-        note(f"Questions and passages are sent to {url}")
+    note_remote(url)
     extra = {"repetition_penalty": decoding.repetition_penalty} if decoding.repetition_penalty != 1 else {}
     extra |= {"logit_bias": decoding.first_bias} if decoding.first_bias else {}
     return ServerModel(
@@ -90,6 +89,12 @@ def connect(url: str, model: str | None, tokenizer, decoding: Decoding) -> Serve
         stream_usage=True,
         timeout=httpx.Timeout(None, connect=10),  # a slow machine may take minutes
     )
+
+
+def note_remote(url: str) -> None:
+    """Says so when texts leave this machine."""
+    if urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        note(f"Questions and passages are sent to {url}")
 
 
 def choose_model(url: str, key: str, name: str | None) -> tuple[str, int]:

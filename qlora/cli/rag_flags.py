@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from qlora import console, machine, presets, settings
+from qlora.cli.writing_flags import add_writing_flags, resolve_writer
 from qlora.evaluation.comparison import CONTEXTS, MODELS
 from qlora.model import adapter
 from qlora.refusal import FEW
@@ -40,7 +41,9 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         check_sweep(args, problems)
     if args.command == "ingest":
         check_ingest(args, problems)
-    if args.command not in WITHOUT_MODEL:
+    if args.command == "write":
+        resolve_writer(args, problems)
+    elif args.command not in WITHOUT_MODEL:
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
         check_serving(args, problems)
@@ -49,7 +52,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     if "top_k" in args:
         args.top_k = args.top_k or TOP_K
     with problems.collecting():
-        if getattr(args, "output", None):
+        if getattr(args, "output", None) and args.command != "write":
             machine.check_writable(args.output)
         if getattr(args, "trace", None):
             machine.check_file(args.trace)
@@ -197,6 +200,8 @@ def build_parser(description: str, steps: tuple[str, ...]):
     add("chat", "Answer questions one after the other; later ones may refer to earlier ones.")
     one = add("demo", "Answer three questions on the sample documents.")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
+    one = add("write", "Write training rows from the documents; each is checked.")
+    add_writing_flags(one, setup)
     add_evaluation_flags(add("evaluate", "Score the base and the tuned model on questions with known answers."))
     add_sweep_flags(add("sweep", "Compare retrieval for several values of a setting.", "SETTING=A,B ..."))
     add_comparison_flags(add("compare", "Show the paired difference of two evaluations.", "FIRST SECOND"))
@@ -207,12 +212,12 @@ def build_parser(description: str, steps: tuple[str, ...]):
     for name in commands.choices:
         if name != "compare":
             add_database_flags(commands.choices[name].group(storage).add_argument, commands.choices[name])
-    for name in ("search", "ask", "chat", "demo", "evaluate", "sweep"):
+    for name in ("search", "ask", "chat", "demo", "write", "evaluate", "sweep"):
         add_search_flags(commands.choices[name].group(storage).add_argument)
     for name in ("ask", "chat", "demo"):
         add_serving_flags(commands.choices[name], setup)
         add_trace_flags(commands.choices[name].group(answering).add_argument, strict=name == "ask")
-    for name in ("documents", "search", "ask", "demo", "evaluate", "sweep", "compare", "doctor"):
+    for name in ("documents", "search", "ask", "demo", "write", "evaluate", "sweep", "compare", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="print JSON on stdout")
     for one in commands.choices.values():
         one.add_argument("--verbose", action="store_true", help="show all settings, also those with their default")

@@ -197,6 +197,8 @@ def add_dataset_flags(flag) -> None:
         help="the dataset's names of our columns (found out for usual ones)",
         **pairs,
     )
+    text = "train each row turned around, too: the adapter can then write rows"
+    flag("--writer", action="store_true", help=text)
     flag("--train-on", type=console.choice("last", "all"), default="last", help="answers of a conversation to train on")
     flag("--filter", metavar="COLUMN=A,B", help="only rows with these values; COLUMN!=A,B: without", **pairs)
     flag("--min-words", metavar="COLUMN=N", help="only rows with at least N words there", **pairs)

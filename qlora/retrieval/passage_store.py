@@ -100,6 +100,10 @@ class PassageStore(VectorStore):
         """The entries of the collection, by source."""
 
     @abstractmethod
+    def all_passages(self) -> list[Document]:
+        """All passages, with id and metadata."""
+
+    @abstractmethod
     def put_parts(self, entry: Entry, parts: Iterable[tuple[Sequence[Document], Sequence]]) -> int:
         """Adds a document or replaces it, from parts of its passages with their vectors; returns their number."""
 

@@ -135,6 +135,11 @@ class PgVectorStore(PassageStore):
             cursor.execute(listed, (self.collection.id,))
             return [Entry(*row) for row in cursor.fetchall()]
 
+    def all_passages(self) -> list[Document]:
+        with self.database.transaction() as cursor:
+            cursor.execute(sql.SQL("SELECT id, text, metadata FROM {}").format(self.collection.table))
+            return [Document(text, metadata=metadata, id=key) for key, text, metadata in cursor.fetchall()]
+
     def finish(self) -> None:
         """Creates the HNSW and the word index once the collection has more than 20,000 passages; they stay."""
         if self.count() <= INDEXED_FROM or self.is_indexed():

@@ -154,6 +154,9 @@ class PineconeStore(PassageStore):
                     entries.append(as_entry(values))
         return sorted(entries, key=lambda entry: entry.source)
 
+    def all_passages(self) -> list[Document]:
+        return [passage for keys in self._list(self.passages) for passage in self.get_by_ids(keys)]
+
     def drop(self) -> None:
         for namespace in (self.passages, self.records):
             with explaining(namespace), contextlib.suppress(exceptions.NotFoundError):

@@ -1,0 +1,1 @@
+"""Rows written from documents: drafts, checks, selection, review."""
