@@ -60,16 +60,10 @@ def run_command(args) -> int:
         generator = make_generator(args, model, tokenizer, prompt)
     with console.step(STEPS, "Database Integration"):
         store = open_store(args)
-        fill_if_empty(args, store)
+        if args.command != "serve":  # whose page says how to fill a collection
+            fill_if_empty(args, store)
     with console.step(STEPS, "Generate Response"):
-        if args.command == "write":
-            return write(args, store, prompt, generator)
-        if args.command != "evaluate":
-            chain = build_chain(args, store, prompt, generator)
-            if args.command == "chat":
-                return chat(args, chain, prompt, generator)
-            return ask(args, chain, prompt)
-        return evaluate(args, store, prompt, generator)
+        return COMMANDS[args.command](args, store, prompt, generator)
 
 
 # ============================================================================ Model and Tokenizer Setup
@@ -312,12 +306,12 @@ def build_chain(args, store, prompt, generator):
     return chain.build_chain(find, fill, generator, prompt.refusal, store.refusal_threshold)
 
 
-def ask(args, chain, prompt) -> int:
+def ask(args, store, prompt, generator) -> int:
     """Prints an answer to each question; returns 3 with --strict when one was refused or has no support."""
     from qlora.answering.citations import refuse
     from qlora.answering.conversation import answer_question, print_turn, write_trace
 
-    refused = False
+    chain, refused = build_chain(args, store, prompt, generator), False
     for question in args.questions:
         turn = answer_question(chain, question)
         if args.strict and not turn.answer.refused and not turn.answer.is_supported:
@@ -341,13 +335,14 @@ def describe_turn(args, turn, prompt) -> dict:
     return {**turn.as_json(), "model": model, "prompt_digest": prompt.digest, "collection": args.collection}
 
 
-def chat(args, chain, prompt, generator) -> int:
+def chat(args, store, prompt, generator) -> int:
     """Answers turn after turn. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends the chat."""
     from qlora.answering.chat_session import Session, make_rewriter
     from qlora.answering.conversation import answer_question, print_turn, write_trace
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
+    chain = build_chain(args, store, prompt, generator)
     session = Session(complete=make_rewriter(args.base_model, prompt, generator))
     note("Ask about your documents. /help lists the commands; an empty line or Ctrl-D ends.")
     while True:
@@ -372,6 +367,18 @@ def chat(args, chain, prompt, generator) -> int:
             write_trace(args.trace, describe_turn(args, turn, prompt))
 
 
+def serve(args, store, prompt, generator) -> int:
+    """Answers over HTTP, in OpenAI's shapes and on a page, until it is stopped."""
+    from qlora.retrieval.ingest import choose_splitting
+    from qlora.serving import server
+
+    asking = server.Asking(make_search(args, store), prompt, generator, args.top_k, store.refusal_threshold)
+    again = open_store(args, embeddings=load_embeddings(args))  # uploads go on while questions are answered
+    splitting = choose_splitting(again, args.embedding_model, args.passage_tokens, args.overlap)
+    names = server.name_models(args.adapter, args.collection, with_base=not args.base_url)
+    return server.run(server.Options.of(args), asking, again, splitting, names)
+
+
 def evaluate(args, store, prompt, generator) -> int:
     """Answers all questions with base and tuned model from every context, scores them, and writes the report."""
     from qlora.answering.chain import answer_batch, make_fill
@@ -392,19 +399,10 @@ def evaluate(args, store, prompt, generator) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     log = report.AnswerLog(args.output / "answers.jsonl", values)
     threshold = None if args.calibrate else store.refusal_threshold
-    with console.progress() as bar:
-        task = bar.add_task("answers", total=len(modes) * sum(map(len, contexts.values())))
-        asking = evaluation.Asking(
-            log,
-            complete=partial(
-                answer_batch, fill=make_fill(prompt, generator), generator=generator, refusal=prompt.refusal
-            ),
-            threshold=threshold,
-            batch=args.batch_size,
-            advance=lambda count: bar.advance(task, count),
-            refusal=prompt.refusal,
-        )
-        cells = evaluation.answer_cells(asking, modes, contexts)
+    fill = make_fill(prompt, generator)
+    complete = partial(answer_batch, fill=fill, generator=generator, refusal=prompt.refusal)
+    asking = evaluation.Asking(log, complete, threshold, args.batch_size, prompt.refusal)
+    cells = evaluation.answer_cells(asking, modes, contexts)
     values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": threshold}
     result = evaluation.build_result(questions, found, cells, values, args.seed)
     if args.calibrate:
@@ -490,6 +488,7 @@ def writing_settings(args) -> dict:
 
 
 COMMANDS = {
+    **{"ask": ask, "demo": ask, "chat": chat, "serve": serve, "write": write, "evaluate": evaluate},
     **{"doctor": doctor, "compare": compare},
     **{"ingest": ingest, "documents": documents, "forget": forget, "search": search, "sweep": sweep},
 }

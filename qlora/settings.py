@@ -28,6 +28,7 @@ KEYS = {
     "PINECONE_REGION": "region of that cloud (us-east-1)",
     "PINECONE_HOST": "address of another Pinecone control plane, such as a local one",
     "QLORA_API_KEY": "key of the model server that --base-url names, if it needs one",
+    "QLORA_SERVE_KEY": "key that askers of `serve` send, needed where others than this machine can reach it",
     "QLORA_COLLECTION": "name of the collection of passages",
     "QLORA_DATA_DIR": "where the embedded models and the embedded database live",
 }

@@ -138,6 +138,24 @@ def documents(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def quoting(tiny_base):
+    """A random model that quotes the passage."""
+    from serving_site import make_generator
+
+    return make_generator(tiny_base)
+
+
+@pytest.fixture
+def site(quoting, collection, documents, tmp_path):
+    """The parts of a server over the ferry's documents, in the tests' database."""
+    from serving_site import make_site
+
+    made = make_site(quoting, documents, tmp_path)
+    yield made
+    made.worker.stop()
+
+
 def train(*words) -> int:
     """The exit code of instruct_train_qlora.main."""
     import instruct_train_qlora

@@ -50,7 +50,7 @@ def imports(node: ast.AST) -> set[str]:
 
 NAMED_BY_LIBRARIES = {"from_texts", "attend"}  # with the parameters that LangChain and transformers give them
 # Each may use those before it.
-ROOMS = ("reading", "model", "retrieval", "answering", "evaluation", "training", "writing", "cli")
+ROOMS = ("reading", "model", "retrieval", "answering", "evaluation", "training", "writing", "serving", "cli")
 
 
 def module_name(path: Path) -> str:
@@ -178,6 +178,7 @@ def test_every_pin_is_installed_and_used():
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     behind = {  # what a library of ours uses for us
         "gguf": "gguf_file",
+        "python-multipart": "UploadFile",
         "python-dotenv": "import dotenv_values",
         "markdown-it-py": "import MarkdownIt",
         "python-docx": "import docx",
@@ -234,7 +235,7 @@ def test_docs_show_only_commands_and_flags_that_exist(page):
     }
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
     benchmarks = "".join(script.build_parser().format_help() for script in BENCHMARKS)
-    foreign = {"--enable-lora", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
+    foreign = {"--enable-lora", "--build-arg", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
     for flag in set(flags) - foreign:
         assert flag in training + benchmarks + "".join(helps.values()), flag

@@ -47,6 +47,11 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         with problems.collecting():
             resolve_model(args, detect=not problems.found)
         check_serving(args, problems)
+    if args.command == "serve":
+        from qlora.serving.server import check_options
+
+        with problems.collecting():
+            check_options(args.host, args.port)
     if args.command == "evaluate" and not problems.found:
         check_cells(args, problems)
     if "top_k" in args:
@@ -200,21 +205,22 @@ def build_parser(description: str, steps: tuple[str, ...]):
     add("chat", "Answer questions one after the other; later ones may refer to earlier ones.")
     one = add("demo", "Answer three questions on the sample documents.")
     one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
+    add_server_flags(add("serve", "Answer over HTTP: a web page, and OpenAI's API."), answering)
     one = add("write", "Write training rows from the documents; each is checked.")
     add_writing_flags(one, setup)
     add_evaluation_flags(add("evaluate", "Score the base and the tuned model on questions with known answers."))
     add_sweep_flags(add("sweep", "Compare retrieval for several values of a setting.", "SETTING=A,B ..."))
     add_comparison_flags(add("compare", "Show the paired difference of two evaluations.", "FIRST SECOND"))
     add("doctor", "Check the machine, the server, indexes and embeddings; measure the recall of the index.")
-    for name in ("ask", "chat", "demo", "evaluate"):
+    for name in ("ask", "chat", "demo", "serve", "evaluate"):
         add_model_flags(commands.choices[name], setup)
         add_generation_flags(commands.choices[name], generation)
     for name in commands.choices:
         if name != "compare":
             add_database_flags(commands.choices[name].group(storage).add_argument, commands.choices[name])
-    for name in ("search", "ask", "chat", "demo", "write", "evaluate", "sweep"):
+    for name in ("search", "ask", "chat", "demo", "serve", "write", "evaluate", "sweep"):
         add_search_flags(commands.choices[name].group(storage).add_argument)
-    for name in ("ask", "chat", "demo"):
+    for name in ("ask", "chat", "demo", "serve"):
         add_serving_flags(commands.choices[name], setup)
         add_trace_flags(commands.choices[name].group(answering).add_argument, strict=name == "ask")
     for name in ("documents", "search", "ask", "demo", "write", "evaluate", "sweep", "compare", "doctor"):
@@ -319,6 +325,16 @@ def add_serving_flags(one: console.Parser, setup: str) -> None:
     text = "an OpenAI-compatible server answers: http://HOST:PORT/v1 (key: QLORA_API_KEY)"
     flag("--base-url", metavar="URL", help=text)
     flag("--model", metavar="NAME", help="the server's name of the model (its only one)")
+
+
+def add_server_flags(one: console.Parser, answering: str) -> None:
+    """Where the server listens, and whom it answers."""
+    flag = one.group(answering).add_argument
+    flag("--host", default="127.0.0.1", help="address to listen at; others than this machine's need QLORA_SERVE_KEY")
+    flag("--port", type=console.number(int, 1, 65535), default=8000, help="port to listen at")
+    flag("--queue", type=console.number(int, 1, 10**4), default=32, help="questions that may wait")
+    flag("--allow-origin", nargs="+", metavar="URL", default=[], help="other sites that may ask, as https://HOST")
+    flag("--read-only", action="store_true", help="take and delete no documents")
 
 
 def add_trace_flags(flag, strict: bool) -> None:

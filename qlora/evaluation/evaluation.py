@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qlora.answering.chain import best_score, refuses_unread
@@ -147,14 +148,13 @@ class Asking:
     """The way to answer questions, and the log of their answers.
 
     `complete(pairs)` gives an Answer for each (question, documents), `batch` of them at a time. Retrieved passages that
-    all score below `threshold` are refused unread, as `ask` does. `advance(n)` moves the progress bar.
+    all score below `threshold` are refused unread, as `ask` does.
     """
 
     log: Any  # report.AnswerLog
     complete: Callable[[list[tuple]], list[Answer]]
     threshold: float | None
     batch: int
-    advance: Callable[[int], None]
     refusal: str = Prompt.refusal
 
 
@@ -165,26 +165,32 @@ def answer_cells(asking: Asking, modes: dict, contexts: dict[str, list]) -> dict
     two contexts (the right one is often the best found) are read once. The log is closed with all answers.
     """
     keys, log = {}, asking.log
-    for model, mode in modes.items():
-        with mode():
-            for context, asked in contexts.items():
-                keys[model, context] = answer_cell(asking, model, context, asked)
+    with progress() as bar:
+        task = bar.add_task("answers", total=len(modes) * sum(map(len, contexts.values())))
+        for model, mode in modes.items():
+            with mode():
+                for context, asked in contexts.items():
+                    advance = partial(bar.advance, task)
+                    keys[model, context] = answer_cell(asking, model, context, asked, advance)
     log.close([(key, context) for (_, context), cell_keys in keys.items() for key in cell_keys])
     return {cell: [log.known[key]["scores"] for key in cell_keys] for cell, cell_keys in keys.items()}
 
 
-def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple]) -> list[str]:
-    """The log's keys of one cell's answers; missing answers are generated, longest prompts first."""
+def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple], advance) -> list[str]:
+    """The log's keys of one cell's answers; missing answers are generated, longest prompts first.
+
+    `advance(n)` moves the progress bar.
+    """
     keys, missing, log = [], [], asking.log
     for question, documents in asked:
         refused = context == "retrieved" and refuses_unread(documents, asking.threshold)
         passages = [(document.metadata["source"], document.page_content) for document in documents]
         keys.append(log.key(model, question.question, question.answers, passages, refused))
         if keys[-1] in log.known:
-            asking.advance(1)
+            advance(1)
         elif refused:
             log.add(keys[-1], describe_answer(model, context, question, refuse(documents, asking.refusal), 0.0))
-            asking.advance(1)
+            advance(1)
         else:
             missing.append((keys[-1], (question, documents)))
     missing.sort(key=lambda entry: -sum(len(document.page_content) for document in entry[1][1]))
@@ -195,7 +201,7 @@ def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple]) ->
         seconds = round((time.perf_counter() - started) / len(part), 3)
         for (key, (question, _)), answer in zip(part, answers, strict=True):
             log.add(key, describe_answer(model, context, question, answer, seconds))
-        asking.advance(len(part))
+        advance(len(part))
     return keys
 
 

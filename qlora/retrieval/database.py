@@ -2,6 +2,7 @@
 
 rag.collections   name, embedding model, dimension, language and dictionary of its words, refusal threshold
 rag.documents     collection, source, fingerprint (sha256 of content and splitting), folder, size, when
+rag.feedback      judgements of answers, as JSON
 rag.passages_N    one table per collection: halfvec embedding, text, metadata, key of equal texts, tsvector
 """
 
@@ -93,7 +94,16 @@ BEGIN
     END LOOP;
 END $$;
 """
-MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA)
+FOURTH_SCHEMA = """
+CREATE TABLE rag.feedback (
+    id bigserial PRIMARY KEY,
+    collection int NOT NULL REFERENCES rag.collections ON DELETE CASCADE,
+    given timestamptz NOT NULL DEFAULT now(),
+    judgement jsonb NOT NULL
+);
+CREATE INDEX ON rag.feedback (collection);
+"""
+MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA, FOURTH_SCHEMA)
 AT_ONCE = 2_000  # passages whose words are made anew
 # Not to_regclass: it answers from a cache that does not see what another process made while this one waited.
 VERSION = """

@@ -100,8 +100,12 @@ class PassageStore(VectorStore):
         """The entries of the collection, by source."""
 
     @abstractmethod
-    def all_passages(self) -> list[Document]:
-        """All passages, with id and metadata."""
+    def all_passages(self, most: int | None = None) -> list[Document]:
+        """All passages with id and metadata, or some."""
+
+    def feedback(self):
+        """The log of judgements; None where the database keeps none."""
+        return None
 
     @abstractmethod
     def put_parts(self, entry: Entry, parts: Iterable[tuple[Sequence[Document], Sequence]]) -> int:

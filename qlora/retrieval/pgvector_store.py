@@ -19,6 +19,7 @@ from psycopg2 import sql
 from qlora.console import fail, note
 from qlora.retrieval import languages, search_sql
 from qlora.retrieval.database import INDEXES, PASSAGES, Database, migrate, name_parts
+from qlora.retrieval.feedback import FeedbackLog
 from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Hit, Passage, PassageStore
 from qlora.retrieval.word_index import index_words, text_key
 
@@ -135,10 +136,14 @@ class PgVectorStore(PassageStore):
             cursor.execute(listed, (self.collection.id,))
             return [Entry(*row) for row in cursor.fetchall()]
 
-    def all_passages(self) -> list[Document]:
+    def all_passages(self, most: int | None = None) -> list[Document]:
+        listed = sql.SQL("SELECT id, text, metadata FROM {} LIMIT %s").format(self.collection.table)
         with self.database.transaction() as cursor:
-            cursor.execute(sql.SQL("SELECT id, text, metadata FROM {}").format(self.collection.table))
+            cursor.execute(listed, (most,))
             return [Document(text, metadata=metadata, id=key) for key, text, metadata in cursor.fetchall()]
+
+    def feedback(self) -> FeedbackLog:
+        return FeedbackLog(self.database, self.collection.id)
 
     def finish(self) -> None:
         """Creates the HNSW and the word index once the collection has more than 20,000 passages; they stay."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import islice
 
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
@@ -154,8 +155,9 @@ class PineconeStore(PassageStore):
                     entries.append(as_entry(values))
         return sorted(entries, key=lambda entry: entry.source)
 
-    def all_passages(self) -> list[Document]:
-        return [passage for keys in self._list(self.passages) for passage in self.get_by_ids(keys)]
+    def all_passages(self, most: int | None = None) -> list[Document]:
+        found = (passage for keys in self._list(self.passages) for passage in self.get_by_ids(keys))
+        return list(islice(found, most))
 
     def drop(self) -> None:
         for namespace in (self.passages, self.records):

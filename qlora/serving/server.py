@@ -1,0 +1,142 @@
+"""The server: everything loaded, then the port; an address to open; an end that loses no answer.
+
+run(options, asking, store, splitting, names)        # until Ctrl-C or SIGTERM
+"""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qlora import settings
+from qlora.answering.chat_session import make_rewriter
+from qlora.console import fail, note, say
+from qlora.prompt import Prompt
+from qlora.retrieval.passages import Splitting
+from qlora.serving.guard import LOCAL
+
+GRACE = 30  # seconds that answers in work have when the server is stopped
+EXAMPLES, SEEN = 3, 2000  # questions to begin with, and passages that they are made of
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the server is reached, and what it lets through."""
+
+    host: str
+    port: int
+    queue: int
+    base_model: str
+    collection: str
+    read_only: bool
+    origins: tuple[str, ...]
+    trace: Path | None
+
+    @classmethod
+    def of(cls, args) -> "Options":
+        names = ("host", "port", "queue", "base_model", "collection", "read_only", "trace")
+        return cls(**{name: getattr(args, name) for name in names}, origins=tuple(args.allow_origin))
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What answers: the search, the prompt, the model."""
+
+    find: Callable
+    prompt: Prompt
+    generator: Any
+    top_k: int
+    threshold: float | None
+
+
+def name_models(adapter: Path | None, collection: str, with_base: bool) -> dict[str, bool]:
+    """The ids of /v1/models, each with whether the adapter answers; the first is the default."""
+    names = {f"{adapter.name}/{collection}": True} if adapter else {}
+    return names | ({f"base/{collection}": False} if with_base or not adapter else {})
+
+
+def check_options(host: str, port: int) -> None:
+    """Raises UserError for a host that is open to others without a key, and for a port that is in use."""
+    if host not in LOCAL and not settings.get("QLORA_SERVE_KEY"):
+        fix = "set QLORA_SERVE_KEY in the environment or in .env, or leave --host out"
+        raise fail(f"{host} can be reached by others, and no key is set", "--host", fix)
+    try:
+        with socket.create_server((host.strip("[]"), port), family=family_of(host)):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise fail(
+            f"port {port} cannot be opened ({reason})", "--port", "give another --port, or end what uses it"
+        ) from error
+
+
+def family_of(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def run(options: Options, asking: Asking, store, splitting: Splitting, names: dict[str, bool]) -> int:
+    """Serves until it is stopped; answers in work are finished first."""
+    import uvicorn
+
+    from qlora.serving.app import Site, make_app
+    from qlora.serving.document_routes import Library
+    from qlora.serving.guard import Rules
+    from qlora.serving.service import Service
+    from qlora.serving.worker import BATCH, Worker
+
+    complete = make_rewriter(options.base_model, asking.prompt, asking.generator)
+    find = partial(asking.find, k=asking.top_k)
+    service = Service(find, asking.prompt, asking.generator, asking.threshold, complete)
+    ways = {} if hasattr(asking.generator, "generate_ids") else {"threads": BATCH, "batch": 1}
+    worker = Worker(service.answer, options.queue, **ways)
+    folder = settings.data_folder() / "uploads" / options.collection
+    library = Library(store, splitting, folder, store.find, options.read_only)
+    rules = Rules(options.host, settings.get("QLORA_SERVE_KEY"), options.origins)
+    examples = suggest_questions(store)
+    site = Site(worker, names, library, rules, store.feedback(), examples, options.trace)
+    worker.start()
+    note(f"{', '.join(names)}; the API is described at /docs")
+    host = options.host.strip("[]")
+    config = uvicorn.Config(
+        make_app(site),
+        host=host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+    )
+    # uvicorn ends in order, and then sends itself the signal that it got: the database is still to be stopped.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(KeyboardInterrupt):
+        announcing(uvicorn.Server(config), f"http://{options.host}:{options.port}/").run()
+    worker.stop()
+    note("stopped")
+    return 0
+
+
+def announcing(server, address: str):
+    """The uvicorn server, which prints its address as soon as it can be opened."""
+    start = server.startup
+
+    async def startup(sockets=None) -> None:
+        await start(sockets)
+        if server.started:
+            say(address)
+
+    server.startup = startup
+    return server
+
+
+def suggest_questions(store) -> list[str]:
+    """Questions about documents of the collection, by their headings."""
+    passages = store.all_passages(SEEN)
+    headings = {passage.metadata["source"]: passage.metadata.get("heading", "") for passage in reversed(passages)}
+    topics = [heading.rpartition(" > ")[2] or source for source, heading in sorted(headings.items())]
+    step = max(1, len(topics) // EXAMPLES)
+    return [f"What does {topic} say?" for topic in dict.fromkeys(topics[::step])][:EXAMPLES]
