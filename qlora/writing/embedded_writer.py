@@ -41,7 +41,7 @@ def prepare() -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with claiming(place.with_name(f"{place.name}-training")):
         if not (place / "run.json").is_file():
-            note("Training the embedded writer on the sample's rows (once; 5 to 10 minutes, longer without bf16)")
+            note("Training the embedded writer on the sample's rows (once; about 10 minutes, longer without bf16)")
             command = [sys.executable, str(settings.PROJECT / "instruct_train_qlora.py"), "--preset", "laptop"]
             command += ["--base-model", presets.EMBEDDED, "--dataset", str(ROWS), "--writer", "--eval-answers", "0"]
             done = subprocess.run([*command, "--output", str(place), "--resume"], stdout=subprocess.DEVNULL)
