@@ -211,7 +211,11 @@ def test_it_is_trained_and_plain_peft_answers_the_same(made, trained):
     plain = PeftModel.from_pretrained(base_model.load_base_model(str(folder)), str(trained)).eval()
     options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     wanted = plain.generate(input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
-    assert answer[:4] == wanted[0, len(prompt) :].tolist()[:4]
+    assert len(answer) > 0
+    # Not the tokens: of a random model's two likeliest, bf16 may not tell which is ahead.
+    with torch.inference_mode():
+        logits, others = (model(input_ids=wanted).logits[0, len(prompt) - 1 :].float() for model in (ours, plain))
+    assert (logits - others).abs().max() < 0.1 * others.std()
 
 
 EXPORTED = ("llama-3", "qwen2", "qwen3", "mistral")

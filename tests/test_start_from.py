@@ -42,7 +42,7 @@ def test_it_begins_where_the_adapter_ended(parent, words, tmp_path, more):
     assert train(*words, "--start-from", parent, "--output", tmp_path / "child", *more) == 0
     before, after = run_of(parent), run_of(tmp_path / "child")
     assert after["result"]["eval_loss_before"] == pytest.approx(before["result"]["eval_loss_after"], rel=1e-3)
-    assert after["result"]["eval_loss_after"] == pytest.approx(before["result"]["eval_loss_after"], rel=0.01)
+    assert after["result"]["eval_loss_after"] < 1.01 * before["result"]["eval_loss_after"]
     arguments = after["arguments"]
     assert arguments["rank"] == (24 if more else 16) and arguments["alpha"] == 2 * arguments["rank"]
     assert sorted(arguments["target_modules"]) == sorted(
