@@ -147,7 +147,7 @@ def format_rows(args, tokenizer, prompt, rows, counts):
 
     turned = turn_around(training, args.refusal) if args.writer else []
     if args.writer:
-        console.note(f"{len(turned)} rows are also trained turned around: passage -> question and answer")
+        console.note(f"{len(turned)} rows are also trained turned around: passage -> answer and question")
     first = batch(count_rows(args, "training", training, encode(training, 0, turned), counts), 0)
     epochs = Epochs(first, lambda epoch: batch(encode(training, epoch, turned)[0], epoch))
     return epochs, count_rows(args, "held out", held_out, encode(held_out, 0), counts)

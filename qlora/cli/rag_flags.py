@@ -218,7 +218,7 @@ def build_parser(description: str, steps: tuple[str, ...]):
     for name in commands.choices:
         if name != "compare":
             add_database_flags(commands.choices[name].group(storage).add_argument, commands.choices[name])
-    for name in ("search", "ask", "chat", "demo", "serve", "write", "evaluate", "sweep"):
+    for name in ("search", "ask", "chat", "demo", "serve", "evaluate", "sweep"):
         add_search_flags(commands.choices[name].group(storage).add_argument)
     for name in ("ask", "chat", "demo", "serve"):
         add_serving_flags(commands.choices[name], setup)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qlora import console, machine, presets
 from qlora.model import adapter
+from qlora.retrieval.search_modes import FETCH
 from qlora.writing import embedded_writer
 
 READ_TOKENS = 48  # of an answer that a draft is compared with
@@ -26,6 +27,8 @@ def add_writing_flags(one: console.Parser, setup: str) -> None:
     flag("--refusal-share", type=share, default=0.1, help="share of rows whose context does not hold the answer")
     text = "share of the documents whose rows become questions: ROWS.questions.jsonl"
     flag("--hold-out", type=share, default=0.0, help=text)
+    text = "passages of a search among which a question must find its own"
+    flag("--top-k", type=console.number(int, 1, 50), default=3, help=text)
     text = "questions of an evaluation, which no row may resemble"
     flag("--questions", type=Path, nargs="+", metavar="FILE", default=[], help=text)
     flag("--review", metavar="WHERE", help="look at every row: terminal, or a .csv file to edit and read back")
@@ -40,6 +43,7 @@ def add_writing_flags(one: console.Parser, setup: str) -> None:
     flag("--model", dest="writer_model", metavar="NAME", help="the server's name of the model (its only one)")
     flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
     one.set_defaults(base_url=None, model=None, merge_for_speed=False, preset=None, base_model=None, refusal_bias=None)
+    one.set_defaults(mode=None, fetch_k=FETCH, diversity=0.0, where=[])  # every passage is written about
     one.set_defaults(temperature=0.0, top_p=1.0, max_new_tokens=READ_TOKENS, repetition_penalty=1.0)
 
 

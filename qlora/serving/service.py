@@ -57,12 +57,15 @@ class Service:
         session.turns = as_turns(job.history)
         return session.stand_alone(job.question)
 
-    def answer_one(self, job: Job) -> None:
-        """Through the chain of `ask`."""
+    def model_for(self, job: Job, limit: int | None):
+        """The generator with the job's decoding, as far as it names one."""
         asked = {"temperature": job.temperature, "top_p": job.top_p, "seed": job.seed}
         given = {name: value for name, value in asked.items() if value is not None}
-        given |= limit_field(self.generator, job.max_tokens)
-        model = self.generator.model_copy(update=given)
+        return self.generator.model_copy(update=given | limit_field(self.generator, limit))
+
+    def answer_one(self, job: Job) -> None:
+        """Through the chain of `ask`."""
+        model = self.model_for(job, job.max_tokens)
         fill = chain.make_fill(self.prompt, model)
         bound = model.bind(stop=list(job.stop)) if job.stop else model
         built = chain.build_chain(self.search, fill, bound, self.prompt.refusal, self.threshold)
@@ -96,7 +99,7 @@ class Service:
         from transformers import StoppingCriteriaList
 
         limits = [jobs[n].max_tokens or self.generator.max_new_tokens for n, _, _ in asked]
-        model = self.generator.model_copy(update={"max_new_tokens": max(limits)})
+        model = self.model_for(jobs[0], max(limits))
         fill = chain.make_fill(self.prompt, model)
         prompts = []
         for n, found, _ in asked:

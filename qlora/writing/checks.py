@@ -17,6 +17,7 @@ from qlora.writing.question_kinds import OPENERS, fits, kind_of_question
 QUESTION_MARK = re.compile("[?\uff1f\u061f]")
 LONGEST_QUESTION = 40  # words
 LONGEST_ANSWER = 40  # words
+ALIKE = 0.8  # token F1 of two questions, from which on they are one question
 GIVEN_AWAY = 0.75  # share of the answer's words in the question
 # What refers to something that a question without its passage does not have.
 LEANING = re.compile(

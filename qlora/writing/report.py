@@ -103,6 +103,7 @@ def write_all(files: Files, rows: Sequence[dict], held_out: Sequence[dict], repo
         fix = FIXES.get(reason, "see the examples in the report; give other documents, or a better writer")
         raise fail(f"no row passed the checks; most were dropped because: {reason}", str(files.report), fix)
     write_rows(files.rows, rows)
+    files.questions.unlink(missing_ok=True)  # those of an earlier run may be rows now
     if held_out:
         write_rows(files.questions, held_out)
 

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -160,7 +161,8 @@ def read_table(path: Path, known: set[str]) -> list[dict]:
         elif decision == KEEP and not ((cells.get("question") or "").strip() and (cells.get("answer") or "").strip()):
             problems.add("question or answer is empty", f"{path}:{line}", "write both, or drop")
         else:
-            texts = {name: " ".join(cells[name].removeprefix("'").split()) for name in ("question", "answer")}
+            plain = {name: re.sub(r"^'(?=[=+\-@])", "", cells[name].strip()) for name in ("question", "answer")}
+            texts = {name: " ".join(text.split()) for name, text in plain.items()}
             found.append({"id": cells["id"], "decision": decision, **texts})
     problems.raise_if_any()
     return found

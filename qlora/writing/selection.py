@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qlora.words import normalize
-from qlora.writing.checks import same_question
+from qlora.writing.checks import ALIKE, same_question
 from qlora.writing.drafts import Draft, Wanted, Written
 from qlora.writing.question_kinds import kind_of_question
 
-ALIKE = 0.8  # token F1 of two questions, from which on they are one question
 EXAMPLES = 3  # per reason
 
 

@@ -18,13 +18,12 @@ from qlora import console
 from qlora.metrics import token_f1
 from qlora.prompt import Prompt
 from qlora.refusal import is_refusal
-from qlora.writing.checks import check_text, same_question
+from qlora.writing.checks import ALIKE, check_text, same_question
 from qlora.writing.drafts import Draft, DraftLog, Wanted, Written, passage_key
 from qlora.writing.local_writer import LocalWriter
 from qlora.writing.refusal_rows import Refusals
 
 AGREEING = 0.6  # token F1 of the writer's answer and the reader's, from which on they are one answer
-REPEATED = 0.8  # token F1 of two questions, from which on they are one question
 
 
 class Writer(Protocol):
@@ -108,7 +107,7 @@ def review_drafts(written: Written, passage: Document, tools: Tools) -> None:
     kept: list[Draft] = []
     for one in written.drafts:
         one.dropped = one.dropped or check_text(one, written.text, passage.metadata.get("heading", ""))
-        if not one.dropped and any(same_question(one.question, other.question) >= REPEATED for other in kept):
+        if not one.dropped and any(same_question(one.question, other.question) >= ALIKE for other in kept):
             one.dropped = "repeats another"
         if not one.dropped:
             kept.append(one)
