@@ -80,13 +80,18 @@ def make_site(generator, documents, folder) -> Site:
 @contextlib.contextmanager
 def serving(site: Site):
     """The address of a real server."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    running = uvicorn.Server(uvicorn.Config(make_app(site), port=port, log_level="error", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    running.should_exit = True
-    thread.join()
+    config = uvicorn.Config(make_app(site), log_level="error", timeout_graceful_shutdown=5)
+    running = uvicorn.Server(config)
+    # Its socket is opened here and handed on: a port that is closed and opened again may be taken in between.
+    with socket.create_server(("127.0.0.1", 0)) as opened:
+        thread = threading.Thread(target=running.run, args=([opened],), daemon=True)
+        thread.start()
+        while not running.started:
+            assert thread.is_alive(), "the server ended before it answered"
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join(timeout=30)
+    assert not thread.is_alive(), "the server did not end"

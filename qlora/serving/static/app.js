@@ -22,14 +22,16 @@ function lastTurns() {
 
 async function ask(question) {
   if (state.stop) return; // one question at a time
-  const turn = { question, answer: "", unsupported: [], citations: [], nearest: [], done: false, model: state.model };
+  const turn = { question, answer: "", unsupported: [], citations: [], nearest: [], done: false };
   const messages = [...lastTurns(), { role: "user", content: question }];
   state.chat.turns.push(turn);
   const shown = showTurn(turn);
   state.stop = new AbortController();
   setBusy(true);
   try {
-    await api.ask(state.model, messages, (event) => take(event, turn, shown), state.stop.signal);
+    await ready; // a question may be faster than the names of the models
+    turn.model = state.model;
+    await api.ask(turn.model, messages, (event) => take(event, turn, shown), state.stop.signal);
     turn.done = true;
   } catch (error) {
     if (error.name === "AbortError") turn.stopped = true;
@@ -423,4 +425,4 @@ async function start() {
   at("question").focus();
 }
 
-start();
+const ready = start();
