@@ -27,7 +27,7 @@ PROJECT = FOLDER.parent
 MARK = re.compile(r"(?P<code># source: (\S+))|<!-- source: (\S+) -->")
 LIMIT = 1_000_000  # bytes a notebook; GitHub shows no large ones
 SMALL = "SMALL = False", "SMALL = True"
-NOT_STEPPED = {"chat", "write"}  # a chat wants a person, writing a trained writer
+NOT_STEPPED = {"chat", "write"}  # a chat wants a person; what writes is another model, loaded by main()
 
 
 def main(argv: list[str]) -> int:

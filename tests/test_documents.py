@@ -216,6 +216,8 @@ def test_a_long_section_is_split_in_parts_that_know_their_place(tokenizer, monke
     section = Section(separator.join(f"Sentence number {n} is here." for n in range(300)))
     sizes = Splitting("fake", 256, 60, 0)
     whole = list(split_sections([section], "a.txt", tokenizer, sizes))
+    texts = [passage.page_content for passage in whole]
+    assert all(text.startswith("Sentence") and text.endswith("here.") for text in texts)
     monkeypatch.setattr(passages, "AT_ONCE", 1000)
     parts = list(split_sections([section], "a.txt", tokenizer, sizes))
     joined = "".join("".join(part.page_content.split()) for part in parts)

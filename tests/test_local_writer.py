@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import QUICK, sample_rows, train
+from transformers import AutoModelForCausalLM
 
+from qlora.answering.shared_beginnings import common_beginning, generate_groups
 from qlora.model import base_model
 from qlora.prompt import WRITE, choose_prompt, encode_prompt
 from qlora.training.row_shapes import Row
@@ -25,16 +27,40 @@ def writer(tiny_base) -> LocalWriter:
     return LocalWriter(Generator(model=model, tokenizer=tokenizer, max_new_tokens=8), prompt)
 
 
-def test_one_reading_of_the_passage_gives_what_a_reading_per_draft_gives(writer, monkeypatch):
-    once = writer.write(TEXT, 5, seed=3)
-    assert writer.write(TEXT, 5, seed=3) == once
-    assert writer.write(TEXT, 5, seed=4) != once
-    assert len({(draft.question, draft.answer) for draft in once}) > 1
-    monkeypatch.setattr(LocalWriter, "read_once", lambda *given: None)
-    each = writer.write(TEXT, 5, seed=3)
-    assert [(d.question, d.answer) for d in each] == [(d.question, d.answer) for d in once]
-    for one, other in zip(each, once, strict=True):
-        assert one.likelihood == pytest.approx(other.likelihood, abs=2e-3)
+def test_a_beginning_is_computed_once_and_gives_what_whole_prompts_give(writer, tiny_base):
+    """The logits of four steps, of prompts of different lengths in groups of different sizes."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 20  # a random model hardly looks at positions
+    generator = writer.generator.model_copy(update={"model": model, "max_new_tokens": 4})
+    ids = list(range(10, 90))
+    groups = [[[*ids[:40], 3], [*ids[:40], 4, 5, 6]], [ids[20:80]], [ids[:9], ids[:5], [*ids[:7], 1, 2]]]
+    assert [len(common_beginning(group)) for group in groups] == [40, 59, 4]
+    seen: dict[str, list] = {"groups": [], "whole": []}
+
+    def follow(name: str):
+        def process(tokens, logits):
+            seen[name].append(logits.float())
+            forced = torch.full_like(logits, -torch.inf)
+            forced[:, 20 + len(seen[name])] = 0
+            return forced
+
+        return process
+
+    grouped = generate_groups(generator, groups, [follow("groups")])
+    whole = generator.generate_ids([prompt for group in groups for prompt in group], [follow("whole")])
+    assert grouped == whole == [[21, 22, 23, 24]] * 6
+    for one, other in zip(seen["groups"], seen["whole"], strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_drafts_depend_on_the_seed(writer):
+    once = writer.write([TEXT, TEXT + " She is 61."], 5, seed=3)
+    assert writer.write([TEXT, TEXT + " She is 61."], 5, seed=3) == once
+    assert writer.write([TEXT, TEXT + " She is 61."], 5, seed=4) != once
+    assert [len(drafts) for drafts in once] == [5, 5]
+    assert all(len({draft.answer for draft in drafts}) > 1 for drafts in once)
 
 
 def test_the_likelihood_is_that_of_the_question_alone(writer):
@@ -49,7 +75,7 @@ def test_the_likelihood_is_that_of_the_question_alone(writer):
     ends_line = newline_tokens(tokenizer)
     first = len(prompt) + next(n for n, token in enumerate(response) if ends_line(token)) + 1
     wanted = logs[first - 1 :].mean().item()
-    watch = QuestionWatch(len(prompt), ends_line, [tokenizer.eos_token_id])
+    watch = QuestionWatch(ends_line, [tokenizer.eos_token_id])
     for end in range(len(prompt), len(prompt) + len(response) + 1):
         scaled = watch(ids[:, :end], logits[:, end - 1])
         is_asking = end >= first

@@ -174,7 +174,7 @@ def pinned() -> dict[str, str]:
 
 def test_every_pin_is_installed_and_used():
     files = [*CODE, *(PROJECT / "tests").glob("*.py"), PROJECT / "Makefile", PROJECT / "notebooks" / "build.py"]
-    files.append(PROJECT / "benchmarks" / "document_files.py")
+    files += [PROJECT / "benchmarks" / "document_files.py", PROJECT / "pyproject.toml"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     behind = {  # what a library of ours uses for us
         "gguf": "gguf_file",
@@ -188,6 +188,7 @@ def test_every_pin_is_installed_and_used():
         "accelerate": "device_map",
         "ipykernel": '"kernelspec"',
         "pytest-xdist": "--dist loadfile",
+        "pytest-timeout": "timeout = ",
         "pyyaml": "import yaml",
         "execnet": "PYTEST_XDIST",
     }

@@ -304,7 +304,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(fault, monkeypatch):
 
     with serving(say) as server:
         writer = server_writer.ServerWriter(server.url, None)
-        assert [draft.answer for draft in writer.write(PASSAGE, 3, seed=1)] == ["Ida Marsh"]
+        assert [draft.answer for draft in writer.write([PASSAGE], 3, seed=1)[0]] == ["Ida Marsh"]
     assert len(server.asked) == 3
 
 
@@ -313,9 +313,9 @@ def test_a_server_that_always_fails_ends_the_run_after_some_passages(monkeypatch
     with serving(lambda body: 500) as server:
         writer = server_writer.ServerWriter(server.url, None)
         for _ in range(server_writer.GIVE_UP - 1):
-            assert writer.write(PASSAGE, 3, seed=1) == []
+            assert writer.write([PASSAGE], 3, seed=1) == [[]]
         with pytest.raises(UserError, match="5 times in a row"):
-            writer.write(PASSAGE, 3, seed=1)
+            writer.write([PASSAGE], 3, seed=1)
     assert writer.failures == {"status 500": 5}
 
 

@@ -84,28 +84,32 @@ class Generator(BaseChatModel):
         A single greedy answer uses prompt lookup (github.com/apoorvumang/prompt-lookup-decoding): the continuation of
         the last two tokens in the prompt is checked in one step, so that a quotation takes several tokens per step.
         """
+        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        if len(prompts) == 1 and self.temperature == 0 and "stop_strings" not in options:
+            options["prompt_lookup_num_tokens"] = LOOKUP  # with stop strings prompt lookup would run past them
+        return self.extend_ids(inputs, processors, **options)
+
+    def extend_ids(self, inputs, processors: Sequence[Callable] = (), **options) -> list[list[int]]:
+        """New token ids for each row of `input_ids` and `attention_mask`, up to and with EOS."""
         import torch
         from transformers import LogitsProcessorList
 
         machine.threads().adjust()
-        if len(prompts) == 1 and self.temperature == 0 and "stop_strings" not in options:
-            options["prompt_lookup_num_tokens"] = LOOKUP  # with stop strings prompt lookup would run past them
         if self.temperature > 0:
             torch.manual_seed(self.seed)
             options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        ends = self.end_tokens()
-        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        ends, start = self.end_tokens(), inputs["input_ids"].shape[1]
         with torch.inference_mode():
             output = self.model.generate(
                 **inputs.to(self.model.device),
                 **{"do_sample": False, **options},
-                logits_processor=LogitsProcessorList([self.bias_first(inputs["input_ids"].shape[1]), *processors]),
+                logits_processor=LogitsProcessorList([self.bias_first(start), *processors]),
                 max_new_tokens=self.max_new_tokens,
                 repetition_penalty=self.repetition_penalty,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=ends,
             )
-        made = [row[inputs["input_ids"].shape[1] :].tolist() for row in output]
+        made = [row[start:].tolist() for row in output]
         return [ids[: next((n + 1 for n, token in enumerate(ids) if token in ends), len(ids))] for ids in made]
 
     def end_tokens(self) -> list[int]:

@@ -8,6 +8,7 @@ from qlora.retrieval.search_modes import FETCH
 from qlora.writing import embedded_writer
 
 READ_TOKENS = 48  # of an answer that a draft is compared with
+KEEP = 0.5  # halves the share of wrong rows (docs/measurements.md)
 
 
 def add_writing_flags(one: console.Parser, setup: str) -> None:
@@ -23,7 +24,8 @@ def add_writing_flags(one: console.Parser, setup: str) -> None:
     )
     flag("--rows", type=console.number(int, 1, 10**6), help="rows to write (2 per passage, 1000 at most)")
     flag("--per-passage", type=console.number(int, 1, 20), default=3, help="rows about one passage, at most")
-    flag("--keep", type=console.number(float, 0, 1, above=True), default=1.0, help="share of good rows, the likeliest")
+    text = f"share of the rows that pass all checks: the likeliest questions ({KEEP}; all of a server's)"
+    flag("--keep", type=console.number(float, 0, 1, above=True), help=text)
     flag("--refusal-share", type=share, default=0.1, help="share of rows whose context does not hold the answer")
     text = "share of the documents whose rows become questions: ROWS.questions.jsonl"
     flag("--hold-out", type=share, default=0.0, help=text)
@@ -69,6 +71,9 @@ def resolve_writer(args, problems: console.Problems) -> None:
         problems.add("nobody writes", "--writer none", "name a server with --base-url, or leave --writer out")
     if args.writer_model and not args.writer_url:
         problems.add("--model is the name of a server's model", "--model", "add --base-url")
+    if args.keep and args.writer_url:
+        problems.add("a server does not say how likely its questions are", f"--keep {args.keep}", "leave it out")
+    args.keep = args.keep or (1.0 if args.writer_url else KEEP)
     if args.writer_url:
         from qlora.answering.server_model import check_url
 

@@ -20,7 +20,7 @@ MOST_BYTES = 1_000_000_000
 VERSION_CONTROL = {"CVS", "_darcs"}  # the names of others begin with a dot
 NAMED = 3  # other sources of a text that are named to people
 UNITS = ("page", "slide", "chapter", "paragraph", "line", "row", "part")
-VERSION = 4  # of the splitting: raised when it changes, so that all documents are ingested again
+VERSION = 5  # of the splitting: raised when it changes, so that all documents are ingested again
 
 
 @dataclass(frozen=True)

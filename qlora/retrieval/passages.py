@@ -19,7 +19,7 @@ AT_ONCE = 500_000  # characters that the splitter gets; it keeps a list of all l
 # A word without a space, such as base64 or a Thai sentence, may be one token of any length. English has 4 to 5.
 CHARACTERS_PER_TOKEN = 10
 # Paragraphs, lines, sentences (also of scripts without spaces), words, characters.
-SEPARATORS = ["\n\n", "\n", r"\. ", f"(?<=[{FULL_STOPS.strip('.!?')}])", " ", ""]
+SEPARATORS = ["\n\n", "\n", r"(?<=\. )", f"(?<=[{FULL_STOPS.strip('.!?')}])", " ", ""]
 
 
 @dataclass(frozen=True)

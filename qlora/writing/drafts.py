@@ -142,10 +142,12 @@ class DraftLog:
         kept = [json.dumps({"settings": settings}), *whole]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
-    def add(self, written: Written) -> None:
+    def add(self, *many: Written) -> None:
+        """Logs what was written together in one go, so that a run which continues groups the rest alike."""
+        lines = (json.dumps(asdict(written), ensure_ascii=False) + "\n" for written in many)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(written), ensure_ascii=False) + "\n")
-        self.done[written.id] = written
+            file.write("".join(lines))
+        self.done |= {written.id: written for written in many}
 
 
 def read_written(cells: dict) -> Written:

@@ -80,7 +80,7 @@ class Refusals:
         """Whether the reader finds the right answer in a passage where it should not be."""
         if not self.tools.read:
             return False
-        (read,) = self.tools.read(text, [question])
+        (read,) = self.tools.read([(text, question)])
         return token_f1(read, [answer]) >= OTHER
 
 

@@ -6,7 +6,8 @@ What comes back is untrusted: it is looked for in whatever a model says around i
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from qlora import settings
 from qlora.answering.server_model import NO_KEY, choose_model, explain_status, note_remote, said
@@ -54,11 +55,15 @@ class ServerWriter:
         self.failures: Counter = Counter()
         self.failed_in_a_row = 0
 
-    def write(self, text: str, count: int, seed: int) -> list[Draft]:
-        """Up to `count` drafts; none where the server fails or says something else.
+    def write(self, texts: Sequence[str], count: int, seed: int) -> list[list[Draft]]:
+        """Up to `count` drafts about each passage; none where the server fails or says something else.
 
         Raises UserError for a wrong key or model, and after `GIVE_UP` failures in a row.
         """
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return list(pool.map(lambda text: self.write_about(text, count, seed), texts))
+
+    def write_about(self, text: str, count: int, seed: int) -> list[Draft]:
         said_by_model = self.ask(text, count, seed)
         if said_by_model is None:
             return []
