@@ -50,7 +50,7 @@ own: setup
 	@mkdir -p "rows/$(NAME)"
 	$(PY) rag_qlora.py ingest "$(DOCUMENTS)" $(OWN)
 	$(PY) rag_qlora.py write $(OWN) --output "rows/$(NAME)/rows.jsonl" --hold-out 0.2
-	$(PY) instruct_train_qlora.py --preset laptop --dataset "rows/$(NAME)/rows.jsonl" --output "adapters/$(NAME)" --overwrite
+	$(PY) instruct_train_qlora.py --preset laptop --start-from embedded --dataset "rows/$(NAME)/rows.jsonl" --output "adapters/$(NAME)" --overwrite
 	$(PY) rag_qlora.py evaluate $(OWN) --adapter "adapters/$(NAME)" --questions "rows/$(NAME)/rows.questions.jsonl"
 
 evaluate: setup

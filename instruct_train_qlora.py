@@ -397,6 +397,10 @@ def publish(args, held_out) -> None:
 
 def describe_run(args, rows, report: dict, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
+    start = read_start(args)
+    fallback = start.run.get("result", {}).get("refusal_bias", 0.0) if start else 0.0
+    if fallback and "refusal_bias" not in result:
+        console.note(f"too few held-out rows refuse to fit when to; as {args.start_from} does: {fallback}")
     return {
         "base_model": {
             **adapter.describe_base(args.base_model, args.output),
@@ -412,9 +416,9 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
         },
-        "parents": start.line if (start := read_start(args)) else [],
+        "parents": start.line if start else [],
         "arguments": jsonable(vars(args)),
-        "result": result,
+        "result": {"refusal_bias": fallback, **result},
         "versions": library_versions(),
         "git_commit": git_commit(),
     }

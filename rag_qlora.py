@@ -437,7 +437,8 @@ def write(args, store, prompt, generator) -> int:
         review.review_rows([*chosen.rows, *chosen.held_out], files, args.review)
     report.write_all(files, *review.apply_to(chosen, files), result)
     note(f"Rows: {args.output}, and beside them what each check dropped: {files.drafts}")
-    note(f"Next: python instruct_train_qlora.py --dataset {args.output} --output adapters/mine")
+    start = f" --start-from {args.writer}" if args.adapter else ""  # who writes from passages answers from them as well
+    note(f"Next: python instruct_train_qlora.py --dataset {args.output}{start} --output adapters/mine")
     return 0
 
 

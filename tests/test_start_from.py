@@ -39,6 +39,7 @@ def change(path, **changes) -> None:
 @pytest.mark.parametrize("more", [[], ["--rank", 24]], ids=str)
 def test_it_begins_where_the_adapter_ended(parent, words, tmp_path, more):
     """Also with a higher rank: the new part of B is zero, and the scale is kept."""
+    change(parent / "run.json", result=run_of(parent)["result"] | {"refusal_bias": -1.5})
     assert train(*words, "--start-from", parent, "--output", tmp_path / "child", *more) == 0
     before, after = run_of(parent), run_of(tmp_path / "child")
     assert after["result"]["eval_loss_before"] == pytest.approx(before["result"]["eval_loss_after"], rel=1e-3)
@@ -48,6 +49,7 @@ def test_it_begins_where_the_adapter_ended(parent, words, tmp_path, more):
     assert sorted(arguments["target_modules"]) == sorted(
         json.loads((parent / "adapter_config.json").read_text())["target_modules"]
     )
+    assert after["result"]["refusal_bias"] == -1.5  # six rows are too few to fit another
     [first] = after["parents"]
     assert first["sha256_of_weights"] != adapter.digest_weights(tmp_path / "child")
     assert first["adapter"] == str(parent) and first["sha256_of_rows"] == before["dataset"]["sha256_of_rows"]

@@ -16,6 +16,7 @@ from qlora.training.row_files import SUFFIXES, kind_of
 from qlora.training.row_filters import Selection, keep_usable, read_selection
 from qlora.training.rows import load_rows
 from qlora.words import WORD
+from qlora.writing import embedded_writer
 
 REPORTERS = ("tensorboard", "wandb", "trackio")
 RANK, TARGETS = 16, "all-linear"
@@ -34,6 +35,12 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         if getattr(args, field.name, "") is None:
             setattr(args, field.name, getattr(preset, field.name))
     parent = None
+    if args.start_from == embedded_writer.NAME:
+        args.start_from = str(embedded_writer.folder())
+        if not embedded_writer.folder().is_dir():
+            fix = "write rows with it first: python rag_qlora.py write --collection NAME"
+            problems.add("the embedded writer is not trained yet", "--start-from embedded", fix)
+            problems.raise_if_any()
     if args.start_from:
         with problems.collecting():
             parent = read_parent(args.start_from, named)
@@ -227,7 +234,7 @@ def add_model_flags(flag) -> None:
     choice = console.choice("auto", "on", "off")
     flag("--base-model", metavar="MODEL", help="hub id or folder of a Llama-family model (the preset's)")
     flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
-    flag("--start-from", metavar="ADAPTER", help="train a saved adapter further: a folder, or a hub id")
+    flag("--start-from", metavar="ADAPTER", help="train further: a folder, a hub id, or embedded (the writer)")
     flag("--rank", type=console.number(int, 1, 4096), help=f"LoRA rank ({RANK}, or that of --start-from)")
     flag("--alpha", type=console.number(int, 1, 10**6), help="LoRA alpha (twice the rank)")
     flag("--dropout", type=console.number(float, 0, 1), default=0.0, help="LoRA dropout")

@@ -126,7 +126,7 @@ def describe_speed(progress: Progress) -> dict[str, float]:
 
 
 def describe_result(metrics: Path, progress: Progress, steps: int) -> dict[str, object]:
-    """Held-out loss and answers before and after (of the best weights), speed, steps."""
+    """Held-out loss and answers before and after (of the best weights), speed, steps; the refusal bias, if fitted."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     evaluated = {line["step"]: line for line in lines if "eval_loss" in line}
     before, after = evaluated[0], evaluated[progress.best_step]
@@ -136,7 +136,7 @@ def describe_result(metrics: Path, progress: Progress, steps: int) -> dict[str, 
         "eval_loss_before": before["eval_loss"],
         "eval_loss_after": after["eval_loss"],
         **{f"{key}_after": after[key] for key in ANSWERS if key in after},
-        "refusal_bias": after.get("eval_refusal_bias", 0.0),
+        **({"refusal_bias": after["eval_refusal_bias"]} if "eval_refusal_bias" in after else {}),
         "train_loss": sum(losses) / len(losses),
         "train_seconds": round(progress.seconds, 1),
         "useful_tokens": progress.useful_tokens,
