@@ -153,13 +153,16 @@ def test_askers_get_their_own_answers_from_one_batch(site, quoting, monkeypatch)
 
 
 def test_a_full_queue_says_when_to_come_back(site, monkeypatch):
-    go_on = threading.Event()
-    monkeypatch.setattr(site.worker, "answer", lambda jobs: go_on.wait(20))
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(site.worker, "answer", lambda jobs: (begun.set(), go_on.wait(20)))
     monkeypatch.setattr(site.worker, "size", 2)
     monkeypatch.setattr(chat_routes, "SECONDS", 5)
     with serving(site) as url, ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(ask, url) for _ in range(3)]
-        while len(site.worker.waiting) < 2:
+        waiting = [pool.submit(ask, url)]
+        assert begun.wait(20)  # later ones would be answered together with it
+        waiting += [pool.submit(ask, url) for _ in range(2)]
+        until = time.monotonic() + 4
+        while len(site.worker.waiting) < 2 and time.monotonic() < until:
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as caught:
             ask(url)
