@@ -52,7 +52,7 @@ def test_a_beginning_is_computed_once_and_gives_what_whole_prompts_give(writer, 
     whole = generator.generate_ids([prompt for group in groups for prompt in group], [follow("whole")])
     assert grouped == whole == [[21, 22, 23, 24]] * 6
     for one, other in zip(seen["groups"], seen["whole"], strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
+        assert torch.allclose(one, other, atol=0.02)  # rounding is 1e-6, a position too far 0.3
 
 
 def test_drafts_depend_on_the_seed(writer):
