@@ -118,8 +118,8 @@ function judgeButtons(turn) {
   const buttons = [element("button", { type: "button", onclick: copy }, "Copy")];
   if (state.about.feedback) {
     const pressed = (rating) => String(turn.rating === rating);
-    const good = element("button", { type: "button", "aria-pressed": pressed("good"), "aria-label": "Right answer" }, "👍 Right");
-    const bad = element("button", { type: "button", "aria-pressed": pressed("bad"), "aria-label": "Wrong answer" }, "👎 Wrong");
+    const good = element("button", { type: "button", "aria-pressed": pressed("good"), "aria-label": "Right answer" }, "Right");
+    const bad = element("button", { type: "button", "aria-pressed": pressed("bad"), "aria-label": "Wrong answer" }, "Wrong");
     const mark = () => {
       good.setAttribute("aria-pressed", pressed("good"));
       bad.setAttribute("aria-pressed", pressed("bad"));
