@@ -24,12 +24,14 @@ from benchmarks import (
     languages,
     recipe_search,
     train_speed,
+    written_rows,
 )
 from qlora import settings
 from qlora.cli import rag_flags, training_flags
 
 SCRIPTS = (instruct_train_qlora, rag_qlora)
-BENCHMARKS = (recipe_search, ablation, gpu_check, train_speed, corpus, formats, ingest_speed, languages)  # for users
+# For users.
+BENCHMARKS = (recipe_search, ablation, gpu_check, train_speed, corpus, formats, ingest_speed, languages, written_rows)
 MODULES = sorted((PROJECT / "qlora").rglob("*.py"))
 CODE = [*MODULES, *(Path(script.__file__) for script in SCRIPTS)]
 
@@ -237,7 +239,6 @@ def test_docs_show_only_commands_and_flags_that_exist(page):
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
     benchmarks = "".join(script.build_parser().format_help() for script in BENCHMARKS)
     foreign = {"--enable-lora", "--build-arg", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
-    foreign |= {"--from-writer", "--only"}  # of benchmarks/written_rows.py
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
     for flag in set(flags) - foreign:
         assert flag in training + benchmarks + "".join(helps.values()), flag

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qlora.model import adapter, base_model
 from qlora.model.lora import Lora, add_lora
 from qlora.model.parent import grow, load_weights, read_parent
+from qlora.writing import embedded_writer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -54,6 +55,15 @@ def test_it_begins_where_the_adapter_ended(parent, words, tmp_path, more):
     assert first["sha256_of_weights"] != adapter.digest_weights(tmp_path / "child")
     assert first["adapter"] == str(parent) and first["sha256_of_rows"] == before["dataset"]["sha256_of_rows"]
     assert (tmp_path / "child" / "prompt.json").read_text() == (parent / "prompt.json").read_text()
+
+
+def test_the_embedded_writer_is_known_by_its_name(parent, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded_writer, "folder", lambda: tmp_path / "none")
+    assert train(*words, "--start-from", "embedded", "--output", tmp_path / "child", "--rank", 0) == 2
+    shown = capsys.readouterr().err
+    assert "not trained yet" in shown and "--rank" in shown  # all mistakes at once
+    monkeypatch.setattr(embedded_writer, "folder", lambda: parent)
+    assert train(*words, "--start-from", "embedded", "--output", tmp_path / "child", "--dry-run") == 0
 
 
 def test_the_base_model_is_the_adapter_s_and_the_line_is_kept(parent, words, tmp_path):

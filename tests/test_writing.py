@@ -12,7 +12,7 @@ from langchain_core.documents import Document
 
 from qlora.console import UserError
 from qlora.training.rows import load_rows
-from qlora.writing import checks, drafts, embedded_writer, question_kinds, review, selection, server_writer
+from qlora.writing import checks, drafts, embedded_writer, question_kinds, review, selection, server_writer, writing
 from qlora.writing.drafts import Draft, DraftLog, Unanswerable, Wanted, Written
 from qlora.writing.report import Files
 
@@ -64,6 +64,22 @@ GOOD = Draft("Who is the skipper of the ferry Wren?", "Ida Marsh")
 )
 def test_a_draft_is_dropped_for_what_is_wrong_with_it(question, answer, reason):
     assert checks.check_text(Draft(question, answer), PASSAGE) == reason
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        ("no, dogs travel free", ""),
+        ("Yes, dogs travel free", "reader answers otherwise"),
+        ("two crowns", "reader answers otherwise"),
+        ("I don't know.", "reader finds no answer"),
+    ],
+)
+def test_the_reader_must_give_the_answer_back(read, reason):
+    written = Written("1", "a.md", PASSAGE, [Draft("Do dogs pay on the ferry Wren?", "No, dogs travel free")])
+    tools = writing.Tools(None, lambda pairs: [read for _ in pairs], None, 3, "I don't know.")
+    writing.read_back([written], tools)
+    assert written.drafts[0].dropped == reason
 
 
 def test_the_heading_may_hold_a_name():

@@ -35,14 +35,10 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         if getattr(args, field.name, "") is None:
             setattr(args, field.name, getattr(preset, field.name))
     parent = None
-    if args.start_from == embedded_writer.NAME:
-        args.start_from = str(embedded_writer.folder())
-        if not embedded_writer.folder().is_dir():
-            fix = "write rows with it first: python rag_qlora.py write --collection NAME"
-            problems.add("the embedded writer is not trained yet", "--start-from embedded", fix)
-            problems.raise_if_any()
     if args.start_from:
         with problems.collecting():
+            if args.start_from == embedded_writer.NAME:
+                args.start_from = str(embedded_writer.find())
             parent = read_parent(args.start_from, named)
     args.base_model = named or (parent.base_model if parent else preset.base_model)
     args.dataset = [args.dataset] if isinstance(args.dataset, str) else args.dataset

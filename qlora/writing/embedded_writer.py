@@ -23,6 +23,14 @@ def folder() -> Path:
     return settings.data_folder() / "writers" / f"{presets.EMBEDDED}-{VERSION}"
 
 
+def find() -> Path:
+    """Its folder. Raises UserError when it is not trained yet."""
+    if not (folder() / "run.json").is_file():
+        fix = "write rows with it first: python rag_qlora.py write --collection NAME"
+        raise fail("the embedded writer is not trained yet", NAME, fix)
+    return folder()
+
+
 def check_language(code: str | None) -> None:
     """Raises UserError for a collection in a language that the embedded writer does not write."""
     if code not in (None, LANGUAGE):

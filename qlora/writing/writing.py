@@ -145,12 +145,12 @@ def read_back(written: Sequence[Written], tools: Tools) -> None:
         draft.read, draft.agreement = answer, round(token_f1(answer, [draft.answer]), 3)
         if is_refusal(answer, tools.refusal):
             draft.dropped = "reader finds no answer"
-        elif draft.agreement < AGREEING or says_no(answer) != says_no(draft.answer):
+        elif draft.agreement < AGREEING or yes_or_no(answer) != yes_or_no(draft.answer):
             draft.dropped = "reader answers otherwise"
 
 
-def says_no(answer: str) -> str:
-    """Yes or no, where the answer begins with it: the rest of a sentence outweighs the word in token F1."""
+def yes_or_no(answer: str) -> str:
+    """The word, where the answer begins with it: the rest of a sentence outweighs the word in token F1."""
     first = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
     return first[1].lower() if first else ""
 
