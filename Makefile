@@ -45,13 +45,18 @@ demo: setup
 
 NAME ?= own
 OWN := --collection "$(NAME)"
+ASKED := --questions "rows/$(NAME)/rows.questions.jsonl"
 own: setup
 	@test -e "$(DOCUMENTS)" || { echo "Name the documents: make own DOCUMENTS=folder"; exit 2; }
 	@mkdir -p "rows/$(NAME)"
 	$(PY) rag_qlora.py ingest "$(DOCUMENTS)" $(OWN)
 	$(PY) rag_qlora.py write $(OWN) --output "rows/$(NAME)/rows.jsonl" --hold-out 0.2
 	$(PY) instruct_train_qlora.py --preset laptop --start-from embedded --dataset "rows/$(NAME)/rows.jsonl" --output "adapters/$(NAME)" --overwrite
-	$(PY) rag_qlora.py evaluate $(OWN) --adapter "adapters/$(NAME)" --questions "rows/$(NAME)/rows.questions.jsonl"
+	$(PY) rag_qlora.py evaluate $(OWN) $(ASKED) --adapter embedded --models tuned --output "evaluations/$(NAME)-before"
+	$(PY) rag_qlora.py evaluate $(OWN) $(ASKED) --adapter "adapters/$(NAME)" --output "evaluations/$(NAME)"
+	@echo
+	@echo "Your adapter beside the one that it went on from:"
+	$(PY) rag_qlora.py compare "evaluations/$(NAME)/evaluation.json" "evaluations/$(NAME)-before/evaluation.json"
 
 evaluate: setup
 	$(PY) rag_qlora.py evaluate $(DEMO) --questions sample_data/second_questions.jsonl --output evaluations/second

@@ -373,7 +373,7 @@ def serve(args, store, prompt, generator) -> int:
     from qlora.serving import server
 
     asking = server.Asking(make_search(args, store), prompt, generator, args.top_k, store.refusal_threshold)
-    again = open_store(args, embeddings=load_embeddings(args))  # uploads go on while questions are answered
+    again = open_store(args, embeddings=store.embeddings)  # uploads go on while questions are answered
     splitting = choose_splitting(again, args.embedding_model, args.passage_tokens, args.overlap)
     names = server.name_models(args.adapter, args.collection, with_base=not args.base_url)
     return server.run(server.Options.of(args), asking, again, splitting, names)

@@ -16,7 +16,7 @@ from qlora.serving.app import Site, make_app
 from qlora.serving.document_routes import Library
 from qlora.serving.guard import Rules
 from qlora.serving.service import Service
-from qlora.serving.worker import Worker
+from qlora.serving.worker import Lent, Worker
 
 MODEL = "tuned/ferry"
 QUESTION = "Who inspects the lifejackets?"
@@ -72,6 +72,7 @@ def make_site(generator, documents, folder) -> Site:
     worker = Worker(service.answer, size=16)
     worker.start()
     again = rag_qlora.open_store(args, embeddings=store.embeddings)
+    again.embeddings = Lent(worker, store.embeddings)
     library = Library(again, choose_splitting(again, args.embedding_model, 120, 24), folder / "uploads", again.find)
     models = {MODEL: True, "base/ferry": False}
     return Site(worker, models, library, Rules("127.0.0.1"), again.feedback(), ["Who sails?"], folder / "trace.jsonl")

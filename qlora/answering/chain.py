@@ -15,7 +15,8 @@ from operator import itemgetter
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import Runnable, RunnableBranch, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableBranch, RunnableLambda
+from langchain_core.runnables.base import coerce_to_runnable
 
 from qlora.answering.citations import Answer, check_answer, refuse
 from qlora.prompt import Prompt, as_langchain, fill_prompt
@@ -62,13 +63,21 @@ def build_chain(find, fill: Fill, model: Runnable, refusal: str, threshold: floa
         return check_answer(state["message"].text, state["documents"], refusal)
 
     generate = (
-        RunnablePassthrough.assign(prompt=write_prompt)
-        | RunnablePassthrough.assign(message=itemgetter("prompt") | model)
-        | RunnablePassthrough.assign(answer=check)
+        assign("prompt", write_prompt) | assign("message", itemgetter("prompt") | model) | assign("answer", check)
     )
-    refuse_it = RunnablePassthrough.assign(answer=lambda state: refuse(state["documents"], refusal))
-    retrieve = RunnablePassthrough.assign(documents=itemgetter("searched") | PassageRetriever(find=find))
+    refuse_it = assign("answer", lambda state: refuse(state["documents"], refusal))
+    retrieve = assign("documents", itemgetter("searched") | PassageRetriever(find=find))
     return retrieve | RunnableBranch((lambda state: refuses_unread(state["documents"], threshold), refuse_it), generate)
+
+
+def assign(name: str, step) -> Runnable:
+    """The state with one more value, as RunnablePassthrough.assign makes it, but in the calling thread.
+
+    LangChain's own runs every step in a new thread. On the CPU torch then has more threads than cores, which wait for
+    each other: a prompt of 170 tokens took 0.45 s instead of 0.25.
+    """
+    made = coerce_to_runnable(step)
+    return RunnableLambda(lambda state, config: {**state, name: made.invoke(state, config)}, name=name)
 
 
 def answer_batch(pairs: Sequence[tuple[str, Sequence[Document]]], fill: Fill, generator, refusal: str) -> list[Answer]:

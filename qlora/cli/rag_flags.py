@@ -10,6 +10,7 @@ from qlora.evaluation.comparison import CONTEXTS, MODELS
 from qlora.model import adapter
 from qlora.refusal import FEW
 from qlora.retrieval.search_modes import DEFAULT_MODE, FETCH, MODES
+from qlora.writing import embedded_writer
 
 SAMPLE_DOCUMENTS = presets.SAMPLE_DATA / "documents"
 SAMPLE_QUESTIONS = presets.SAMPLE_DATA / "questions.jsonl"
@@ -112,6 +113,8 @@ def resolve_model(args, detect: bool) -> None:
         args.refusal_bias = args.refusal_bias or 0.0
     else:
         args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
+        if folder == embedded_writer.NAME:
+            args.adapter = embedded_writer.find()
         trained = adapter.read_adapter(args.adapter, named)
         args.base_model = trained.base_model
         args.top_k = args.top_k or trained.passages
@@ -299,7 +302,8 @@ def add_model_flags(one: console.Parser, setup: str) -> None:
     flag = one.group(setup).add_argument
     flag("--preset", metavar="NAME", help="auto (by the GPU), laptop, llama2-7b or another")
     flag("--base-model", metavar="MODEL", help="hub id or folder (the adapter's own)")
-    flag("--adapter", metavar="FOLDER", help="adapter, or `none` for the base model (adapters/NAME-OF-BASE)")
+    text = "adapter, `none` (the base model), or `embedded` (the writer) (adapters/NAME-OF-BASE)"
+    flag("--adapter", metavar="FOLDER", help=text)
     text = "do not keep the base model in 4-bit for the next start"
     flag("--no-cache", action="store_true", help=text)
     one.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`

@@ -83,6 +83,10 @@ class PassageStore(VectorStore):
     def embeddings(self) -> Embeddings:
         return self._embeddings
 
+    @embeddings.setter
+    def embeddings(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+
     @abstractmethod
     def choose_language(self, code: str) -> None:
         """Sets the language of a collection without documents; does nothing to others."""

@@ -3,10 +3,10 @@
 run(options, asking, store, splitting, names)        # until Ctrl-C or SIGTERM
 """
 
-import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -80,44 +80,74 @@ def family_of(host: str) -> int:
 
 
 def run(options: Options, asking: Asking, store, splitting: Splitting, names: dict[str, bool]) -> int:
-    """Serves until it is stopped; answers in work are finished first."""
+    """Serves until it is stopped; answers in work are finished first. Returns 1 when the port was lost meanwhile.
+
+    The model answers in this thread, in which it was loaded, and the web server has another one: a second thread that
+    computes has threads of its own, and more threads than cores wait for each other (a half longer per answer).
+    """
     import uvicorn
 
-    from qlora.serving.app import Site, make_app
-    from qlora.serving.document_routes import Library
-    from qlora.serving.guard import Rules
-    from qlora.serving.service import Service
-    from qlora.serving.worker import BATCH, Worker
+    from qlora.serving.app import make_app
 
-    complete = make_rewriter(options.base_model, asking.prompt, asking.generator)
-    find = partial(asking.find, k=asking.top_k)
-    service = Service(find, asking.prompt, asking.generator, asking.threshold, complete)
-    ways = {} if hasattr(asking.generator, "generate_ids") else {"threads": BATCH, "batch": 1}
-    worker = Worker(service.answer, options.queue, **ways)
-    folder = settings.data_folder() / "uploads" / options.collection
-    library = Library(store, splitting, folder, store.find, options.read_only)
-    rules = Rules(options.host, settings.get("QLORA_SERVE_KEY"), options.origins)
-    examples = suggest_questions(store)
-    site = Site(worker, names, library, rules, store.feedback(), examples, options.trace)
-    worker.start()
+    worker = make_worker(options, asking)
+    site = make_site(options, asking, store, splitting, names, worker)
     note(f"{', '.join(names)}; the API is described at /docs")
-    host = options.host.strip("[]")
     config = uvicorn.Config(
         make_app(site),
-        host=host,
+        host=options.host.strip("[]"),
         port=options.port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=GRACE,
         server_header=False,
     )
-    # uvicorn ends in order, and then sends itself the signal that it got: the database is still to be stopped.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with contextlib.suppress(KeyboardInterrupt):
-        announcing(uvicorn.Server(config), f"http://{options.host}:{options.port}/").run()
+    web = announcing(uvicorn.Server(config), f"http://{options.host}:{options.port}/")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(web, "should_exit", True))
+    serving = threading.Thread(target=serve_and_finish, args=(web, worker), name="web")
+    serving.start()
+    worker.start()
+    worker.run()
+    serving.join()
     worker.stop()
     note("stopped")
-    return 0
+    return int(not web.started)
+
+
+def serve_and_finish(web, worker) -> None:
+    """Runs the web server; when it has ended, so does the worker."""
+    try:
+        web.run()
+    finally:
+        worker.finish()
+
+
+def make_worker(options: Options, asking: Asking):
+    """What answers: this thread, and with a model server others beside it."""
+    from qlora.serving.service import Service
+    from qlora.serving.worker import BATCH, Worker
+
+    complete = make_rewriter(options.base_model, asking.prompt, asking.generator)
+    find = partial(asking.find, k=asking.top_k)
+    service = Service(find, asking.prompt, asking.generator, asking.threshold, complete)
+    is_local = hasattr(asking.generator, "generate_ids")
+    ways = {"threads": 0} if is_local else {"threads": BATCH - 1, "batch": 1}
+    return Worker(service.answer, options.queue, **ways)
+
+
+def make_site(options: Options, asking: Asking, store, splitting: Splitting, names: dict[str, bool], worker):
+    """The parts of the application; what `store` embeds is computed by the worker."""
+    from qlora.serving.app import Site
+    from qlora.serving.document_routes import Library
+    from qlora.serving.guard import Rules
+    from qlora.serving.worker import Lent
+
+    examples = suggest_questions(store)
+    store.embeddings = Lent(worker, store.embeddings)
+    folder = settings.data_folder() / "uploads" / options.collection
+    library = Library(store, splitting, folder, store.find, options.read_only)
+    rules = Rules(options.host, settings.get("QLORA_SERVE_KEY"), options.origins)
+    return Site(worker, names, library, rules, store.feedback(), examples, options.trace)
 
 
 def announcing(server, address: str):

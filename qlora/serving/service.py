@@ -9,17 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 
+from qlora import machine
 from qlora.answering import chain
 from qlora.answering.chat_session import Session
 from qlora.answering.citations import check_answer, refuse
+from qlora.answering.continuous_batch import ContinuousBatch
 from qlora.answering.conversation import Turn, answer_question
+from qlora.answering.shared_beginnings import common_beginning
 from qlora.prompt import Prompt, encode_prompt
-from qlora.serving.worker import Job
+from qlora.serving.worker import BATCH, Job
 from qlora.words import clean
 
 
@@ -42,14 +46,20 @@ class Service:
         with self.lock:
             return self.find(text)
 
-    def answer(self, jobs: Sequence[Job]) -> None:
-        """Emits the pieces of each answer, then its Turn. Jobs have equal `decoding`."""
+    def answer(self, jobs: Sequence[Job], more: Callable[[int], list[Job]] = lambda places: []) -> None:
+        """Emits the pieces of each answer, then its Turn. Jobs have equal `decoding`.
+
+        `more(places)` gives jobs that have come meanwhile: they join those that are answered.
+        """
+        is_local = hasattr(self.generator, "generate_ids")
         with nullcontext() if jobs[0].tuned else self.generator.without_adapter():
-            is_local = hasattr(self.generator, "generate_ids")
-            if len(jobs) == 1 and not (jobs[0].stop and is_local):  # transformers gives the stop text out, too
-                self.answer_one(jobs[0])
+            if is_local and len(jobs) == 1 and jobs[0].stop:  # transformers gives the stop text out, too
+                self.answer_until(jobs[0])
+            elif len(jobs) == 1 or not is_local or self.generator.temperature > 0:
+                for job in jobs:
+                    self.answer_one(job)
             else:
-                self.answer_several(jobs)
+                self.answer_together(jobs, more)
 
     def stand_alone(self, job: Job) -> str:
         """The text to search for, as `chat` rewrites it."""
@@ -76,49 +86,58 @@ class Service:
             return
         job.emit(turn)
 
-    def answer_several(self, jobs: Sequence[Job]) -> None:
-        """The chain's steps for several questions, whose answers are generated together."""
-        turns: dict[int, Turn] = {}
-        asked: list[tuple[int, list[Document], float]] = []
-        for n, job in enumerate(jobs):
-            started = time.perf_counter()
-            found = self.search(clean(self.stand_alone(job)))
-            seconds = time.perf_counter() - started
-            if chain.refuses_unread(found, self.threshold):
-                turns[n] = Turn(job.question, refuse(found, self.prompt.refusal), job.question)
-            else:
-                asked.append((n, found, seconds))
-        if asked:
-            self.generate(jobs, asked, turns)
-        for n, job in enumerate(jobs):
-            if n in turns and not job.cancelled.is_set():
-                job.emit(turns[n])
+    def answer_together(self, jobs: Sequence[Job], more: Callable[[int], list[Job]]) -> None:
+        """The chain's steps for several questions, whose answers grow together."""
+        texts = [self.prompt.messages(question, [question]) for question in "?!"]
+        beginning = common_beginning([encode_prompt(self.generator.tokenizer, messages) for messages in texts])
+        batch = ContinuousBatch(self.generator, beginning)
+        while jobs or batch:
+            for job in jobs:
+                if asked := self.prepare(job, self.generator):
+                    batch.admit(*asked)
+            machine.threads().adjust()
+            batch.step()
+            jobs = more(BATCH - len(batch))
 
-    def generate(self, jobs: Sequence[Job], asked: list, turns: dict[int, Turn]) -> None:
-        """Adds the turns of the questions that the model answers."""
+    def answer_until(self, job: Job) -> None:
+        """Answers a question until one of its stop texts."""
         from transformers import StoppingCriteriaList
 
-        limits = [jobs[n].max_tokens or self.generator.max_new_tokens for n, _, _ in asked]
-        model = self.model_for(jobs[0], max(limits))
-        fill = chain.make_fill(self.prompt, model)
-        prompts = []
-        for n, found, _ in asked:
-            messages = fill(clean(jobs[n].question), [d.page_content for d in found], jobs[n].history)
-            prompts.append(encode_prompt(model.tokenizer, messages))
-        rows = [
-            Row(jobs[n], limit, model.tokenizer, model.end_tokens())
-            for (n, _, _), limit in zip(asked, limits, strict=True)
-        ]
+        model = self.model_for(job, job.max_tokens)
+        if asked := self.prepare(job, model):
+            prompt, take = asked
+            watch = follow(take, len(prompt))
+            model.generate_ids([prompt], stopping_criteria=StoppingCriteriaList([watch]))
+
+    def prepare(self, job: Job, model) -> tuple[list[int], Callable[[int], bool]] | None:
+        """The prompt, and what takes the answer's tokens; None when the question is refused unread, or asked no more.
+
+        Errors are the job's own: those that are answered with it go on.
+        """
         started = time.perf_counter()
-        watch = follow(rows, max(map(len, prompts)))
-        model.generate_ids(prompts, stopping_criteria=StoppingCriteriaList([watch]))
-        seconds = time.perf_counter() - started
-        for (n, found, searched), row, prompt in zip(asked, rows, prompts, strict=True):
-            answer = check_answer(row.text, found, self.prompt.refusal)
-            timings = {"retrieve_s": round(searched, 3), "first_token_s": round(row.first - started, 3)}
-            timings |= {"generate_s": round(seconds, 3)}
-            tokens = {"prompt": len(prompt), "completion": len(row.ids)}
-            turns[n] = Turn(jobs[n].question, answer, jobs[n].question, timings, tokens)
+        try:
+            found = self.search(clean(self.stand_alone(job)))
+            searched = time.perf_counter() - started
+            if chain.refuses_unread(found, self.threshold):
+                job.emit(Turn(job.question, refuse(found, self.prompt.refusal), job.question))
+                return None
+            limit = job.max_tokens or model.max_new_tokens
+            fill = chain.make_fill(self.prompt, model.model_copy(update={"max_new_tokens": limit}))
+            messages = fill(clean(job.question), [d.page_content for d in found], job.history)
+        except Exception as error:
+            job.emit(error)
+            return None
+        prompt = encode_prompt(model.tokenizer, messages)
+        finish = partial(self.finish, job, found, searched, len(prompt), time.perf_counter())
+        return prompt, Row(job, limit, model.tokenizer, model.end_tokens(), finish).add
+
+    def finish(self, job: Job, found: list[Document], searched: float, prompt: int, started: float, row: "Row") -> None:
+        """Emits the turn of a complete answer to a prompt of so many tokens."""
+        answer = check_answer(row.text, found, self.prompt.refusal)
+        timings = {"retrieve_s": round(searched, 3), "first_token_s": round(row.first - started, 3)}
+        timings |= {"generate_s": round(time.perf_counter() - started, 3)}
+        tokens = {"prompt": prompt, "completion": len(row.ids)}
+        job.emit(Turn(job.question, answer, job.question, timings, tokens))
 
 
 def limit_field(generator, count: int | None) -> dict[str, int]:
@@ -150,15 +169,15 @@ class Pieces(BaseCallbackHandler):
 class Row:
     """One answer of a batch while it grows."""
 
-    def __init__(self, job: Job, limit: int, tokenizer, ends: Sequence[int]):
-        self.job, self.limit, self.tokenizer, self.ends = job, limit, tokenizer, ends
+    def __init__(self, job: Job, limit: int, tokenizer, ends: Sequence[int], finish: Callable[["Row"], None]):
+        self.job, self.limit, self.tokenizer, self.ends, self.finish = job, limit, tokenizer, ends, finish
         self.ids: list[int] = []
         self.text, self.first, self.done = "", 0.0, False
 
-    def add(self, token: int) -> None:
-        """Takes the next token, and emits the text that is certain by now."""
+    def add(self, token: int) -> bool:
+        """Takes the next token, emits the text that is certain by now, and says whether the answer is complete."""
         if self.done:
-            return
+            return True
         self.first = self.first or time.perf_counter()
         self.ids.append(token)
         self.done = token in self.ends or len(self.ids) >= self.limit or self.job.cancelled.is_set()
@@ -170,19 +189,20 @@ class Row:
             piece, self.text = text[len(self.text) :], text
             if piece and not self.job.cancelled.is_set():
                 self.job.emit(piece)
+        if self.done and not self.job.cancelled.is_set():
+            self.finish(self)
+        return self.done
 
 
-def follow(rows: Sequence[Row], start: int) -> Callable:
-    """A stopping criterion that gives each row its new tokens, and says which rows need no further one.
-
-    With prompt lookup a single row may get several at once.
-    """
+def follow(take: Callable[[int], bool], start: int) -> Callable:
+    """A stopping criterion of one answer, which `take` gets token by token."""
     import torch
 
+    seen = start
+
     def is_done(ids, scores, **kwargs):
-        for row, made in zip(rows, ids[:, start:].tolist(), strict=True):
-            for token in made[len(row.ids) :]:
-                row.add(token)
-        return torch.tensor([row.done for row in rows], device=ids.device)
+        nonlocal seen
+        new, seen = ids[0, seen:].tolist(), ids.shape[1]
+        return torch.tensor([any([take(token) for token in new])], device=ids.device)
 
     return is_done
