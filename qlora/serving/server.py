@@ -169,4 +169,4 @@ def suggest_questions(store) -> list[str]:
     headings = {passage.metadata["source"]: passage.metadata.get("heading", "") for passage in reversed(passages)}
     topics = [heading.rpartition(" > ")[2] or source for source, heading in sorted(headings.items())]
     step = max(1, len(topics) // EXAMPLES)
-    return [f"What does {topic} say?" for topic in dict.fromkeys(topics[::step])][:EXAMPLES]
+    return [f"What is said about {topic}?" for topic in dict.fromkeys(topics[::step])][:EXAMPLES]
