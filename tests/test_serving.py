@@ -153,6 +153,26 @@ def test_askers_get_their_own_answers_from_one_batch(site, quoting, monkeypatch)
     assert 1 < max(sizes) <= BATCH
 
 
+def test_one_question_s_fault_ends_no_other_answer(site, monkeypatch, caplog):
+    """Of several that are answered together one cannot be searched."""
+    service = site.worker.answer.__self__
+
+    def find(text: str):
+        if "unicorns" in text:
+            raise RuntimeError("no such thing")
+        return service.find(text)
+
+    monkeypatch.setattr(site.worker, "answer", replace(service, find=find).answer)
+    events = {question: [] for question in ("What is said about the crew?", "And unicorns?", "What do bicycles pay?")}
+    for question, seen in events.items():
+        site.worker.submit(Job(question, emit=seen.append))
+    site.worker.stop()
+    first, failed, last = events.values()
+    assert isinstance(failed[-1], RuntimeError) and len(failed) == 1
+    assert first[-1].answer.text.endswith("[1]") and last[-1].answer.text.endswith("[1]")
+    assert "".join(last[:-1]) == last[-1].answer.text
+
+
 def test_a_full_queue_says_when_to_come_back(site, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
     monkeypatch.setattr(site.worker, "answer", lambda jobs, more: (begun.set(), go_on.wait(20)))

@@ -4,6 +4,7 @@ service = Service(find, prompt, generator, threshold, complete)
 service.answer(jobs)           # in the worker's thread
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from qlora.answering.shared_beginnings import common_beginning
 from qlora.prompt import Prompt, encode_prompt
 from qlora.serving.worker import BATCH, Job
 from qlora.words import clean
+
+log = logging.getLogger("qlora.serving")
 
 
 class Cancelled(Exception):
@@ -114,6 +117,8 @@ class Service:
 
         Errors are the job's own: those that are answered with it go on.
         """
+        if job.cancelled.is_set():
+            return None
         started = time.perf_counter()
         try:
             found = self.search(clean(self.stand_alone(job)))
@@ -125,6 +130,7 @@ class Service:
             fill = chain.make_fill(self.prompt, model.model_copy(update={"max_new_tokens": limit}))
             messages = fill(clean(job.question), [d.page_content for d in found], job.history)
         except Exception as error:
+            log.exception("a question failed", exc_info=error)
             job.emit(error)
             return None
         prompt = encode_prompt(model.tokenizer, messages)

@@ -22,7 +22,7 @@ from langchain_core.embeddings import Embeddings
 from qlora.answering.conversation import Turn
 
 BATCH = 8  # answers that are generated together, or asked of a server at the same time
-PART = 32  # texts that are embedded between two batches
+PART = 16  # texts that are embedded between two tokens
 log = logging.getLogger("qlora.serving")
 
 
@@ -86,7 +86,7 @@ class Worker:
             self.condition.notify()
 
     def call(self, work: Callable[[], Any]) -> Any:
-        """The result of `work`, which runs before the next batch. Raises Full when the server is stopping."""
+        """The result of `work`, which runs before the next token or answer. Raises Full when the server is stopping."""
         done = Future()
         with self.condition:
             if self.stopping:
