@@ -81,23 +81,22 @@ async def measure(url: str, questions: list[str], seconds: float) -> list[list[s
             orders = [itertools.cycle(questions[n:] + questions[:n]) for n in range(count)]
             work = [keep_asking(client, model, order, started + seconds) for order in orders]
             answers = list(itertools.chain.from_iterable(await asyncio.gather(*work)))
-            took = time.perf_counter() - started
             if disturbing:
                 await disturbing
-            rows.append([f"{count}{what}", *describe(answers, alone, took)])
+            rows.append([f"{count}{what}", *describe(answers, alone, started, seconds)])
             console.note("  ".join(rows[-1]))
         return rows
 
 
 async def keep_asking(client, model: str, questions, until: float) -> list[tuple]:
-    """(question, text, seconds to the first token, to the last) of one asker's answers."""
+    """(question, text, seconds to the first token, to the last, time of the end) of one asker's answers."""
     found = []
     while time.perf_counter() < until:
         question = next(questions)
         try:
-            found.append((question, *await ask(client, model, question)))
+            found.append((question, *await ask(client, model, question), time.perf_counter()))
         except (httpx.HTTPError, ValueError, KeyError):
-            found.append((question, None, 0.0, 0.0))
+            found.append((question, None, 0.0, 0.0, 0.0))
     return found
 
 
@@ -134,14 +133,15 @@ async def disturb(client, seconds: float) -> None:
     await client.delete("/documents/load-test.txt")
 
 
-def describe(answers: list[tuple], alone: dict[str, str], took: float) -> list[str]:
-    """The cells of a row."""
+def describe(answers: list[tuple], alone: dict[str, str], started: float, seconds: float) -> list[str]:
+    """The cells of a row. The rate is that of the round: at its end askers leave one by one."""
     whole = [answer for answer in answers if answer[1] is not None]
+    rate = sum(answer[-1] < started + seconds for answer in whole) / seconds
     wrong = Counter(judge(question, text, alone) for question, text, *_ in whole)
     firsts, ends = ([answer[n] for answer in whole] for n in (2, 3))
     times = [f"{value:.1f}" for part in (firsts, ends) for value in (statistics.median(part), quantile(part))]
     counts = [str(wrong[name]) for name in ("other", "mixed")]
-    return [str(len(whole)), f"{len(whole) / took:.2f}", *times, *counts, str(len(answers) - len(whole))]
+    return [str(len(whole)), f"{rate:.2f}", *times, *counts, str(len(answers) - len(whole))]
 
 
 def judge(question: str, text: str, alone: dict[str, str]) -> str:

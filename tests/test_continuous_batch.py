@@ -54,22 +54,22 @@ def test_answers_grow_together_as_they_do_alone(generator, beginning):
         lone.extend_ids(lone.tokenizer.pad({"input_ids": [prompt]}, return_tensors="pt"))
     said = [[] for _ in PROMPTS]
 
-    def come(n: int) -> None:
+    def ask(n: int):
         def take(token: int) -> bool:
             said[n].append(token)
             return len(said[n]) == LENGTHS[n]
 
-        batch.admit(PROMPTS[n], take)
+        return PROMPTS[n], take
 
     batch = ContinuousBatch(generator, beginning)
-    come(0)
-    come(1)
+    batch.admit([ask(0), ask(1)])
     assert len(batch) == 2
     batch.step()
     assert len(batch) == 1 and said[1] == [20, 21]
-    come(2)
+    batch.admit([])
+    batch.admit([ask(2)])
     batch.step()
-    come(3)
+    batch.admit([ask(3)])
     assert len(batch) == 3
     while batch:
         batch.step()
@@ -93,8 +93,7 @@ def test_a_batch_keeps_no_more_than_its_rows_need(generator):
 
         return take
 
-    batch.admit(list(range(10, 90)), counting(0))
-    batch.admit([5, 6, 7], counting(1))
+    batch.admit([(list(range(10, 90)), counting(0)), ([5, 6, 7], counting(1))])
     assert batch.mask.shape == (2, 80)
     batch.step()  # the long one leaves, and its padding with it
     assert batch.mask.shape == (1, 4) and batch.cache.layers[0].keys.shape[2] == 4

@@ -203,7 +203,7 @@ def test_an_asker_who_goes_away_frees_the_place_at_once(site, quoting, monkeypat
         with contextlib.suppress(openai.APITimeoutError):  # sampled: without prompt lookup every token is a step
             given = {"model": MODEL, "messages": messages, "temperature": 0.01}
             answer = client.chat.completions.create(**given, stream=stream)
-            next(iter(answer))
+            next(chunk for chunk in answer if chunk.choices[0].delta.content)
             answer.close()
         answered = threading.Event()
         site.worker.submit(Job(QUESTION, max_tokens=1, emit=lambda event: answered.set()))

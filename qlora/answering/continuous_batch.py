@@ -1,7 +1,7 @@
 """Continuous batching: answers grow together, who is done leaves, and others take the places meanwhile.
 
     batch = ContinuousBatch(generator, beginning)
-    batch.admit(prompt, take)           # `take(token)` gets each token, and says whether the answer is complete
+    batch.admit([(prompt, take)])       # `take(token)` gets each token, and says whether the answer is complete
     while batch:
         batch.step()                    # a token for every answer
 
@@ -10,19 +10,18 @@ longest answer. Answers are greedy.
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 from qlora.answering.generator import Generator
+from qlora.answering.shared_beginnings import pad_left
 
 Take = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
 class Growing:
-    """An answer that is not complete: its prompt's length and all tokens so far."""
+    """An answer that is not complete: the tokens of its prompt, and its own so far."""
 
-    start: int
     ids: list[int]
     take: Take
     processors: Sequence[Callable]
@@ -33,6 +32,7 @@ class ContinuousBatch:
 
     def __init__(self, generator: Generator, beginning: Sequence[int] = ()):
         """`beginning` are the tokens that prompts begin with, as far as they do; they are computed once."""
+        import torch
         from transformers import DynamicCache
 
         self.generator, self.beginning = generator, list(beginning)
@@ -40,41 +40,64 @@ class ContinuousBatch:
         self.cache = self.mask = None
         self.known = DynamicCache()  # of the beginning; never one of a sliding window, whose rows cannot be joined
         if self.beginning:
-            self.read(self.beginning, self.known)
+            ids = torch.tensor([self.beginning], device=generator.model.device)
+            ones = torch.ones_like(ids)
+            self.read(ids, ones, ones.cumsum(-1) - 1, self.known)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, ids: Sequence[int], cache):
-        """The logits after the tokens, which are added to the cache of one row."""
+    def admit(self, asked: Sequence[tuple[list[int], Take]]) -> None:
+        """Reads the prompts and takes the first token of each answer; those that it does not end join the batch."""
         import torch
+        from transformers import DynamicCache
 
-        inputs = torch.tensor([ids], device=self.generator.model.device)
-        with torch.inference_mode():
-            return self.generator.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    def admit(self, prompt: list[int], take: Take) -> None:
-        """Reads the prompt and takes the answer's first token; unless that ends it, the answer joins the batch."""
-        import torch
-        from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor
-
-        known = len(self.beginning) if prompt[: len(self.beginning)] == self.beginning else 0
-        cache = deepcopy(self.known) if known else DynamicCache()
-        logits = self.read(prompt[known:], cache)
-        processors = [self.generator.bias_first(len(prompt))]
-        if self.generator.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.generator.repetition_penalty))
-        row = Growing(len(prompt), list(prompt), take, processors)
-        if self.is_complete(row, logits):
+        if not asked:
             return
-        mask = torch.ones(1, len(prompt), dtype=torch.long, device=logits.device)
+        prompts, known = [prompt for prompt, _ in asked], len(self.beginning)
+        if any(prompt[:known] != self.beginning for prompt in prompts):
+            known = 0
+        given = pad_left(self.generator.tokenizer, [prompt[known:] for prompt in prompts])
+        given = given.to(self.generator.model.device)
+        mask = torch.nn.functional.pad(given["attention_mask"], [known, 0], value=1)
+        shared = [[part.expand(len(prompts), -1, -1, -1) for part in pair] for pair in layers_of(self.known)]
+        cache = DynamicCache(shared) if known else DynamicCache()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
+        logits = self.read(given["input_ids"], mask, positions, cache)
+        rows = [Growing(list(prompt), take, self.make_processors(len(prompt))) for prompt, take in asked]
+        left = [n for n, row in enumerate(rows) if not self.is_complete(row, logits[n : n + 1])]
+        if left:
+            self.join([rows[n] for n in left], mask[left], [[part[left] for part in pair] for pair in layers_of(cache)])
+
+    def read(self, ids, mask, positions, cache):
+        """The logits after the last token of each row; the cache grows by all of them."""
+        import torch
+
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        with torch.inference_mode():
+            return self.generator.model(ids, **given, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def make_processors(self, start: int) -> list[Callable]:
+        """What changes the logits of an answer that begins after `start` tokens."""
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        penalty = self.generator.repetition_penalty
+        return [
+            self.generator.bias_first(start),
+            *([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else []),
+        ]
+
+    def join(self, rows: list[Growing], mask, layers: list) -> None:
+        """Adds rows with their mask and cache; the shorter side is padded."""
+        import torch
+        from transformers import DynamicCache
+
         if self.rows:
-            length = max(len(prompt), self.mask.shape[1])
-            joined = [pad(self.mask, length, 1), pad(mask, length, 1)]
-            pairs = zip(layers_of(self.cache), layers_of(cache), strict=True)
-            cache = DynamicCache([[join(*parts, length) for parts in zip(*pair, strict=True)] for pair in pairs])
-            mask = torch.cat(joined)
-        self.rows, self.cache, self.mask = [*self.rows, row], cache, mask
+            length = max(mask.shape[1], self.mask.shape[1])
+            mask = torch.cat([pad(self.mask, length, 1), pad(mask, length, 1)])
+            pairs = zip(layers_of(self.cache), layers, strict=True)
+            layers = [[join_parts(*parts, length) for parts in zip(*pair, strict=True)] for pair in pairs]
+        self.rows, self.cache, self.mask = [*self.rows, *rows], DynamicCache(layers), mask
 
     def step(self) -> None:
         """One more token for every answer; complete ones leave."""
@@ -85,9 +108,7 @@ class ContinuousBatch:
         last = torch.tensor([row.ids[-1:] for row in self.rows], device=self.mask.device)
         places = self.mask.sum(-1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(places)], dim=1)
-        given = {"attention_mask": self.mask, "position_ids": places, "past_key_values": self.cache}
-        with torch.inference_mode():
-            logits = self.generator.model(last, **given, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = self.read(last, self.mask, places, self.cache)
         left = [n for n, row in enumerate(self.rows) if not self.is_complete(row, logits[n : n + 1])]
         if len(left) < len(self.rows):
             self.keep(left)
@@ -105,17 +126,17 @@ class ContinuousBatch:
         return row.take(token)
 
     def keep(self, numbers: list[int]) -> None:
-        """Leaves out the other rows, and the padding that all rows have then."""
+        """Leaves out the other rows, and what is padding in all that stay."""
         from transformers import DynamicCache
 
         self.rows = [self.rows[n] for n in numbers]
         if not self.rows:
             self.cache = self.mask = None
             return
-        self.mask = self.mask[numbers]
-        padded = int((self.mask.sum(0) == 0).sum())
-        self.mask = self.mask[:, padded:]
-        kept = [[part[numbers][:, :, padded:] for part in pair] for pair in layers_of(self.cache)]
+        mask = self.mask[numbers]
+        used = mask.any(0)
+        self.mask = mask[:, used]
+        kept = [[part[numbers][:, :, used] for part in pair] for pair in layers_of(self.cache)]
         self.cache = DynamicCache(kept)
 
 
@@ -124,7 +145,7 @@ def layers_of(cache) -> list[tuple]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def join(first, second, length: int):
+def join_parts(first, second, length: int):
     """The rows of both, padded to `length` tokens."""
     import torch
 

@@ -95,9 +95,8 @@ class Service:
         beginning = common_beginning([encode_prompt(self.generator.tokenizer, messages) for messages in texts])
         batch = ContinuousBatch(self.generator, beginning)
         while jobs or batch:
-            for job in jobs:
-                if asked := self.prepare(job, self.generator):
-                    batch.admit(*asked)
+            asked = [self.prepare(job, self.generator) for job in jobs]
+            batch.admit([one for one in asked if one])
             machine.threads().adjust()
             batch.step()
             jobs = more(BATCH - len(batch))
