@@ -61,7 +61,11 @@ def test_a_stopped_server_finishes_its_answers(collection, tiny_adapter, number)
         assert process.wait(60) == 0
         assert "stopped" in process.stderr.read()
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()

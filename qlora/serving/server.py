@@ -102,16 +102,30 @@ def run(options: Options, asking: Asking, store, splitting: Splitting, names: di
         server_header=False,
     )
     web = announcing(uvicorn.Server(config), f"http://{options.host}:{options.port}/")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(web, "should_exit", True))
-    serving = threading.Thread(target=serve_and_finish, args=(web, worker), name="web")
+    stop_by_signals(web)
+    serving = threading.Thread(target=serve_and_finish, args=(web, worker), name="web", daemon=True)
     serving.start()
     worker.start()
     worker.run()
     serving.join()
     worker.stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the database is still to be stopped
     note("stopped")
     return int(not web.started)
+
+
+def stop_by_signals(web) -> None:
+    """Ctrl-C and SIGTERM end the web server in order; a second one does not wait for answers in work."""
+
+    def stop(*given) -> None:
+        if web.should_exit:
+            web.force_exit = True
+            raise KeyboardInterrupt
+        web.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def serve_and_finish(web, worker) -> None:
