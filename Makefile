@@ -51,7 +51,8 @@ own: setup
 	@mkdir -p "rows/$(NAME)"
 	$(PY) rag_qlora.py ingest "$(DOCUMENTS)" $(OWN)
 	$(PY) rag_qlora.py write $(OWN) --output "rows/$(NAME)/rows.jsonl" --hold-out 0.2
-	$(PY) instruct_train_qlora.py --preset laptop --start-from embedded --dataset "rows/$(NAME)/rows.jsonl" --output "adapters/$(NAME)" --overwrite
+	$(PY) instruct_train_qlora.py --preset laptop --start-from embedded --epochs 1 --learning-rate 2e-4 \
+	  --dataset "rows/$(NAME)/rows.jsonl" --output "adapters/$(NAME)" --overwrite
 	$(PY) rag_qlora.py evaluate $(OWN) $(ASKED) --adapter embedded --models tuned --output "evaluations/$(NAME)-before"
 	$(PY) rag_qlora.py evaluate $(OWN) $(ASKED) --adapter "adapters/$(NAME)" --output "evaluations/$(NAME)"
 	@echo
