@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -18,7 +19,7 @@ from serving_site import MODEL, QUESTION, serving
 from qlora.answering.continuous_batch import ContinuousBatch
 from qlora.serving import chat_routes, server
 from qlora.serving.guard import Rules
-from qlora.serving.worker import BATCH, Full, Job, Worker
+from qlora.serving.worker import BATCH, Full, Job, Lent, Worker
 
 
 @pytest.fixture
@@ -223,6 +224,53 @@ def test_the_worker_answers_what_waits_before_it_stops():
     assert sorted(answered) == ["0", "1", "2"]
     with pytest.raises(Full):
         worker.submit(Job("4"))
+
+
+def test_who_comes_later_joins_only_while_nobody_else_waits_longer():
+    """Jobs that can be answered together are, but a stream of them does not keep another one waiting."""
+    rounds = []
+
+    def answer(jobs, more):
+        rounds.append([job.question for job in jobs])
+        if len(rounds) == 1:
+            worker.submit(Job("late"))
+            assert more(8) == []  # the base model is asked for something since before
+        if len(rounds) == 2:
+            worker.submit(Job("base again", tuned=False))
+            rounds.append([job.question for job in more(8)])  # the oldest is of another kind again
+
+    worker = Worker(answer, size=8)
+    for name in ("a", "base", "b"):
+        worker.submit(Job(name, tuned=name != "base"))
+    worker.start()
+    worker.stop()
+    assert rounds == [["a", "b"], ["base"], [], ["late"], ["base again"]]
+
+
+def test_other_threads_borrow_the_embedding_model():
+    calls, tokenizer = [], object()
+
+    class Embedder:
+        _client = SimpleNamespace(tokenizer=[tokenizer], max_seq_length=256)
+
+        def embed_documents(self, texts):
+            calls.append((threading.current_thread().name, len(texts)))
+            return [[float(text)] for text in texts]
+
+        def embed_query(self, text):
+            raise ValueError(text)
+
+    worker = Worker(lambda jobs, more: None, size=1)
+    worker.start()
+    lent = Lent(worker, Embedder())
+    assert lent.embed_documents([str(n) for n in range(40)]) == [[float(n)] for n in range(40)]
+    assert calls == [("answers 0", 16), ("answers 0", 16), ("answers 0", 8)]
+    assert lent._client.tokenizer is not Embedder._client.tokenizer and lent._client.max_seq_length == 256
+    with pytest.raises(ValueError, match="why"):
+        lent.embed_query("why")
+    worker.stop()
+    with pytest.raises(Full):
+        lent.embed_query("too late")
 
 
 # ------------------------------------------------------------------------------- documents and feedback
