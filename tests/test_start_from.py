@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUICK, train
+from conftest import QUICK, rag, train
 from safetensors.torch import load_file, save_file
 
 from qlora.model import adapter, base_model
@@ -62,6 +62,8 @@ def test_the_embedded_writer_is_known_by_its_name(parent, words, tmp_path, monke
     assert train(*words, "--start-from", "embedded", "--output", tmp_path / "child", "--rank", 0) == 2
     shown = capsys.readouterr().err
     assert "not trained yet" in shown and "--rank" in shown  # all mistakes at once
+    assert rag("ask", "Who?", "--adapter", "embedded") == 2
+    assert "not trained yet" in capsys.readouterr().err
     monkeypatch.setattr(embedded_writer, "folder", lambda: parent)
     assert train(*words, "--start-from", "embedded", "--output", tmp_path / "child", "--dry-run") == 0
 

@@ -112,9 +112,8 @@ def resolve_model(args, detect: bool) -> None:
         args.adapter, args.base_model = None, named or preset.base_model
         args.refusal_bias = args.refusal_bias or 0.0
     else:
-        args.adapter = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
-        if folder == embedded_writer.NAME:
-            args.adapter = embedded_writer.find()
+        own = Path(folder or f"adapters/{Path(named or preset.base_model).name}")
+        args.adapter = embedded_writer.find() if folder == embedded_writer.NAME else own
         trained = adapter.read_adapter(args.adapter, named)
         args.base_model = trained.base_model
         args.top_k = args.top_k or trained.passages
