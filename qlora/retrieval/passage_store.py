@@ -43,15 +43,17 @@ class Passage:
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that a search found; `dense` and `lexical` are its ranks among the different texts.
+    """A passage that a search found: `score` is its cosine similarity, `total` what the search ranks by.
 
-    `sources` are those of all passages with this text.
+    `dense` and `lexical` are its ranks among the different texts, by the two legs. `sources` are those of all passages
+    with this text.
     """
 
     id: str
     text: str
     metadata: dict
     score: float
+    total: float
     dense: int | None
     lexical: int | None
     embedding: Sequence[float]
@@ -65,7 +67,11 @@ class Hit:
         others = [source for source in self.sources if source != self.metadata.get("source")]
         found = {"also_in": others} if others else {}
         if with_score:
-            found |= {"score": round(self.score, 4), "ranks": {"dense": self.dense, "lexical": self.lexical}}
+            found |= {
+                "score": round(self.score, 4),
+                "total": round(self.total, 4),
+                "ranks": {"dense": self.dense, "lexical": self.lexical},
+            }
         return Document(self.text, metadata={**self.metadata, **found}, id=self.id)
 
 

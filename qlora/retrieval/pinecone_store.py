@@ -297,7 +297,10 @@ class PineconeStore(PassageStore):
         texts = dict(list(texts.items())[:k])
         sources = self._find_sources(vector, texts, where, is_all=len(matches) < looked_at)
         return [
-            Hit(best.id, best.metadata[TEXT], json.loads(best.metadata[GIVEN]), best.score, n, None, best.values, also)
+            Hit(
+                *(best.id, best.metadata[TEXT], json.loads(best.metadata[GIVEN])),
+                *(best.score, best.score, n, None, best.values, also),
+            )
             for n, ((best, *_), also) in enumerate(zip(texts.values(), sources, strict=True), 1)
         ]
 

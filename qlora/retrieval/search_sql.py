@@ -36,7 +36,7 @@ ORDER BY embedding <=> %(vector)s LIMIT %(looked_at)s
 LOOKED_AT_ROWS = "\nlooked_at AS MATERIALIZED (" + NEAREST + "),"
 DENSE = """
 dense AS MATERIALIZED (
-    SELECT id, same, row_number() OVER (ORDER BY distance, id) AS rank
+    SELECT id, same, 1 - distance AS total, row_number() OVER (ORDER BY distance, id) AS rank
     FROM (SELECT DISTINCT ON (same) id, same, distance FROM looked_at ORDER BY same, distance, id) AS texts
     ORDER BY distance, id LIMIT %(nearest)s
 )"""
@@ -66,7 +66,7 @@ shares AS MATERIALIZED (
 ),
 found AS MATERIALIZED (SELECT id, same, share FROM shares ORDER BY share DESC, id LIMIT %(looked_at)s),
 lexical AS MATERIALIZED (
-    SELECT id, same, row_number() OVER (ORDER BY share DESC, id) AS rank
+    SELECT id, same, share AS total, row_number() OVER (ORDER BY share DESC, id) AS rank
     FROM (SELECT DISTINCT ON (same) id, same, share FROM found ORDER BY same, share DESC, id) AS texts
     ORDER BY share DESC, id LIMIT %(nearest)s
 )"""
@@ -77,7 +77,8 @@ scored AS MATERIALIZED (
     JOIN {table} USING (id) LEFT JOIN (SELECT id, share FROM shares) AS share USING (id)
 ),
 best AS (
-    SELECT id, same, row_number() OVER (ORDER BY total DESC, id) AS place, dense.rank AS dense, lexical.rank AS lexical
+    SELECT id, same, total, row_number() OVER (ORDER BY total DESC, id) AS place,
+        dense.rank AS dense, lexical.rank AS lexical
     FROM (SELECT DISTINCT ON (same) id, same, total FROM scored ORDER BY same, total DESC, id) AS texts
     LEFT JOIN (SELECT same, rank FROM dense) AS dense USING (same)
     LEFT JOIN (SELECT same, rank FROM lexical) AS lexical USING (same)
@@ -88,7 +89,7 @@ DROWNED = "(SELECT count(*) FROM {seen}) >= %(looked_at)s AND (SELECT count(*) F
 DENSE_DROWNED = DROWNED.format(seen="looked_at", leg="dense")
 LEXICAL_DROWNED = DROWNED.format(seen="found", leg="lexical")
 HITS = """
-SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, best.dense, best.lexical, embedding,
+SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, best.total, best.dense, best.lexical, embedding,
     ARRAY(
         SELECT DISTINCT metadata->>'source' FROM {table} AS copy
         WHERE copy.same = best.same AND metadata->>'source' IS NOT NULL AND {condition} ORDER BY 1
@@ -96,7 +97,9 @@ SELECT id, text, metadata, 1 - (embedding <=> %(vector)s) AS score, best.dense, 
 """
 FROM_BEST = " FROM best JOIN {table} USING (id) ORDER BY best.place"
 BEST_OF_LEG = """,
-best AS (SELECT id, same, rank AS place, rank AS {leg}, NULL::bigint AS {other} FROM {leg} ORDER BY rank LIMIT %(k)s)
+best AS (
+    SELECT id, same, total, rank AS place, rank AS {leg}, NULL::bigint AS {other} FROM {leg} ORDER BY rank LIMIT %(k)s
+)
 """
 OF_DENSE = BEST_OF_LEG.format(leg="dense", other="lexical")
 OF_LEXICAL = BEST_OF_LEG.format(leg="lexical", other="dense")
