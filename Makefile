@@ -34,6 +34,7 @@ setup:
 demo: setup
 	$(PY) instruct_train_qlora.py --preset laptop --output adapters/demo --overwrite
 	$(PY) rag_qlora.py ingest sample_data/documents --collection demo
+	$(PY) rag_qlora.py fit $(DEMO)
 	$(PY) rag_qlora.py demo $(DEMO)
 	@echo
 	@echo "Now try:"

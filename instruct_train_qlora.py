@@ -11,16 +11,14 @@ Precedence: flag > environment > .env > preset or default.
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qlora import console, machine, presets, settings
@@ -31,6 +29,7 @@ from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
+from qlora.training.held_out import digest_rows, name_documents
 from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
 from qlora.training.rows import Draw, Row, load_rows
 from qlora.training.turned_rows import turn_around
@@ -356,12 +355,6 @@ def check_finished(args, rows) -> None:
     console.note(f"The run in {args.output} is finished: nothing is left to train")
 
 
-def digest_rows(rows) -> str:
-    """The sha256 of the rows. Earlier turns count where there are some: runs of earlier versions knew none."""
-    cells = [{name: cell for name, cell in asdict(row).items() if cell or name != "turns"} for row in rows]
-    return hashlib.sha256("\n".join(json.dumps(each, sort_keys=True) for each in cells).encode()).hexdigest()
-
-
 def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
@@ -415,6 +408,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "rows_leaked": {reason: found["rows"] for reason, found in report["leakage"].items()},
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
+            "held_out_documents": name_documents(hold_out(rows, args.eval_share, args.seed)[1]),
         },
         "parents": start.line if start else [],
         "arguments": jsonable(vars(args)),

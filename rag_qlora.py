@@ -7,6 +7,7 @@
     python rag_qlora.py ask "Who signs form B7?"          # an answer with citations
     python rag_qlora.py ask --json --adapter none "..."   # the base model, as JSON
     python rag_qlora.py chat                              # several turns
+    python rag_qlora.py fit                               # learn which passage answers, and when none does
     python rag_qlora.py doctor                            # checks of machine and database
 
 Without a command: chat at a terminal, otherwise a short demonstration over the sample documents.
@@ -16,7 +17,7 @@ Precedence: flag > environment > .env > default. Answers go to stdout, everythin
 import contextlib
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from qlora import console, machine, settings
@@ -28,6 +29,8 @@ from qlora.cli.rag_flags import (
     build_parser,
     resolve_arguments,
 )
+from qlora.cli.ranking_flags import rank_by
+from qlora.cli.recorded import describe_turn, evaluation_settings, writing_settings
 from qlora.console import json_line, note, say
 from qlora.model import adapter, base_model
 from qlora.writing import embedded_writer
@@ -152,48 +155,12 @@ def make_generator(args, model, tokenizer, prompt):
 # ============================================================================ Database Integration
 
 
-def load_embeddings(args):
-    """The embedding function: sentence-transformers, vectors of length 1.
-
-    In bf16 where the CPU multiplies it: three times as fast, cosine to the fp32 vectors at least 0.999.
-    """
-    from langchain_huggingface import HuggingFaceEmbeddings
-
-    source = base_model.resolve_embedding_model(args.embedding_model)
-    with base_model.explaining(source, "--embedding-model"):
-        return HuggingFaceEmbeddings(
-            model_name=source,
-            encode_kwargs={"normalize_embeddings": True, "batch_size": 16},
-            model_kwargs={"trust_remote_code": False, "model_kwargs": {"dtype": machine.compute_dtype()}},
-        )
-
-
 def open_store(args, name: str | None = None, embeddings=None):
     """The store of a collection: in Pinecone, in the PostgreSQL of DATABASE_URL, or in the embedded one."""
-    embeddings = embeddings or load_embeddings(args)
-    open_it = open_pinecone if args.store == "pinecone" else open_pgvector
-    store, where = open_it(embeddings, args.embedding_model, name or args.collection)
-    note(f"Collection {name or args.collection} in {where}: {store.count()} passages")
-    return store
+    from qlora.retrieval.opening import load_embeddings, open_collection
 
-
-def open_pgvector(embeddings, embedding_model: str, name: str):
-    """The collection in PostgreSQL, and where that is."""
-    from qlora.retrieval import database, embedded_postgres, pgvector_store
-
-    url = settings.get("DATABASE_URL")
-    server = (url, None) if url else (embedded_postgres.start_server(), embedded_postgres.revive_server)
-    connected = database.Database(*server)
-    where = database.describe_url(url) if url else "the embedded PostgreSQL"
-    return pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name), where
-
-
-def open_pinecone(embeddings, embedding_model: str, name: str):
-    """The collection in Pinecone, and where that is."""
-    from qlora.retrieval import pinecone_store
-
-    index = pinecone_store.open_index(len(embeddings.embed_query("dimension")))
-    return pinecone_store.PineconeStore(index, embeddings, embedding_model, name), "Pinecone"
+    embeddings = embeddings or load_embeddings(args.embedding_model)
+    return open_collection(args.store, name or args.collection, embeddings, args.embedding_model)
 
 
 def ingest(args, store) -> int:
@@ -260,7 +227,7 @@ def search(args, store) -> int:
     from qlora.retrieval.documents import place
 
     fill_if_empty(args, store)
-    found = make_search(args, store)(args.question, args.top_k)
+    found = make_finding(args, store).find(args.question, args.top_k)
     if args.json:
         passages = [Cited(n, document).as_json() for n, document in enumerate(found, 1)]
         say(json_line({"question": args.question, "passages": passages}))
@@ -281,6 +248,14 @@ def make_search(args, store):
     return partial(store.find, mode=args.mode, where=args.where, fetch_k=args.fetch_k, diversity=args.diversity)
 
 
+def make_finding(args, store, prompt=None, generator=None):
+    """How passages are found and put in order, and when a question is refused."""
+    from qlora.answering.chain import Finding, open_ranker
+
+    ranker = open_ranker(args.ranking, prompt, generator, args.extra_bias, args.command == "serve")
+    return Finding(make_search(args, store), args.top_k, ranker, store.refusal_threshold)
+
+
 def doctor(args) -> int:
     """Prints the state of machine, server, collection and index; returns 1 when something is bad."""
     from qlora.retrieval.doctor import Finding, as_json, examine, examine_machine, print_findings
@@ -298,12 +273,11 @@ def doctor(args) -> int:
 
 
 def build_chain(args, store, prompt, generator):
-    """retriever | prompt | model | check, as one LangChain runnable: {"question", "history", "searched"} -> answer."""
+    """retriever | ranker | prompt | model | check, as one LangChain runnable, from a question to its answer."""
     from qlora.answering import chain
 
-    find = partial(make_search(args, store), k=args.top_k)
-    fill = chain.make_fill(prompt, generator)
-    return chain.build_chain(find, fill, generator, prompt.refusal, store.refusal_threshold)
+    finding = make_finding(args, store, prompt, generator)
+    return chain.build_chain(finding, chain.make_fill(prompt, generator), generator, prompt.refusal)
 
 
 def ask(args, store, prompt, generator) -> int:
@@ -326,13 +300,6 @@ def ask(args, store, prompt, generator) -> int:
             write_trace(args.trace, describe_turn(args, turn, prompt))
     note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} {same_places(args)}")
     return 3 if args.strict and refused else 0
-
-
-def describe_turn(args, turn, prompt) -> dict:
-    """The turn as JSON: question, answer, passages with scores, tokens and timings; model, prompt and collection."""
-    model = {"base": args.base_model, "adapter": str(args.adapter) if args.adapter else None}
-    model |= {"server": args.base_url, "name": args.model} if args.base_url else {}
-    return {**turn.as_json(), "model": model, "prompt_digest": prompt.digest, "collection": args.collection}
 
 
 def chat(args, store, prompt, generator) -> int:
@@ -372,7 +339,7 @@ def serve(args, store, prompt, generator) -> int:
     from qlora.retrieval.ingest import choose_splitting
     from qlora.serving import server
 
-    asking = server.Asking(make_search(args, store), prompt, generator, args.top_k, store.refusal_threshold)
+    asking = server.Asking(make_finding(args, store, prompt, generator), prompt, generator)
     again = open_store(args, embeddings=store.embeddings)  # uploads go on while questions are answered
     splitting = choose_splitting(again, args.embedding_model, args.passage_tokens, args.overlap)
     names = server.name_models(args.adapter, args.collection, with_base=not args.base_url)
@@ -386,7 +353,10 @@ def evaluate(args, store, prompt, generator) -> int:
     from qlora.evaluation.questions import load_questions
 
     questions = load_questions(args.questions, args.limit, prompt.refusal)
-    found = evaluation.search_all(make_search(args, store), questions, args.top_k)
+    finding = make_finding(args, store, prompt, generator)
+    if args.calibrate:
+        finding = replace(finding, threshold=None)
+    found = evaluation.search_all(finding.find, questions, args.top_k)
     passages = evaluation.gather_passages(questions, found, args.top_k)
     contexts = {name: asked for name, asked in passages.items() if name in args.contexts}
     if not contexts:
@@ -398,12 +368,11 @@ def evaluate(args, store, prompt, generator) -> int:
     values = evaluation_settings(args, prompt)
     args.output.mkdir(parents=True, exist_ok=True)
     log = report.AnswerLog(args.output / "answers.jsonl", values)
-    threshold = None if args.calibrate else store.refusal_threshold
     fill = make_fill(prompt, generator)
     complete = partial(answer_batch, fill=fill, generator=generator, refusal=prompt.refusal)
-    asking = evaluation.Asking(log, complete, threshold, args.batch_size, prompt.refusal)
+    asking = evaluation.Asking(log, complete, finding.refuses, args.batch_size, prompt.refusal)
     cells = evaluation.answer_cells(asking, modes, contexts)
-    values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": threshold}
+    values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": finding.threshold}
     result = evaluation.build_result(questions, found, cells, values, args.seed)
     if args.calibrate:
         scores = cells["tuned" if args.adapter else "base", "retrieved"]
@@ -416,6 +385,37 @@ def evaluate(args, store, prompt, generator) -> int:
         report.put_into_card(args.adapter, args.output)
     note(f"evaluation.md, .json, .png and answers.jsonl: {args.output}")
     return 0
+
+
+def fit(args, store, prompt, generator) -> int:
+    """Fits on held-out rows how passages are put in order, and when a question is refused; saved with the adapter."""
+    from qlora.answering import chain, ranking
+    from qlora.evaluation import fitting
+
+    search = make_search(args, store)
+    if args.rerank == "cross-encoder":
+        train_reranker(args, search, prompt)
+    ranker = chain.open_ranker(args.ranking, prompt, generator)
+    complete = partial(chain.answer_batch, fill=ranker.reader.fill, generator=generator, refusal=prompt.refusal)
+    ranker = replace(ranker, reader=fitting.Remembering(ranker.reader))
+    asked = fitting.gather(args.asked, search, ranker)
+    ordered = replace(args.ranking, order=fitting.fit_order(asked, ranker))
+    fitted = fitting.fit_ranking(asked, replace(ranker, ranking=ordered), complete)
+    ranking.write_ranking(args.adapter, fitted)
+    say(json_line(asdict(fitted)) if args.json else fitting.as_text(fitted))
+    note(f"Next: python rag_qlora.py ask --adapter {args.adapter} {same_places(args)}")
+    return 0
+
+
+def train_reranker(args, search, prompt) -> None:
+    """Tunes the embedding model to a cross-encoder, on the rows that the adapter was trained on."""
+    from qlora.answering.ranking import FOLDER
+    from qlora.training import reranker
+
+    pairs = reranker.mine_pairs(args.trained_on, search, prompt.refusal)
+    note(f"{len(pairs)} pairs of question and passage train the cross-encoder")
+    embedder = base_model.resolve_embedding_model(args.embedding_model)
+    reranker.train_reranker(pairs, embedder, args.adapter / FOLDER, args.seed)
 
 
 def write(args, store, prompt, generator) -> int:
@@ -451,13 +451,25 @@ def sweep(args, store) -> int:
     fill_if_empty(args, store)
     questions = load_questions(args.questions, args.limit)
 
-    def open_trial(tokens: int):
-        trial = open_store(args, f"sweep {args.collection} {tokens}", store.embeddings)
-        put_files(trial, args.documents, choose_splitting(trial, args.embedding_model, tokens, tokens // 5))
-        return trial
-
     search = make_search(args, store)
-    results = [sweep.score_values(search, questions, *setting, args.top_k, open_trial) for setting in args.settings]
+
+    @contextlib.contextmanager
+    def searching(name: str, value):
+        """A search with one value of one setting."""
+        if name == "passages":
+            trial = open_store(args, f"sweep {args.collection} {value}", store.embeddings)
+            try:
+                put_files(trial, args.documents, choose_splitting(trial, args.embedding_model, value, value // 5))
+                yield partial(trial.find, **search.keywords)
+            finally:
+                trial.drop()
+        elif name == "rerank":
+            args.ranking = rank_by(value)
+            yield make_finding(args, store).find
+        else:
+            yield partial(search, mode=value) if name == "search" else search
+
+    results = [sweep.score_values(searching, questions, *setting, args.top_k) for setting in args.settings]
     say(json_line(results) if args.json else sweep.as_text(results))
     sweep.write_results(args.output, results)
     note(f"sweep.json, .md and .png: {args.output}")
@@ -473,23 +485,8 @@ def compare(args) -> int:
     return 0
 
 
-def evaluation_settings(args, prompt) -> dict:
-    """The settings that an answer depends on; a question with equal settings and passages is not answered again."""
-    names = ("base_model", "max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "top_k")
-    names += ("mode", "fetch_k", "diversity", "refusal_bias")
-    digest = adapter.digest_weights(args.adapter) if args.adapter else None
-    return {**{name: getattr(args, name) for name in names}, "adapter": digest, "prompt": prompt.digest}
-
-
-def writing_settings(args) -> dict:
-    """What drafts depend on: with equal settings a second run goes on from the drafts of the first."""
-    names = ("writer_url", "writer_model", "per_passage", "refusal_share", "seed", "mode", "fetch_k", "top_k")
-    digest = adapter.digest_weights(args.adapter) if args.adapter else None
-    return {**{name: getattr(args, name) for name in names}, "adapter": digest}
-
-
 COMMANDS = {
-    **{"ask": ask, "demo": ask, "chat": chat, "serve": serve, "write": write, "evaluate": evaluate},
+    **{"ask": ask, "demo": ask, "chat": chat, "serve": serve, "write": write, "fit": fit, "evaluate": evaluate},
     **{"doctor": doctor, "compare": compare},
     **{"ingest": ingest, "documents": documents, "forget": forget, "search": search, "sweep": sweep},
 }

@@ -3,7 +3,6 @@
 import statistics
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +102,7 @@ def merge(bench: Bench) -> list[Measure]:
 
 def ingest(bench: Bench) -> list[Measure]:
     """Passages embedded as `rag_qlora.py ingest` does, and put into PostgreSQL where there is one."""
-    import rag_qlora
+    from qlora.retrieval.opening import load_embeddings
 
     texts = [row.context for row in sample_rows()]
     passages = [f"{texts[n % len(texts)]} ({n})" for n in range(bench.sizes.passages)]
@@ -112,7 +111,7 @@ def ingest(bench: Bench) -> list[Measure]:
         base_model.resolve_embedding_model(name)
     except console.UserError:
         name, kind = write_embedder(bench.work / "embedder", texts), "random weights of its shape"
-    embeddings = rag_qlora.load_embeddings(Namespace(embedding_model=name))
+    embeddings = load_embeddings(name)
     embeddings.embed_documents(passages[:64])  # kernels are made ready
     started = time.perf_counter()
     vectors = embeddings.embed_documents(passages)

@@ -103,11 +103,9 @@ def load_plain():
 
 
 def load_ours():
-    import argparse
+    from qlora.retrieval.opening import load_embeddings
 
-    import rag_qlora
-
-    return rag_qlora.load_embeddings(argparse.Namespace(embedding_model=presets.EMBEDDED_EMBEDDER))
+    return load_embeddings(presets.EMBEDDED_EMBEDDER)
 
 
 # ------------------------------------------------------------------------------- store

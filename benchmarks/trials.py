@@ -24,7 +24,7 @@ SAMPLE = presets.SAMPLE_DATA
 DOCUMENTS = SAMPLE / "documents"
 INGEST = ("passage-tokens", "overlap")  # what a collection depends on
 UNTRAINED = ("drop_headings",)  # parts of the scripts that training does not use
-ANSWER = ("top-k", "search", "fetch-k", "diversity", "refusal-bias", "limit")
+ANSWER = ("top-k", "search", "fetch-k", "diversity", "refusal-bias", "limit", "rerank")
 SCORES = ("em", "f1", "refusal_precision", "refusal_recall", "refusal_f1", "citation_precision", "overall_f1")
 
 
@@ -71,21 +71,36 @@ def run_trial(trial: Trial) -> dict:
     if key in (known := read_log()):
         return known[key]
     ADAPTERS.mkdir(exist_ok=True)
-    folder = ADAPTERS / f"trial-{name_of([described | trial.training])}"
+    folder, collection = places(trial)
     if not (folder / "run.json").exists():
         run_script(trial, "instruct_train_qlora", folder, train_words(trial, folder))
-    collection = f"trial-{trial.data.name}-{name_of([trial.select(*INGEST), trial.without])}"
     flags = as_words(trial.select(*INGEST))
     run_script(trial, "rag_qlora", folder, ["ingest", trial.data.documents, "--collection", collection, *flags])
+    fit(trial, folder, collection)
     output = folder / f"evaluation-{key}"
     words = ["evaluate", "--questions", trial.data.questions, "--collection", collection, "--adapter", folder]
     words += ["--models", "tuned", "--contexts", "retrieved", "oracle", "--output", output]
-    words += as_words(trial.select(*ANSWER))
+    words += as_words({"rerank": "none"} | trial.select(*ANSWER))
     run_script(trial, "rag_qlora", folder, words)
     record = {"key": key, **described, **read_results(folder, output)}
     with LOG.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return record
+
+
+def places(trial: Trial) -> tuple[Path, str]:
+    """The adapter's folder and the collection of a trial; others with the same training or documents have the same."""
+    described = {"data": trial.data.describe(), "flags": trial.flags, "seed": trial.seed, "without": trial.without}
+    folder = ADAPTERS / f"trial-{name_of([described | trial.training])}"
+    return folder, f"trial-{trial.data.name}-{name_of([trial.select(*INGEST), trial.without])}"
+
+
+def fit(trial: Trial, folder: Path, collection: str) -> None:
+    """Fits the trial's ranking, where it has one; the adapter keeps one at a time."""
+    name, path = trial.flags.get("rerank", "none"), folder / "ranking.json"
+    if name != "none" and not (path.exists() and json.loads(path.read_text())["rerank"] == name):
+        words = ["fit", "--rerank", name, "--adapter", folder, "--collection", collection]
+        run_script(trial, "rag_qlora", folder, words)
 
 
 def train_words(trial: Trial, folder: Path) -> list:
@@ -126,7 +141,9 @@ def read_results(folder: Path, output: Path) -> dict:
         "train_seconds": run["result"]["train_seconds"],
         "eval_loss": run["result"]["eval_loss_after"],
         "refusal_bias": run["result"]["refusal_bias"],
+        "recall@1": report["retrieval"]["recall@1"],
         "recall@3": report["retrieval"]["recall@3"],
+        "calibration_error": report.get("confidence", {}).get("calibration_error"),
         "cells": cells,
     }
 

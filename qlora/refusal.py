@@ -27,17 +27,20 @@ def is_refusal(text: str, refusal: str = Prompt.refusal) -> bool:
 # ------------------------------------------------------------------------------- fit
 
 
-def fit_threshold(confidences: Sequence[float], scores: Sequence[dict]) -> float | None:
-    """The retrieval score below which refusing unread gives the best overall F1; None when it never helps.
+def fit_threshold(
+    confidences: Sequence[float], scores: Sequence[dict], weights: Sequence[float] | None = None
+) -> float | None:
+    """The confidence below which refusing gives the best overall F1; None when it never helps.
 
-    SQuAD 2.0's own rule (find_best_thresh in evaluate-v2.0.py), with the best passage's similarity as confidence.
-    Of equally good thresholds the lowest, which refuses least.
+    SQuAD 2.0's own rule (find_best_thresh in evaluate-v2.0.py), with weights of the questions where they are given. Of
+    equally good thresholds the lowest, which refuses least.
     """
-    ordered = sorted(zip(confidences, scores, strict=True), key=lambda pair: pair[0])
+    weights = weights or [1.0] * len(scores)
+    ordered = sorted(zip(confidences, scores, weights, strict=True), key=lambda entry: entry[0])
     gain = best = 0.0
     threshold = None
-    for (here, score), (after, _) in zip(ordered, [*ordered[1:], (float("inf"), None)], strict=True):
-        gain += float(not score["answerable"]) - score["overall_f1"]
+    for (here, score, weight), (after, *_) in zip(ordered, [*ordered[1:], (float("inf"),)], strict=True):
+        gain += weight * (float(not score["answerable"]) - score["overall_f1"])
         if gain > best + 1e-9 and after > here:
             best, threshold = gain, here + 1e-4 if after == float("inf") else (here + after) / 2
     return threshold and round(threshold, 5)

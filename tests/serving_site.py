@@ -67,8 +67,8 @@ def make_site(generator, documents, folder) -> Site:
     assert rag("ingest", documents) == 0
     args = resolve_arguments(["search", "x", "--top-k", "2"], rag_qlora.__doc__, rag_qlora.STEPS)
     store = rag_qlora.open_store(args)
-    find = rag_qlora.make_search(args, store)
-    service = Service(lambda question: find(question, k=2), choose_prompt(generator.tokenizer), generator, None)
+    finding = rag_qlora.make_finding(args, store)
+    service = Service(finding, choose_prompt(generator.tokenizer), generator)
     worker = Worker(service.answer, size=16)
     worker.start()
     again = rag_qlora.open_store(args, embeddings=store.embeddings)

@@ -1,14 +1,13 @@
 """Generating, citing and refusing, on the tiny model; and the chain over a real store."""
 
 import re
-from functools import partial
 
 import pytest
 import torch
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage, SystemMessage
 
-from qlora.answering.chain import build_chain, make_fill
+from qlora.answering.chain import Finding, build_chain, make_fill
 from qlora.answering.citations import check_answer
 from qlora.answering.generator import Generator
 from qlora.model import base_model
@@ -195,8 +194,8 @@ def in_memory_chain(generator, language_model, text: str):
 
     store = InMemoryVectorStore(DeterministicFakeEmbedding(size=8))
     store.add_documents([Document(text, metadata={"source": "a.md", "score": 1.0})])
-    find = partial(store.similarity_search, k=1)
-    return build_chain(find, make_fill(Prompt(), generator), language_model, Prompt().refusal)
+    finding = Finding(store.similarity_search, 1)
+    return build_chain(finding, make_fill(Prompt(), generator), language_model, Prompt().refusal)
 
 
 def test_history_is_harmless_too(generator):

@@ -163,15 +163,14 @@ def test_a_model_s_rewriting_is_taken_when_it_is_faithful(written, is_taken):
 
 def test_follow_ups_find_what_they_ask_for(database):
     """Real ones over the sample documents: by rule 21 of 24 were found when this was written, alone 16."""
-    import argparse
 
-    import rag_qlora
     from qlora import presets
     from qlora.retrieval.database import Database
     from qlora.retrieval.ingest import choose_splitting, put_files
+    from qlora.retrieval.opening import load_embeddings
     from qlora.retrieval.pgvector_store import PgVectorStore
 
-    embeddings = rag_qlora.load_embeddings(argparse.Namespace(embedding_model=presets.EMBEDDED_EMBEDDER))
+    embeddings = load_embeddings(presets.EMBEDDED_EMBEDDER)
     store = PgVectorStore(Database(database), embeddings, presets.EMBEDDED_EMBEDDER, "follow-ups")
     splitting = choose_splitting(store, presets.EMBEDDED_EMBEDDER, 200, 40)
     put_files(store, [str(PROJECT / "sample_data" / "documents")], splitting)

@@ -17,7 +17,7 @@ from qlora.cli import training_flags
 read_dotenv = settings.load_dotenv_once  # before conftest puts it away
 
 SHAPE = {"question", "answer", "refused", "supported", "unsupported", "citations", "passages", "timings", "tokens"}
-SHAPE |= {"model", "collection", "prompt_digest"}
+SHAPE |= {"model", "collection", "rerank", "prompt_digest"}
 
 
 @pytest.fixture
@@ -155,8 +155,11 @@ def test_ingest_search_ask_and_chat(collection, documents, tiny_adapter, capsys,
     turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(turns) == 2 and set(turns[0]) == SHAPE
     assert len(turns[0]["passages"]) == 1 and "otter" in turns[0]["passages"][0]["text"]  # as many as in training
-    assert set(turns[0]["passages"][0]) == {"n", "source", "score", "text"}
-    assert set(turns[0]["timings"]) == {"retrieve_s", "first_token_s", "generate_s"}
+    assert set(turns[0]["passages"][0]) == {"n", "source", "score", "text", "ranks"}
+    assert (
+        set(turns[0]["passages"][0]["ranks"]) == {"dense", "lexical", "search"} and turns[0]["rerank"] == "likelihood"
+    )
+    assert set(turns[0]["timings"]) == {"retrieve_s", "rank_s", "first_token_s", "generate_s"}
     assert 0 < turns[0]["timings"]["first_token_s"] <= turns[0]["timings"]["generate_s"]
     assert 1 <= turns[0]["tokens"]["completion"] <= 8 and turns[0]["tokens"]["prompt"] > 100
     assert turns[0]["model"]["adapter"] == str(tiny_adapter)

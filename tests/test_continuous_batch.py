@@ -9,8 +9,8 @@ from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda
 from transformers import AutoModelForCausalLM
 
-from qlora.answering.chain import build_chain
-from qlora.answering.continuous_batch import ContinuousBatch
+from qlora.answering.chain import Finding, build_chain
+from qlora.answering.continuous_batch import Asked, ContinuousBatch
 from qlora.answering.generator import Generator
 from qlora.model import base_model
 
@@ -59,7 +59,7 @@ def test_answers_grow_together_as_they_do_alone(generator, beginning):
             said[n].append(token)
             return len(said[n]) == LENGTHS[n]
 
-        return PROMPTS[n], take
+        return Asked(PROMPTS[n], take, generator)
 
     batch = ContinuousBatch(generator, beginning)
     batch.admit([ask(0), ask(1)])
@@ -93,7 +93,7 @@ def test_a_batch_keeps_no_more_than_its_rows_need(generator):
 
         return take
 
-    batch.admit([(list(range(10, 90)), counting(0)), ([5, 6, 7], counting(1))])
+    batch.admit([Asked(list(range(10, 90)), counting(0), generator), Asked([5, 6, 7], counting(1), generator)])
     assert batch.mask.shape == (2, 80)
     batch.step()  # the long one leaves, and its padding with it
     assert batch.mask.shape == (1, 4) and batch.cache.layers[0].keys.shape[2] == 4
@@ -103,12 +103,12 @@ def test_the_chain_answers_in_the_thread_that_asks():
     """On the CPU another thread of torch makes both slower."""
     threads = []
 
-    def find(question):
+    def find(question, k):
         threads.append(threading.current_thread())
         return [Document("The mate closes the gate.", metadata={"score": 0.9, "source": "a.md"})]
 
     model = RunnableLambda(lambda messages: (threads.append(threading.current_thread()), AIMessage("The mate [1]."))[1])
-    chain = build_chain(find, lambda *given: [{"role": "user", "content": "?"}], model, "I don't know.")
+    chain = build_chain(Finding(find, 1), lambda *given: [{"role": "user", "content": "?"}], model, "I don't know.")
     state = chain.invoke({"question": "Who?", "searched": "Who?", "history": ()})
     assert state["answer"].text == "The mate [1]." and state["documents"]
     assert threads == [threading.current_thread()] * 2

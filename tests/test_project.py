@@ -180,6 +180,7 @@ def test_every_pin_is_installed_and_used():
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     behind = {  # what a library of ours uses for us
         "gguf": "gguf_file",
+        "scikit-learn": "from sklearn",
         "python-multipart": "UploadFile",
         "python-dotenv": "import dotenv_values",
         "markdown-it-py": "import MarkdownIt",

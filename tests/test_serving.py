@@ -158,12 +158,12 @@ def test_one_question_s_fault_ends_no_other_answer(site, monkeypatch, caplog):
     """Of several that are answered together one cannot be searched."""
     service = site.worker.answer.__self__
 
-    def find(text: str):
+    def search(text: str, k: int):
         if "unicorns" in text:
             raise RuntimeError("no such thing")
-        return service.find(text)
+        return service.finding.search(text, k)
 
-    monkeypatch.setattr(site.worker, "answer", replace(service, find=find).answer)
+    monkeypatch.setattr(site.worker, "answer", replace(service, finding=replace(service.finding, search=search)).answer)
     events = {question: [] for question in ("What is said about the crew?", "And unicorns?", "What do bicycles pay?")}
     for question, seen in events.items():
         site.worker.submit(Job(question, emit=seen.append))

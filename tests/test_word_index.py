@@ -1,6 +1,5 @@
 """The words that a text is searched by: identifiers as people type them, languages, forms of letters, equal texts."""
 
-import argparse
 import json
 import re
 
@@ -10,11 +9,11 @@ from hypothesis import given, settings, strategies
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
-import rag_qlora
 from qlora import presets
 from qlora.console import Invalid, UserError
 from qlora.retrieval import languages
 from qlora.retrieval.database import Database
+from qlora.retrieval.opening import load_embeddings
 from qlora.retrieval.passage_store import Entry
 from qlora.retrieval.pgvector_store import PgVectorStore
 from qlora.retrieval.word_index import index_words, text_key
@@ -45,7 +44,7 @@ def test_identifiers_are_found_however_they_are_typed(database, collection):
     store = open_store(
         database,
         collection,
-        rag_qlora.load_embeddings(argparse.Namespace(embedding_model=presets.EMBEDDED_EMBEDDER)),
+        load_embeddings(presets.EMBEDDED_EMBEDDER),
     )
     texts = [text for row in IDENTIFIERS for text in (row["text"], *near_misses(row["text"]))]
     assert len(set(texts)) == 3 * len(IDENTIFIERS) == 120

@@ -1,7 +1,7 @@
-"""How a question is answered: retriever | prompt | model | check, as one LangChain runnable.
+"""How a question is answered: retriever | ranker | prompt | model | check, as one LangChain runnable.
 
     fill = make_fill(prompt, generator)
-    chain = build_chain(find, fill, generator, prompt.refusal, threshold)
+    chain = build_chain(Finding(search, top_k), fill, generator, prompt.refusal)
     chain.invoke({"question": "...", "searched": "...", "history": ()})["answer"]     # citations.Answer
 
 `answer_batch` takes the same steps for many questions with given passages at a time.
@@ -9,6 +9,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 
@@ -19,7 +20,12 @@ from langchain_core.runnables import Runnable, RunnableBranch, RunnableLambda
 from langchain_core.runnables.base import coerce_to_runnable
 
 from qlora.answering.citations import Answer, check_answer, refuse
+from qlora.answering.ranker import AMONG, Ranker
+from qlora.answering.ranking import Ranking
+from qlora.answering.reading import Reader
+from qlora.answering.spelling import spell_as
 from qlora.prompt import Prompt, as_langchain, fill_prompt
+from qlora.retrieval.reranker import open_reranker
 
 Fill = Callable[[str, Sequence[str], Sequence[dict]], list[dict]]  # question, passages, history -> messages
 
@@ -43,31 +49,95 @@ def best_score(documents: Sequence[Document]) -> float:
     return max((document.metadata["score"] for document in documents), default=-1.0)
 
 
+def open_ranker(ranking: Ranking | None, prompt=None, generator=None, bias=0.0, keeps_going=False) -> Ranker | None:
+    """What puts passages in order: a cross-encoder, the model that reads them, or both; None: the search alone."""
+    if not ranking:
+        return None
+    score = open_reranker(ranking.scored_by) if ranking.scored_by else None
+    reader = Reader(generator, make_fill(prompt, generator), prompt) if ranking.reads else None
+    return Ranker(ranking, reader, score, bias, keeps_going)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How the passages of a question are found and put in order, and when they are found wanting."""
+
+    search: Callable[[str, int], list[Document]]  # the best passages for a text, best first
+    top_k: int
+    ranker: Ranker | None = None
+    threshold: float | None = None  # the similarity that the best passage must reach, where no confidence is known
+
+    @property
+    def depth(self) -> int:
+        """How many passages are searched for."""
+        return max(self.top_k, AMONG) if self.ranker else self.top_k
+
+    def rank(self, question: str, found: list[Document], history: Sequence[dict] = ()) -> list[Document]:
+        """The passages as the model gets them, but all of them."""
+        return self.ranker(question, found, history) if self.ranker else found
+
+    def find(self, question: str, k: int) -> list[Document]:
+        """The `k` best passages for a question that stands alone."""
+        return self.rank(question, self.search(question, max(k, self.depth)))[:k]
+
+    def refuses(self, documents: Sequence[Document]) -> bool:
+        """Whether a question is refused without an answer of the model: by the confidence, where there is one, else by
+        the similarity."""
+        if is_decided(documents):
+            return documents[0].metadata["confidence"] < self.ranker.ranking.threshold
+        return refuses_unread(documents, self.threshold)
+
+
 def refuses_unread(documents: Sequence[Document], threshold: float | None) -> bool:
-    """Whether a question is refused without asking the model: no passage was found, or none is similar enough."""
+    """Whether no passage was found, or none is similar enough."""
     return not documents or (threshold is not None and best_score(documents) < threshold)
 
 
-def build_chain(find, fill: Fill, model: Runnable, refusal: str, threshold: float | None = None) -> Runnable:
+def drop_confidence(documents: Sequence[Document]) -> list[Document]:
+    """The passages as if no confidence were known."""
+    kept = [{name: value for name, value in d.metadata.items() if name != "confidence"} for d in documents]
+    return [Document(d.page_content, metadata=metadata, id=d.id) for d, metadata in zip(documents, kept, strict=True)]
+
+
+def is_decided(documents: Sequence[Document]) -> bool:
+    """Whether a confidence decides on refusing; else the model itself does."""
+    return bool(documents) and "confidence" in documents[0].metadata
+
+
+def build_chain(finding: Finding, fill: Fill, model: Runnable, refusal: str, stop: Sequence[str] = ()) -> Runnable:
     """The chain from {"question", "history", "searched"} to a state that also holds `documents` and `answer`.
 
-    `find(searched)` gives the passages, `model` is any LangChain chat model. Unless the question is refused unread
-    (`refuses_unread`), the state also holds the `message` of the model with its token counts.
+    `model` is any LangChain chat model. Unless the question is refused (`Finding.refuses`), the state also holds the
+    `message` of the model with its token counts.
     """
+
+    def rank(state: dict) -> list[Document]:
+        return finding.rank(state["question"], state["documents"], state["history"])[: finding.top_k]
 
     def write_prompt(state: dict):
         texts = [document.page_content for document in state["documents"]]
         return as_langchain(fill(state["question"], texts, state["history"]))
 
-    def check(state: dict) -> Answer:
-        return check_answer(state["message"].text, state["documents"], refusal)
+    def answer(state: dict, config):
+        chosen = unrefusing(model, state["documents"], refusal)
+        return (chosen.bind(stop=list(stop)) if stop else chosen).invoke(state["prompt"], config)
 
-    generate = (
-        assign("prompt", write_prompt) | assign("message", itemgetter("prompt") | model) | assign("answer", check)
-    )
+    def check(state: dict) -> Answer:
+        return finish_answer(state["message"].text, state["question"], state["documents"], refusal)
+
+    generate = assign("prompt", write_prompt) | assign("message", RunnableLambda(answer)) | assign("answer", check)
     refuse_it = assign("answer", lambda state: refuse(state["documents"], refusal))
-    retrieve = assign("documents", itemgetter("searched") | PassageRetriever(find=find))
-    return retrieve | RunnableBranch((lambda state: refuses_unread(state["documents"], threshold), refuse_it), generate)
+    search = PassageRetriever(find=partial(finding.search, k=finding.depth))
+    retrieve = assign("documents", itemgetter("searched") | search) | assign("documents", rank)
+    return retrieve | RunnableBranch((lambda state: finding.refuses(state["documents"]), refuse_it), generate)
+
+
+def unrefusing(model, documents: Sequence[Document], refusal: str):
+    """The model that answers from the passages: where a confidence has decided, one that does not refuse any more."""
+    if not (is_decided(documents) and hasattr(model, "first_bias")):
+        return model
+    first = model.tokenizer(refusal, add_special_tokens=False).input_ids[0]
+    return model.model_copy(update={"first_bias": {first: -float("inf")}})
 
 
 def assign(name: str, step) -> Runnable:
@@ -82,8 +152,24 @@ def assign(name: str, step) -> Runnable:
 
 def answer_batch(pairs: Sequence[tuple[str, Sequence[Document]]], fill: Fill, generator, refusal: str) -> list[Answer]:
     """A checked answer for each (question, passages), generated together."""
-    texts = generator.complete([fill(question, [d.page_content for d in found], ()) for question, found in pairs])
-    return [check_answer(text, found, refusal) for text, (_, found) in zip(texts, pairs, strict=True)]
+    texts = {}
+    for decided in (False, True):
+        part = [n for n, (_, found) in enumerate(pairs) if is_decided(found) == decided]
+        if part:
+            model = unrefusing(generator, pairs[part[0]][1], refusal)
+            asked = [fill(pairs[n][0], [d.page_content for d in pairs[n][1]], ()) for n in part]
+            texts |= dict(zip(part, model.complete(asked), strict=True))
+    return [finish_answer(texts[n], *pair, refusal) for n, pair in enumerate(pairs)]
+
+
+def finish_answer(text: str, question: str, documents: Sequence[Document], refusal: str) -> Answer:
+    """What the model wrote, spelled as question and passages are, and checked."""
+    return check_answer(spell_as(text, known_texts(question, documents, refusal)), documents, refusal)
+
+
+def known_texts(question: str, documents: Sequence[Document], refusal: str) -> list[str]:
+    """The texts whose words an answer may have."""
+    return [question, refusal, *(document.page_content for document in documents)]
 
 
 # ------------------------------------------------------------------------------- time
@@ -113,13 +199,17 @@ class Stopwatch(BaseCallbackHandler):
     def on_llm_end(self, *args, **kwargs):
         self.mark("generated")
 
+    def on_chain_end(self, *args, **kwargs):
+        self.marks["end"] = time.perf_counter()  # of the last step so far
+
     def timings(self) -> dict[str, float]:
         """Seconds, rounded to milliseconds; the first token counts from the start of generation."""
         retrieved = self.marks["retrieved"]
-        start = self.marks.get("generate", retrieved)  # a question refused unread generates nothing
+        start = self.marks.get("generate", self.marks["end"])  # a question that is refused generates nothing
         end = self.marks.get("generated", start)
         return {
             "retrieve_s": round(retrieved - self.marks["retrieve"], 3),
+            "rank_s": round(start - retrieved, 3),
             "first_token_s": round(self.marks.get("first_token", end) - start, 3),
             "generate_s": round(end - start, 3),
         }

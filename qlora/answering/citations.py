@@ -43,6 +43,7 @@ class Cited:
             "source": metadata["source"],
             **({"also_in": metadata["also_in"]} if "also_in" in metadata else {}),
             "score": metadata["score"],
+            **({"ranks": metadata["ranks"]} if "search" in metadata.get("ranks", ()) else {}),
             "text": self.document.page_content,
             **({"support": self.support, "span": self.span} if self.support is not None else {}),
         }
@@ -77,6 +78,12 @@ class Answer:
     def is_supported(self) -> bool:
         """Whether a cited passage supports at least one sentence."""
         return any(statement.is_supported for statement in self.statements)
+
+    @property
+    def decided(self) -> dict:
+        """The `confidence` that the answer is right, where a ranking gives one; `unranked`: why it could not."""
+        first = self.passages[0].document.metadata if self.passages else {}
+        return {name: first[name] for name in ("confidence", "unranked") if name in first}
 
     @property
     def unsupported(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Continuous batching: answers grow together, who is done leaves, and others take the places meanwhile.
 
     batch = ContinuousBatch(generator, beginning)
-    batch.admit([(prompt, take)])       # `take(token)` gets each token, and says whether the answer is complete
+    batch.admit([Asked(prompt, take, generator)])   # `take(token)` gets each token, and says whether it was the last
     while batch:
         batch.step()                    # a token for every answer
 
@@ -13,9 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qlora.answering.generator import Generator
-from qlora.answering.shared_beginnings import pad_left
+from qlora.answering.shared_beginnings import Beginning, Read, layers_of, read_tokens
 
 Take = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt that waits for its answer, which has the penalties of its `generator`; `read`, if it was read before."""
+
+    prompt: list[int]
+    take: Take
+    generator: Generator
+    read: Read | None = None
 
 
 @dataclass(frozen=True)
@@ -32,66 +42,30 @@ class ContinuousBatch:
 
     def __init__(self, generator: Generator, beginning: Sequence[int] = ()):
         """`beginning` are the tokens that prompts begin with, as far as they do; they are computed once."""
-        import torch
-        from transformers import DynamicCache
-
-        self.generator, self.beginning = generator, list(beginning)
+        self.generator, self.beginning = generator, Beginning(generator, beginning)
         self.rows: list[Growing] = []
         self.cache = self.mask = None
-        self.known = DynamicCache()  # of the beginning; never one of a sliding window, whose rows cannot be joined
-        if self.beginning:
-            ids = torch.tensor([self.beginning], device=generator.model.device)
-            ones = torch.ones_like(ids)
-            self.read(ids, ones, ones.cumsum(-1) - 1, self.known)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def admit(self, asked: Sequence[tuple[list[int], Take]]) -> None:
+    def admit(self, asked: Sequence[Asked]) -> None:
         """Reads the prompts and takes the first token of each answer; those that it does not end join the batch."""
+        unread = [one for one in asked if not one.read]
+        parts = [([one], one.read) for one in asked if one.read]
+        parts += [(unread, self.beginning.read([one.prompt for one in unread]))] if unread else []
+        for part, read in parts:
+            rows = [Growing(list(one.prompt), one.take, make_processors(one)) for one in part]
+            left = [n for n, row in enumerate(rows) if not self.is_complete(row, read.logits[n : n + 1].clone())]
+            if left:
+                self.join([rows[n] for n in left], read.take(left))
+
+    def join(self, rows: list[Growing], read: Read) -> None:
+        """Adds rows with what was read of them; the shorter side is padded."""
         import torch
         from transformers import DynamicCache
 
-        if not asked:
-            return
-        prompts, known = [prompt for prompt, _ in asked], len(self.beginning)
-        if any(prompt[:known] != self.beginning for prompt in prompts):
-            known = 0
-        given = pad_left(self.generator.tokenizer, [prompt[known:] for prompt in prompts])
-        given = given.to(self.generator.model.device)
-        mask = torch.nn.functional.pad(given["attention_mask"], [known, 0], value=1)
-        shared = [[part.expand(len(prompts), -1, -1, -1) for part in pair] for pair in layers_of(self.known)]
-        cache = DynamicCache(shared) if known else DynamicCache()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
-        logits = self.read(given["input_ids"], mask, positions, cache)
-        rows = [Growing(list(prompt), take, self.make_processors(len(prompt))) for prompt, take in asked]
-        left = [n for n, row in enumerate(rows) if not self.is_complete(row, logits[n : n + 1])]
-        if left:
-            self.join([rows[n] for n in left], mask[left], [[part[left] for part in pair] for pair in layers_of(cache)])
-
-    def read(self, ids, mask, positions, cache):
-        """The logits after the last token of each row; the cache grows by all of them."""
-        import torch
-
-        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        with torch.inference_mode():
-            return self.generator.model(ids, **given, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    def make_processors(self, start: int) -> list[Callable]:
-        """What changes the logits of an answer that begins after `start` tokens."""
-        from transformers import RepetitionPenaltyLogitsProcessor
-
-        penalty = self.generator.repetition_penalty
-        return [
-            self.generator.bias_first(start),
-            *([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else []),
-        ]
-
-    def join(self, rows: list[Growing], mask, layers: list) -> None:
-        """Adds rows with their mask and cache; the shorter side is padded."""
-        import torch
-        from transformers import DynamicCache
-
+        mask, layers = read.mask, read.layers
         if self.rows:
             length = max(mask.shape[1], self.mask.shape[1])
             mask = torch.cat([pad(self.mask, length, 1), pad(mask, length, 1)])
@@ -108,7 +82,7 @@ class ContinuousBatch:
         last = torch.tensor([row.ids[-1:] for row in self.rows], device=self.mask.device)
         places = self.mask.sum(-1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(places)], dim=1)
-        logits = self.read(last, self.mask, places, self.cache)
+        logits = read_tokens(self.generator.model, last, self.mask, places, self.cache)
         left = [n for n, row in enumerate(self.rows) if not self.is_complete(row, logits[n : n + 1])]
         if len(left) < len(self.rows):
             self.keep(left)
@@ -140,9 +114,15 @@ class ContinuousBatch:
         self.cache = DynamicCache(kept)
 
 
-def layers_of(cache) -> list[tuple]:
-    """(keys, values) of every layer: rows, heads, tokens, size of a head."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+def make_processors(asked: Asked) -> list[Callable]:
+    """What changes the logits of an answer."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    penalty = asked.generator.repetition_penalty
+    return [
+        asked.generator.bias_first(len(asked.prompt)),
+        *([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else []),
+    ]
 
 
 def join_parts(first, second, length: int):

@@ -27,6 +27,7 @@ class Turn:
             "answer": self.answer.text,
             "refused": self.answer.refused,
             "supported": self.answer.is_supported,
+            **self.answer.decided,
             "unsupported": self.answer.unsupported,
             "citations": [cited.as_json() for cited in self.answer.citations],
             "passages": [cited.as_json() for cited in self.answer.passages],
@@ -57,6 +58,8 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
     for cited in answer.citations:
         say(f"   [{cited.n}] {place(cited.document.metadata)} ({cited.support:.0%} of the words)")
         say(indent(cited.span, "       "))
+    if "confidence" in answer.decided:
+        say(f"   confidence: {answer.decided['confidence']:.0%}")
     if answer.unknown:
         note(f"{answer.unknown} citations of passages that were not given were removed")
     if answer.refused and answer.passages:

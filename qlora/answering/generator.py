@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, AnyMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from pydantic import Field
 
 from qlora import machine
 from qlora.prompt import encode_prompt
@@ -48,6 +50,7 @@ class Generator(BaseChatModel):
     repetition_penalty: float = 1.0
     seed: int = 0
     first_bias: dict[int, float] = {}
+    known: dict = Field(default_factory=dict)  # prompts that were read last -> what was read of each
 
     @property
     def _llm_type(self) -> str:
@@ -65,11 +68,17 @@ class Generator(BaseChatModel):
             yield
             return
         bias, self.first_bias = self.first_bias, {}  # the bias was fitted to the adapter
+        self.known.clear()
         try:
             with self.model.disable_adapter():
                 yield
         finally:
             self.first_bias = bias
+
+    def remember(self, prompts: Sequence[list[int]], read) -> None:
+        """Keeps what was read of the prompts, until others are: an answer to one of them goes on from there."""
+        self.known.clear()
+        self.known.update({tuple(prompt): read.take([n]) for n, prompt in enumerate(prompts)})
 
     def complete(self, conversations: list[list[dict]]) -> list[str]:
         """The answer to each list of role/content messages, generated as one batch."""
@@ -87,7 +96,11 @@ class Generator(BaseChatModel):
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         if len(prompts) == 1 and self.temperature == 0 and "stop_strings" not in options:
             options["prompt_lookup_num_tokens"] = LOOKUP  # with stop strings prompt lookup would run past them
-        return self.extend_ids(inputs, processors, **options)
+        if len(prompts) > 1 or tuple(prompts[0]) not in self.known:
+            return self.extend_ids(inputs, processors, **options)
+        cache = self.known[tuple(prompts[0])].as_cache()
+        with going_on(self.model, cache.get_seq_length()):
+            return self.extend_ids(inputs, processors, past_key_values=cache, **options)
 
     def extend_ids(self, inputs, processors: Sequence[Callable] = (), **options) -> list[list[int]]:
         """New token ids for each row of `input_ids` and `attention_mask`, up to and with EOS."""
@@ -180,6 +193,27 @@ class Generator(BaseChatModel):
             **options,
         )
         return {"input_tokens": len(prompt), "output_tokens": len(made), "total_tokens": len(prompt) + len(made)}
+
+
+@contextlib.contextmanager
+def going_on(model, known: int) -> Iterator[None]:
+    """A context in which `generate` reads only what follows the `known` tokens of a cache.
+
+    With prompt lookup transformers 5.23 reads the whole prompt again, as if it followed the cache (_assisted_decoding
+    passes no next_sequence_length at first).
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prepare = inner.prepare_inputs_for_generation
+
+    @wraps(prepare)  # whose parameters `generate` looks at
+    def prepare_new(ids, next_sequence_length=None, **others):
+        return prepare(ids, next_sequence_length=next_sequence_length or ids.shape[1] - known, **others)
+
+    inner.prepare_inputs_for_generation = prepare_new
+    try:
+        yield
+    finally:
+        del inner.prepare_inputs_for_generation
 
 
 def as_chunk(text: str, **options) -> ChatGenerationChunk:

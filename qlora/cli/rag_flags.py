@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from qlora import console, machine, presets, settings
+from qlora.cli.ranking_flags import add_fit_flags, add_ranking_flag, resolve_fit, resolve_ranking
 from qlora.cli.writing_flags import add_writing_flags, resolve_writer
 from qlora.evaluation.comparison import CONTEXTS, MODELS
 from qlora.model import adapter
@@ -21,6 +22,7 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
 )
 TOP_K = 3
 WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
+PRINTS_JSON = (*WITHOUT_STORE, "documents", "search", "ask", "demo", "write", "fit", "evaluate", "sweep")
 WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "search", "sweep")
 
 
@@ -34,6 +36,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     if args.command == "compare":
         problems.raise_if_any()
         return args
+    args.ranking, args.extra_bias = None, 0.0
     args.embedding_model = args.embedding_model or settings.get("QLORA_EMBEDDING_MODEL") or presets.EMBEDDED_EMBEDDER
     args.collection = args.collection or choose_collection(problems)
     if args.command in ("evaluate", "sweep"):
@@ -64,6 +67,10 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
             machine.check_file(args.trace)
     with problems.collecting():
         check_store(args, problems)
+    if args.command == "fit" and not problems.found:
+        resolve_fit(args, problems)
+    elif "rerank" in args:
+        resolve_ranking(args, problems)
     problems.raise_if_any()
     return args
 
@@ -117,6 +124,7 @@ def resolve_model(args, detect: bool) -> None:
         trained = adapter.read_adapter(args.adapter, named)
         args.base_model = trained.base_model
         args.top_k = args.top_k or trained.passages
+        args.extra_bias = args.refusal_bias or 0.0
         args.refusal_bias = trained.refusal_bias if args.refusal_bias is None else args.refusal_bias
     del args.preset
     if args.command == "evaluate":
@@ -210,24 +218,25 @@ def build_parser(description: str, steps: tuple[str, ...]):
     add_server_flags(add("serve", "Answer over HTTP: a web page, and OpenAI's API."), answering)
     one = add("write", "Write training rows from the documents; each is checked.")
     add_writing_flags(one, setup)
+    add_fit_flags(add("fit", "Fit which passage answers, and when none does, on rows that training held out."))
     add_evaluation_flags(add("evaluate", "Score the base and the tuned model on questions with known answers."))
     add_sweep_flags(add("sweep", "Compare retrieval for several values of a setting.", "SETTING=A,B ..."))
     add_comparison_flags(add("compare", "Show the paired difference of two evaluations.", "FIRST SECOND"))
     add("doctor", "Check the machine, the server, indexes and embeddings; measure the recall of the index.")
-    for name in ("ask", "chat", "demo", "serve", "evaluate"):
+    for name in ("ask", "chat", "demo", "serve", "fit", "evaluate"):
         add_model_flags(commands.choices[name], setup)
         add_generation_flags(commands.choices[name], generation)
     for name in commands.choices:
         if name != "compare":
             add_database_flags(commands.choices[name].group(storage).add_argument, commands.choices[name])
-    for name in ("search", "ask", "chat", "demo", "serve", "evaluate", "sweep"):
-        add_search_flags(commands.choices[name].group(storage).add_argument)
+    for name in ("search", "ask", "chat", "demo", "serve", "fit", "evaluate", "sweep"):
+        add_search_flags(commands.choices[name].group(storage).add_argument, ranked=name not in ("fit", "sweep"))
     for name in ("ask", "chat", "demo", "serve"):
         add_serving_flags(commands.choices[name], setup)
         add_trace_flags(commands.choices[name].group(answering).add_argument, strict=name == "ask")
-    for name in ("documents", "search", "ask", "demo", "write", "evaluate", "sweep", "compare", "doctor"):
-        commands.choices[name].add_argument("--json", action="store_true", help="print JSON on stdout")
-    for one in commands.choices.values():
+    for name, one in commands.choices.items():
+        if name in PRINTS_JSON:
+            one.add_argument("--json", action="store_true", help="print JSON on stdout")
         one.add_argument("--verbose", action="store_true", help="show all settings, also those with their default")
     return parser, commands.choices
 
@@ -274,7 +283,7 @@ def add_evaluation_flags(one: console.Parser) -> None:
 
 def add_sweep_flags(one: console.Parser) -> None:
     """Which values are compared, on which questions and documents."""
-    text = "search=dense,lexical,hybrid, passages=120,200,256 or top-k=1,3,5"
+    text = "search=dense,lexical,hybrid, passages=120,200,256, top-k=1,3,5 or rerank=none,MODEL"
     one.add_argument("settings", type=read_sweep, nargs="+", metavar="SETTING=A,B", help=text)
     flag = one.add_argument
     add_question_flags(flag)
@@ -360,14 +369,16 @@ def add_database_flags(flag, one: console.Parser) -> None:
         one.set_defaults(passage_tokens=120, overlap=24)
 
 
-def add_search_flags(flag) -> None:
-    """How passages are found."""
+def add_search_flags(flag, ranked: bool) -> None:
+    """How passages are found and put in order."""
     flag("--top-k", type=console.number(int, 1, 50), help="passages per question (as in training, else 3)")
     text = f"meaning, words, or both ({DEFAULT_MODE}; Pinecone: dense)"
     flag("--search", type=console.choice(*MODES), dest="mode", help=text)
     flag("--fetch-k", type=console.number(int, 1, 1000), default=FETCH, help="passages that each leg ranks")
     text = "0 to 1: how far passages that repeat a better one move down"
     flag("--diversity", type=console.number(float, 0, 1), default=0.0, help=text)
+    if ranked:
+        add_ranking_flag(flag)
     text = "only passages with such metadata: source=a.md, 'page>=3'; may be repeated"
     flag("--where", type=read_where, action="append", default=[], metavar="KEY=VALUE", help=text)
 

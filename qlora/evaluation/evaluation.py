@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qlora.answering.chain import best_score, refuses_unread
+from qlora.answering.chain import best_score, drop_confidence, refuses_unread
 from qlora.answering.citations import Answer, refuse
 from qlora.console import progress
 from qlora.evaluation.comparison import compare_cells, give_verdict, paired_bootstrap, split_halves
+from qlora.evaluation.confidence import measure_confidence
 from qlora.evaluation.questions import Question
 from qlora.metrics import RANKS, exact_match, mean, normalize_answer, rank_metrics, ratio, token_f1, total
 from qlora.prompt import Prompt
@@ -51,6 +52,7 @@ def score_answer(question: Question, answer: Answer) -> dict:
         "cited_support": float(any(cited)) if citable else None,
         "faithful": float(found) if passages and not answer.refused else None,
         "words": len(text.split()),
+        "confidence": answer.decided.get("confidence"),
     }
 
 
@@ -147,13 +149,13 @@ def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], to
 class Asking:
     """The way to answer questions, and the log of their answers.
 
-    `complete(pairs)` gives an Answer for each (question, documents), `batch` of them at a time. Retrieved passages that
-    all score below `threshold` are refused unread, as `ask` does.
+    `complete(pairs)` gives an Answer for each (question, documents), `batch` of them at a time. A question is refused
+    where `refuses` rejects its retrieved passages, as in `ask`.
     """
 
     log: Any  # report.AnswerLog
     complete: Callable[[list[tuple]], list[Answer]]
-    threshold: float | None
+    refuses: Callable[[Sequence], bool]
     batch: int
     refusal: str = Prompt.refusal
 
@@ -183,7 +185,8 @@ def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple], ad
     """
     keys, missing, log = [], [], asking.log
     for question, documents in asked:
-        refused = context == "retrieved" and refuses_unread(documents, asking.threshold)
+        documents = drop_confidence(documents) if model == "base" else documents  # it is the adapter's
+        refused = context == "retrieved" and asking.refuses(documents)
         passages = [(document.metadata["source"], document.page_content) for document in documents]
         keys.append(log.key(model, question.question, question.answers, passages, refused))
         if keys[-1] in log.known:
@@ -229,6 +232,7 @@ def build_result(questions, found, cells: dict[tuple[str, str], list[dict]], set
         rows.append({"model": model, "context": context, **summarize(scores)})
         rows[-1] |= {"f1_low": spread["low"], "f1_high": spread["high"]}
     differences = compare_cells(cells, seed)
+    sure = measure_confidence(cells.get(("tuned", "retrieved"), ()))
     return {
         "questions": len(questions),
         "answerable": sum(bool(question.answers) for question in questions),
@@ -236,5 +240,6 @@ def build_result(questions, found, cells: dict[tuple[str, str], list[dict]], set
         "retrieval": score_retrieval(questions, found),
         "differences": differences,
         "verdict": give_verdict(differences),
+        **({"confidence": sure} if sure else {}),
         "settings": settings,
     }

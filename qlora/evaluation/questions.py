@@ -33,11 +33,15 @@ def load_questions(path: Path, limit: int | None = None, refusal: str = Prompt.r
     questions = read_squad(path) if path.suffix == ".json" else read_lines(path, refusal)
     if not questions:
         raise fail("no questions in the file", str(path), "write one JSON object per line: question, answers")
-    if limit and limit < len(questions):
-        ordered = sorted(range(len(questions)), key=lambda n: bool(questions[n].answers))
-        chosen = sorted(ordered[n * len(ordered) // limit] for n in range(limit))
-        questions = [questions[n] for n in chosen]
-    return questions
+    return spread(questions, limit)
+
+
+def spread(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of the questions, with equal shares of answerable and unanswerable ones."""
+    if not limit or limit >= len(questions):
+        return questions
+    ordered = sorted(range(len(questions)), key=lambda n: bool(questions[n].answers))
+    return [questions[n] for n in sorted(ordered[n * len(ordered) // limit] for n in range(limit))]
 
 
 def read_lines(path: Path, refusal: str = Prompt.refusal) -> list[Question]:

@@ -122,10 +122,19 @@ def describe_calibration(report: dict) -> list[str]:
     ]
 
 
+def describe_confidence(report: dict) -> list[str]:
+    """How far the confidence of answers can be trusted; empty where they have none."""
+    if not (found := report.get("confidence")):
+        return []
+    half = [risk for coverage, risk in found["risk_coverage"] if coverage <= 0.5]
+    surest = f"; mean F1 of the surest half of the questions {1 - half[-1]:.2f}" if half else ""
+    return [f"Confidence of {found['answers']} answers: calibration error {found['calibration_error']:.2f}{surest}"]
+
+
 def describe_findings(report: dict) -> list[str]:
-    """Retrieval, calibration and differences, one per line."""
+    """Retrieval, calibration, confidence and differences, one per line."""
     differences = [describe_difference(difference) for difference in report["differences"]]
-    return [describe_retrieval(report), *describe_calibration(report), *differences]
+    return [describe_retrieval(report), *describe_calibration(report), *describe_confidence(report), *differences]
 
 
 def verdict(report: dict) -> str:
@@ -243,11 +252,14 @@ def put_proof(page: Path, folders: Sequence[Path]) -> None:
 
 
 def plot_cells(report: dict, picture: Path) -> None:
-    """Draws F1 of every cell with its 95 % interval as bars."""
+    """Draws F1 of every cell with its 95 % interval as bars, and beside it the risk of answers by their confidence."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
-    axes = figure.subplots()
+    sure = report.get("confidence")
+    figure = Figure(figsize=(9.6 if sure else 6.4, 3.6), dpi=100, layout="constrained")
+    axes, *more = figure.subplots(1, 1 + bool(sure), squeeze=False, width_ratios=[2, 1][: 1 + bool(sure)])[0]
+    if sure:
+        plot_risk(more[0], sure["risk_coverage"])
     contexts = list(dict.fromkeys(cell["context"] for cell in report["cells"]))
     models = list(dict.fromkeys(cell["model"] for cell in report["cells"]))
     for number, (model, colour) in enumerate(zip(models, ("#9aa5b1", "#1f77b4"), strict=False)):
@@ -264,6 +276,15 @@ def plot_cells(report: dict, picture: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(picture)
+
+
+def plot_risk(axes, curve: Sequence[Sequence[float]]) -> None:
+    """Draws the risk of the surest answers against their share of all questions."""
+    axes.plot(*zip(*curve, strict=True), color="#1f77b4", linewidth=1.5)
+    axes.set(xlabel="share of questions answered", ylabel="risk: 1 - F1", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title("surest answers first", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
 
 
 def read_report(folder: Path) -> dict:

@@ -1,7 +1,6 @@
 """A sweep: retrieval metrics for several values of one setting, ranked; no language model runs."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 from qlora.console import Invalid, choice, note, number
@@ -11,7 +10,7 @@ from qlora.machine import write_whole
 from qlora.markdown import as_markdown_table
 from qlora.retrieval.search_modes import MODES
 
-SWEPT = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES)}
+SWEPT = {"passages": number(int, 16, 4096), "top-k": number(int, 1, 50), "search": choice(*MODES), "rerank": str}
 SWEEP_COLUMNS = {
     "given": "answered",  # among the top-k passages, the only ones that the model sees
     "recall@1": "recall@1",
@@ -28,30 +27,23 @@ def read_setting(text: str) -> tuple[str, list] | Invalid:
     name, _, values = text.partition("=")
     read = [SWEPT[name](value) for value in values.split(",")] if name in SWEPT else []
     if not read or any(isinstance(value, Invalid) for value in read):
-        expected = "passages=120,200,256 (tokens, 16 or more), top-k=1,3,5 (at most 50) or search=dense,lexical,hybrid"
+        expected = "passages=120,200,256 (tokens, 16 or more), top-k=1,3,5 (at most 50), "
+        expected += "search=dense,lexical,hybrid or rerank=none,MODEL"
         return Invalid(text, expected)
     return name, list(dict.fromkeys(read))
 
 
-def score_values(search, questions, name: str, values: list, top_k: int, open_trial) -> dict:
+def score_values(searching, questions, name: str, values: list, top_k: int) -> dict:
     """Metrics for every value, best first: more answers among the given passages, then higher MRR, then fewer words.
 
-    `search(question, k)` finds passages; `open_trial(tokens)` makes a collection of the documents split at `tokens`
-    tokens, which is dropped afterwards.
+    `with searching(name, value) as search` gives search(question, k) with that value of the setting.
     """
     rows = []
-    found = search_all(search, questions, max(values)) if name == "top-k" else None
     for value in values:
-        if name == "search":
-            found = search_all(partial(search, mode=value), questions, top_k)
-        elif name == "passages":
-            note(f"Passages of {value} tokens")
-            trial = open_trial(value)
-            try:
-                found = search_all(partial(trial.find, **search.keywords), questions, top_k)
-            finally:
-                trial.drop()
-        rows.append({"value": value, **score_passages(questions, found, value if name == "top-k" else top_k)})
+        given = value if name == "top-k" else top_k
+        note(f"{name}={value}")
+        with searching(name, value) as search:
+            rows.append({"value": value, **score_passages(questions, search_all(search, questions, given), given)})
     rows.sort(key=lambda row: (-(row["given"] or 0), -(row["mrr"] or 0), row["words"]))
     return {
         "setting": name,

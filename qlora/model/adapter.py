@@ -23,6 +23,7 @@ OURS = {  # what a folder may hold that --overwrite replaces
     *("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json", "metrics.jsonl"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "README.md", "loss.png", "evaluation.png", "data_report.json"),
+    *("ranking.json", "reranker"),
 }
 REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json")
 REQUIRED_FILES += ("tokenizer.json", "tokenizer_config.json")

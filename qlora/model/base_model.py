@@ -244,7 +244,7 @@ def explaining(source: str, flag: str = "--base-model") -> Iterator[None]:
             "gated? accept its licence on the hub and set HF_TOKEN; offline? use --preset laptop, or a local folder",
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, SafetensorError) as error:  # damaged files
-        fix = "give a Llama-family model saved as safetensors"
+        fix = f"give a {'Llama-family ' if flag == '--base-model' else ''}model saved as safetensors"
         raise fail(f"model {source} cannot be used ({first_line(error)})", flag, fix) from error
 
 

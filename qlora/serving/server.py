@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qlora import settings
+from qlora.answering.chain import Finding
 from qlora.answering.chat_session import make_rewriter
 from qlora.console import fail, note, say
 from qlora.prompt import Prompt
@@ -47,11 +46,9 @@ class Options:
 class Asking:
     """What answers: the search, the prompt, the model."""
 
-    find: Callable
+    finding: Finding
     prompt: Prompt
     generator: Any
-    top_k: int
-    threshold: float | None
 
 
 def name_models(adapter: Path | None, collection: str, with_base: bool) -> dict[str, bool]:
@@ -142,8 +139,7 @@ def make_worker(options: Options, asking: Asking):
     from qlora.serving.worker import BATCH, Worker
 
     complete = make_rewriter(options.base_model, asking.prompt, asking.generator)
-    find = partial(asking.find, k=asking.top_k)
-    service = Service(find, asking.prompt, asking.generator, asking.threshold, complete)
+    service = Service(asking.finding, asking.prompt, asking.generator, complete)
     is_local = hasattr(asking.generator, "generate_ids")
     ways = {"threads": 0} if is_local else {"threads": BATCH - 1, "batch": 1}
     return Worker(service.answer, options.queue, **ways)

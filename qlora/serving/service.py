@@ -1,6 +1,6 @@
 """What answers the jobs: `ask`'s chain for one, and the same steps for several at once, piece by piece.
 
-service = Service(find, prompt, generator, threshold, complete)
+service = Service(finding, prompt, generator, complete)
 service.answer(jobs)           # in the worker's thread
 """
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from qlora import machine
 from qlora.answering import chain
 from qlora.answering.chat_session import Session
 from qlora.answering.citations import check_answer, refuse
-from qlora.answering.continuous_batch import ContinuousBatch
+from qlora.answering.continuous_batch import Asked, ContinuousBatch
 from qlora.answering.conversation import Turn, answer_question
 from qlora.answering.shared_beginnings import common_beginning
+from qlora.answering.spelling import Speller
 from qlora.prompt import Prompt, encode_prompt
 from qlora.serving.worker import BATCH, Job
 from qlora.words import clean
@@ -38,16 +39,19 @@ class Cancelled(Exception):
 class Service:
     """The parts that `ask` loads. `complete` rewrites questions that continue a conversation; None: by rule."""
 
-    find: Callable[[str], list[Document]]
+    finding: chain.Finding
     prompt: Prompt
     generator: Any  # a Generator or a ServerModel
-    threshold: float | None
     complete: Callable[[list[dict]], str] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer serves one search at a time
 
-    def search(self, text: str) -> list[Document]:
+    def finding_for(self, job: Job) -> chain.Finding:
+        """How passages are found; the ranking is the adapter's, and not for the base model."""
+        return replace(self.finding, search=self.search, ranker=self.finding.ranker if job.tuned else None)
+
+    def search(self, text: str, k: int) -> list[Document]:
         with self.lock:
-            return self.find(text)
+            return self.finding.search(text, k)
 
     def answer(self, jobs: Sequence[Job], more: Callable[[int], list[Job]] = lambda places: []) -> None:
         """Emits the pieces of each answer, then its Turn. Jobs have equal `decoding`.
@@ -80,9 +84,8 @@ class Service:
         """Through the chain of `ask`."""
         model = self.model_for(job, job.max_tokens)
         fill = chain.make_fill(self.prompt, model)
-        bound = model.bind(stop=list(job.stop)) if job.stop else model
-        built = chain.build_chain(self.search, fill, bound, self.prompt.refusal, self.threshold)
-        built = built.with_config(callbacks=[Pieces(job)])
+        built = chain.build_chain(self.finding_for(job), fill, model, self.prompt.refusal, job.stop)
+        built = built.with_config(callbacks=[Pieces(job, self.prompt.refusal)])
         try:
             turn = answer_question(built, job.question, job.history, self.stand_alone(job))
         except Cancelled:
@@ -107,12 +110,11 @@ class Service:
 
         model = self.model_for(job, job.max_tokens)
         if asked := self.prepare(job, model):
-            prompt, take = asked
-            watch = follow(take, len(prompt))
-            model.generate_ids([prompt], stopping_criteria=StoppingCriteriaList([watch]))
+            watch = follow(asked.take, len(asked.prompt))
+            asked.generator.generate_ids([asked.prompt], stopping_criteria=StoppingCriteriaList([watch]))
 
-    def prepare(self, job: Job, model) -> tuple[list[int], Callable[[int], bool]] | None:
-        """The prompt, and what takes the answer's tokens; None when the question is refused unread, or asked no more.
+    def prepare(self, job: Job, model) -> Asked | None:
+        """The prompt, and what takes the answer's tokens; None when the question is refused, or asked no more.
 
         Errors are the job's own: those that are answered with it go on.
         """
@@ -120,29 +122,35 @@ class Service:
             return None
         started = time.perf_counter()
         try:
-            found = self.search(clean(self.stand_alone(job)))
-            searched = time.perf_counter() - started
-            if chain.refuses_unread(found, self.threshold):
+            finding, question = self.finding_for(job), clean(job.question)
+            found = finding.search(clean(self.stand_alone(job)), finding.depth)
+            searched = time.perf_counter()
+            found = finding.rank(question, found, job.history)[: finding.top_k]
+            timings = {"retrieve_s": searched - started, "rank_s": time.perf_counter() - searched}
+            if finding.refuses(found):
                 job.emit(Turn(job.question, refuse(found, self.prompt.refusal), job.question))
                 return None
             limit = job.max_tokens or model.max_new_tokens
             fill = chain.make_fill(self.prompt, model.model_copy(update={"max_new_tokens": limit}))
-            messages = fill(clean(job.question), [d.page_content for d in found], job.history)
+            messages = fill(question, [d.page_content for d in found], job.history)
         except Exception as error:
             log.exception("a question failed", exc_info=error)
             job.emit(error)
             return None
         prompt = encode_prompt(model.tokenizer, messages)
-        finish = partial(self.finish, job, found, searched, len(prompt), time.perf_counter())
-        return prompt, Row(job, limit, model.tokenizer, model.end_tokens(), finish).add
+        finish = partial(self.finish, job, found, timings, len(prompt), time.perf_counter())
+        speller = Speller(chain.known_texts(job.question, found, self.prompt.refusal))
+        row = Row(job, limit, model, speller, finish)
+        read = model.known.get(tuple(prompt))
+        return Asked(prompt, row.add, chain.unrefusing(model, found, self.prompt.refusal), read)
 
-    def finish(self, job: Job, found: list[Document], searched: float, prompt: int, started: float, row: "Row") -> None:
+    def finish(self, job: Job, found: list[Document], timings: dict, prompt: int, started: float, row: "Row") -> None:
         """Emits the turn of a complete answer to a prompt of so many tokens."""
-        answer = check_answer(row.text, found, self.prompt.refusal)
-        timings = {"retrieve_s": round(searched, 3), "first_token_s": round(row.first - started, 3)}
-        timings |= {"generate_s": round(time.perf_counter() - started, 3)}
+        answer = chain.finish_answer(row.text, job.question, found, self.prompt.refusal)
+        timings |= {"first_token_s": row.first - started, "generate_s": time.perf_counter() - started}
         tokens = {"prompt": prompt, "completion": len(row.ids)}
-        job.emit(Turn(job.question, answer, job.question, timings, tokens))
+        rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
+        job.emit(Turn(job.question, answer, job.question, rounded, tokens))
 
 
 def limit_field(generator, count: int | None) -> dict[str, int]:
@@ -161,21 +169,30 @@ class Pieces(BaseCallbackHandler):
 
     raise_error = True  # LangChain logs other exceptions of a callback, and goes on
 
-    def __init__(self, job: Job):
-        self.job = job
+    def __init__(self, job: Job, refusal: str):
+        self.job, self.refusal = job, refusal
+        self.speller = Speller(())
+
+    def on_chat_model_start(self, serialized, messages, *args, **kwargs):
+        self.speller = Speller([messages[0][-1].text, self.refusal])  # passages and question
 
     def on_llm_new_token(self, token, *args, **kwargs):
         if self.job.cancelled.is_set():
             raise Cancelled
-        if token:
-            self.job.emit(token)
+        if piece := self.speller.add(token):
+            self.job.emit(piece)
+
+    def on_llm_end(self, *args, **kwargs):
+        if piece := self.speller.finish():
+            self.job.emit(piece)
 
 
 class Row:
     """One answer of a batch while it grows."""
 
-    def __init__(self, job: Job, limit: int, tokenizer, ends: Sequence[int], finish: Callable[["Row"], None]):
-        self.job, self.limit, self.tokenizer, self.ends, self.finish = job, limit, tokenizer, ends, finish
+    def __init__(self, job: Job, limit: int, model, speller: Speller, finish: Callable[["Row"], None]):
+        self.job, self.limit, self.tokenizer, self.ends = job, limit, model.tokenizer, model.end_tokens()
+        self.speller, self.finish = speller, finish
         self.ids: list[int] = []
         self.text, self.first, self.done = "", 0.0, False
 
@@ -191,7 +208,8 @@ class Row:
             if mark in text:
                 text, self.done = text.partition(mark)[0], True
         if not text.endswith("\ufffd") or self.done:  # half a character
-            piece, self.text = text[len(self.text) :], text
+            piece, self.text = self.speller.add(text[len(self.text) :]), text
+            piece += self.speller.finish() if self.done else ""
             if piece and not self.job.cancelled.is_set():
                 self.job.emit(piece)
         if self.done and not self.job.cancelled.is_set():

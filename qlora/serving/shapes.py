@@ -1,6 +1,6 @@
 """OpenAI's shapes: requests as clients send them, answers and errors as they expect them.
 
-Beside OpenAI's fields an answer has `citations`, `unsupported`, `refused` and `nearest`.
+Beside OpenAI's fields an answer has `citations`, `unsupported`, `refused`, `nearest` and, with a ranking, `confidence`.
 """
 
 import time
@@ -91,6 +91,7 @@ def describe_answer(turn: Turn) -> dict:
         "unsupported": answer.unsupported,
         "refused": answer.refused,
         "nearest": list(sources) if answer.refused else [],
+        **answer.decided,
     }
 
 

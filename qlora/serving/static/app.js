@@ -49,8 +49,8 @@ function take(event, turn, shown) {
   if (!choice) return;
   turn.answer += choice.delta.content ?? "";
   if (choice.finish_reason) {
-    const { citations, unsupported, refused, nearest, answer } = event;
-    Object.assign(turn, { citations, unsupported, refused, nearest, answer });
+    const { citations, unsupported, refused, nearest, answer, confidence } = event;
+    Object.assign(turn, { citations, unsupported, refused, nearest, answer, confidence });
   }
   const atEnd = at("chat").scrollHeight - at("chat").scrollTop - at("chat").clientHeight < 80;
   showAnswer(shown.answer, turn.answer, [], () => null);
@@ -77,6 +77,9 @@ function drawTurn(turn, { answer, more }) {
   if (turn.unsupported.length) {
     const many = turn.unsupported.length === 1 ? "The marked sentence is" : "The marked sentences are";
     remarks.push(element("p", { class: "remark" }, `${many} not supported by the cited passages.`));
+  }
+  if (turn.confidence !== undefined) {
+    remarks.push(element("p", { class: "place" }, `Confidence: ${Math.round(100 * turn.confidence)} %`));
   }
   if (turn.refused && turn.nearest.length) {
     remarks.push(element("p", { class: "place" }, `The nearest documents: ${turn.nearest.join(", ")}`));
