@@ -1,4 +1,4 @@
-# make demo    set up, fine-tune the embedded model, ingest the sample documents, ask three questions
+# make demo    set up, fine-tune the embedded model, ingest the sample documents, fit when to refuse, ask three questions
 # make evaluate  base and tuned model on both files of sample questions, into evaluations/ and README.md (after make demo)
 # make own DOCUMENTS=folder  a model of your own: ingest, write rows, train, evaluate on documents that were held out;
 #              NAME=mine: of the collection and of adapters/NAME
