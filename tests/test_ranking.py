@@ -226,6 +226,8 @@ def test_fit_and_then_ask_with_it(tiny_adapter, collection, tmp_path, capsys, mo
     output = capsys.readouterr()
     assert "is not used: it was fitted for hybrid search" in output.err and "confidence" not in json.loads(output.out)
     assert rag(*asked, "--search", "dense", "--rerank", "likelihood") == 2
+    assert rag("evaluate", "--adapter", folder, "--calibrate", "--output", tmp_path / "out") == 2
+    assert "decides when to refuse" in capsys.readouterr().err
     assert rag("fit", "--adapter", "none") == 2 and rag(*asked, "--rerank", "cross-encoder") == 2
     assert "no cross-encoder was trained" in capsys.readouterr().err
 

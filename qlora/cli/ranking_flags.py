@@ -41,6 +41,9 @@ def resolve_ranking(args, problems: console.Problems) -> None:
         else:
             args.ranking = rank_by(args.rerank, reads)
         args.rerank = args.ranking.rerank if args.ranking else NONE
+        if getattr(args, "calibrate", False) and args.ranking and args.ranking.decides:
+            what = "the confidence of the adapter's ranking decides when to refuse, not a threshold of the similarity"
+            raise console.fail(what, "--calibrate", "give --rerank none, or leave --calibrate out")
 
 
 def at_home(fitted: Ranking, collection: str) -> Ranking:
