@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from langchain_core.documents import Document
 
 from qlora.answering.generator import Generator
-from qlora.answering.shared_beginnings import Beginning, common_beginning
+from qlora.answering.shared_beginnings import Beginning, rules_of_all
 from qlora.prompt import Prompt, encode_prompt
 
 
@@ -22,9 +22,7 @@ class Reader:
     def __init__(self, generator: Generator, fill, prompt: Prompt):
         self.generator, self.fill = generator, fill
         self.refusal = generator.tokenizer(prompt.refusal, add_special_tokens=False).input_ids[0]
-        texts = [prompt.messages(question, [question]) for question in "?!"]
-        same = common_beginning([encode_prompt(generator.tokenizer, messages) for messages in texts])
-        self.beginning = Beginning(generator, same)
+        self.beginning = Beginning(generator, rules_of_all(generator.tokenizer, prompt))
 
     def odds(self, question: str, documents: Sequence[Document], history: Sequence[dict] = ()) -> list[float]:
         """The log-odds of the likeliest first token of an answer against that of the refusal, for each passage."""

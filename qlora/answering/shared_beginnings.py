@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from qlora.answering.generator import Generator
+from qlora.prompt import encode_prompt
 
 
 def generate_groups(
@@ -92,6 +93,12 @@ def read_tokens(model, ids, mask, positions, cache):
 def layers_of(cache) -> list[tuple]:
     """(keys, values) of every layer: rows, heads, tokens, size of a head."""
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def rules_of_all(tokenizer, prompt) -> list[int]:
+    """The tokens that every prompt with passages begins with, as long as no earlier turn stands before them."""
+    texts = [prompt.messages(question, [question]) for question in "?!"]
+    return common_beginning([encode_prompt(tokenizer, messages) for messages in texts])
 
 
 def pad_left(tokenizer, rows: Sequence[list[int]]):

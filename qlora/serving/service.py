@@ -22,7 +22,7 @@ from qlora.answering.chat_session import Session
 from qlora.answering.citations import check_answer, refuse
 from qlora.answering.continuous_batch import Asked, ContinuousBatch
 from qlora.answering.conversation import Turn, answer_question
-from qlora.answering.shared_beginnings import common_beginning
+from qlora.answering.shared_beginnings import rules_of_all
 from qlora.answering.spelling import Speller
 from qlora.prompt import Prompt, encode_prompt
 from qlora.serving.worker import BATCH, Job
@@ -94,9 +94,7 @@ class Service:
 
     def answer_together(self, jobs: Sequence[Job], more: Callable[[int], list[Job]]) -> None:
         """The chain's steps for several questions, whose answers grow together."""
-        texts = [self.prompt.messages(question, [question]) for question in "?!"]
-        beginning = common_beginning([encode_prompt(self.generator.tokenizer, messages) for messages in texts])
-        batch = ContinuousBatch(self.generator, beginning)
+        batch = ContinuousBatch(self.generator, rules_of_all(self.generator.tokenizer, self.prompt))
         while jobs or batch:
             asked = [self.prepare(job, self.generator) for job in jobs]
             batch.admit([one for one in asked if one])
