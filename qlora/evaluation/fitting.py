@@ -99,7 +99,7 @@ def values_of(document: Document, names: Sequence[str]) -> list[float]:
 def fit_ranking(asked: Sequence[Candidates], ranker: Ranker, complete: Callable[[list[tuple]], list]) -> Ranking:
     """The ranker's ranking with `answers` and `threshold`, and what it was fitted on.
 
-    `complete(pairs)` answers questions from passages without refusing. The confidence is the probability that such an
+    `complete(pairs)` answers questions from passages, as `answer_batch`. The confidence is the probability that such an
     answer is right; the threshold gives the best mean of answers' F1 and right refusals (`fit_threshold`). Questions
     without an answer weigh as much as `ASKED` of all. Raises UserError with fewer than `FEW` right or wrong answers.
     """
@@ -109,6 +109,8 @@ def fit_ranking(asked: Sequence[Candidates], ranker: Ranker, complete: Callable[
     names = list(ranker.ranking.answers)
     both = [one for one in (*asked, *(one.without_hits() for one in asked if one.question.answers)) if one.documents]
     first = find_first(both, ranker)
+    for document in first:
+        document.metadata["confidence"] = 1.0  # so that the model answers: what it refused could not be right
     is_asked = numpy.array([bool(one.question.answers) for one in both])
     f1 = score_answers([(one.question, document) for one, document in zip(both, first, strict=True)], complete)
     is_right = numpy.array(f1) >= RIGHT

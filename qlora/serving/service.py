@@ -90,7 +90,7 @@ class Service:
             turn = answer_question(built, job.question, job.history, self.stand_alone(job))
         except Cancelled:
             return
-        job.emit(turn)
+        job.finish(turn)
 
     def answer_together(self, jobs: Sequence[Job], more: Callable[[int], list[Job]]) -> None:
         """The chain's steps for several questions, whose answers grow together."""
@@ -138,6 +138,7 @@ class Service:
         prompt = encode_prompt(model.tokenizer, messages)
         finish = partial(self.finish, job, found, timings, len(prompt), time.perf_counter())
         speller = Speller(chain.known_texts(job.question, found, self.prompt.refusal))
+        job.held = chain.is_doubted(found)
         row = Row(job, limit, model, speller, finish)
         read = model.known.get(tuple(prompt))
         return Asked(prompt, row.add, chain.unrefusing(model, found, self.prompt.refusal), read)
@@ -148,7 +149,7 @@ class Service:
         timings |= {"first_token_s": row.first - started, "generate_s": time.perf_counter() - started}
         tokens = {"prompt": prompt, "completion": len(row.ids)}
         rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
-        job.emit(Turn(job.question, answer, job.question, rounded, tokens))
+        job.finish(Turn(job.question, answer, job.question, rounded, tokens))
 
 
 def limit_field(generator, count: int | None) -> dict[str, int]:
@@ -171,18 +172,17 @@ class Pieces(BaseCallbackHandler):
         self.job, self.refusal = job, refusal
         self.speller = Speller(())
 
-    def on_chat_model_start(self, serialized, messages, *args, **kwargs):
+    def on_chat_model_start(self, serialized, messages, *args, tags=None, **kwargs):
+        self.job.held = chain.DOUBTED in (tags or ())
         self.speller = Speller([messages[0][-1].text, self.refusal])  # passages and question
 
     def on_llm_new_token(self, token, *args, **kwargs):
         if self.job.cancelled.is_set():
             raise Cancelled
-        if piece := self.speller.add(token):
-            self.job.emit(piece)
+        self.job.emit_piece(self.speller.add(token))
 
     def on_llm_end(self, *args, **kwargs):
-        if piece := self.speller.finish():
-            self.job.emit(piece)
+        self.job.emit_piece(self.speller.finish())
 
 
 class Row:
@@ -208,8 +208,8 @@ class Row:
         if not text.endswith("\ufffd") or self.done:  # half a character
             piece, self.text = self.speller.add(text[len(self.text) :]), text
             piece += self.speller.finish() if self.done else ""
-            if piece and not self.job.cancelled.is_set():
-                self.job.emit(piece)
+            if not self.job.cancelled.is_set():
+                self.job.emit_piece(piece)
         if self.done and not self.job.cancelled.is_set():
             self.finish(self)
         return self.done

@@ -47,6 +47,17 @@ class Job:
     stop: tuple[str, ...] = ()
     emit: Callable[[str | Turn | Exception], None] = lambda event: None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    held: bool = False  # the answer is given out when it is checked, not piece by piece
+
+    def emit_piece(self, piece: str) -> None:
+        if piece and not self.held:
+            self.emit(piece)
+
+    def finish(self, turn: Turn) -> None:
+        """Emits the turn, after the text that was held."""
+        if self.held:
+            self.emit(turn.answer.text)
+        self.emit(turn)
 
     @property
     def decoding(self) -> tuple:
