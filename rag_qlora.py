@@ -415,7 +415,8 @@ def train_reranker(args, search, prompt) -> None:
     pairs = reranker.mine_pairs(args.trained_on, search, prompt.refusal)
     note(f"{len(pairs)} pairs of question and passage train the cross-encoder")
     embedder = base_model.resolve_embedding_model(args.embedding_model)
-    reranker.train_reranker(pairs, embedder, args.adapter / FOLDER, args.seed)
+    share = reranker.train_reranker(pairs, embedder, args.adapter / FOLDER, args.seed)
+    note(f"Mean loss of the training: {share:.2f} of that of one score for all pairs")
 
 
 def write(args, store, prompt, generator) -> int:

@@ -332,8 +332,9 @@ def print_settings(
 ) -> None:
     """What the command line sets and what was `chosen` for it, as an aligned list on stderr; --verbose: all."""
     words = {word.partition("=")[0] for word in argv}
-    given = {a.dest for a in parser._actions if not a.option_strings or words & set(a.option_strings)}
-    shown = {name: value for name, value in vars(args).items() if args.verbose or name in {*given, *chosen}}
+    flags = parser._actions
+    given = {a.dest for a in flags if args.verbose or not a.option_strings or words & set(a.option_strings)}
+    shown = {name: value for name, value in vars(args).items() if name in {*given, *chosen}}
     console = stderr()
     console.print(f"\n[bold]{title}[/]")
     if line := settings.describe_dotenv():

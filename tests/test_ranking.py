@@ -154,7 +154,7 @@ def test_what_the_model_doubts_and_no_passage_supports_is_a_refusal():
 def candidates(hit_at: int, count: int, answers=("red",)) -> fitting.Candidates:
     texts = [f"the flag is {'red' if n == hit_at else 'there'} {n}" for n in range(count)]
     documents = [passage(text, 1.0 - n / 10, ranks={"search": n + 1}) for n, text in enumerate(texts)]
-    return fitting.Candidates(Question("What colour?", answers), documents, [n == hit_at for n in range(count)])
+    return fitting.Candidates(Question("What colour?", answers), documents)
 
 
 class KnowsRed:

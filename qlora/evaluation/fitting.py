@@ -26,16 +26,18 @@ from qlora.words import MARK
 
 @dataclass(frozen=True)
 class Candidates:
-    """A question with the passages of a search, which have all scores in their metadata; `hits` answer it."""
+    """A question with the passages of a search, which have all scores in their metadata."""
 
     question: Question
     documents: list[Document]
-    hits: list[bool]
+
+    def is_hit(self, document: Document) -> bool:
+        return supports(document.page_content, self.question)
 
     def without_hits(self) -> "Candidates":
         """The question as if the documents did not answer it."""
-        rest = [document for document, hit in zip(self.documents, self.hits, strict=True) if not hit]
-        return Candidates(replace(self.question, answers=()), rest, [False] * len(rest))
+        rest = [document for document in self.documents if not self.is_hit(document)]
+        return Candidates(replace(self.question, answers=()), rest)
 
 
 class Remembering:
@@ -58,8 +60,7 @@ def gather(questions: Sequence[Question], search, ranker: Ranker) -> list[Candid
     with progress() as bar:
         for question in bar.track(questions, description="searches"):
             documents = ranker.sort(ranker.score_all(question.question, search(question.question, AMONG)))
-            hits = [supports(document.page_content, question) for document in documents]
-            found += [Candidates(question, documents, hits)] if documents else []
+            found += [Candidates(question, documents)] if documents else []
     return found
 
 
@@ -78,7 +79,7 @@ def fit_order(asked: Sequence[Candidates], ranker: Ranker) -> dict[str, float]:
     with progress() as bar:
         for one in bar.track(asked, description="passages read"):
             near = ranker.read(one.question.question, one.documents)
-            read = [(values_of(document, names), supports(document.page_content, one.question)) for document in near]
+            read = [(values_of(document, names), one.is_hit(document)) for document in near]
             pairs += [numpy.subtract(a, b) for a, answers in read if answers for b, others in read if not others]
     if len(pairs) < FEW:
         what = f"{len(pairs)} pairs of a passage that answers and one that does not are too few"
@@ -156,8 +157,8 @@ def score_answers(pairs: Sequence[tuple[Question, Document]], complete, batch: i
 def describe_fit(asked: Sequence[Candidates], first: Sequence[Document]) -> dict:
     """How many questions there were, and the share of the answerable ones whose first passage answers."""
     answerable = [(one, document) for one, document in zip(asked, first, strict=True) if one.question.answers]
-    before = sum(supports(search_first(one).page_content, one.question) for one, _ in answerable)
-    after = sum(supports(document.page_content, one.question) for one, document in answerable)
+    before = sum(one.is_hit(search_first(one)) for one, _ in answerable)
+    after = sum(one.is_hit(document) for one, document in answerable)
     return {
         "questions": len(asked),
         "answerable": len(answerable),

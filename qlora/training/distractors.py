@@ -40,7 +40,7 @@ class Sets:
 
 def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
     """The contexts of the rows in sorted pools, so that the order of the rows doesn't matter."""
-    places, words, answers = defaultdict(set), {}, defaultdict(set)
+    places, words = defaultdict(set), {}
     by_document, by_subject = defaultdict(set), defaultdict(set)
     for row in rows:
         if row.context:
@@ -48,10 +48,18 @@ def gather_contexts(rows: Sequence[Row], refusal: str) -> Contexts:
             by_document[row.document].add(row.context)
             by_subject[row.subject].add(row.context)
             words[row.context] = words.get(row.context) or pad_words(row.context)
+    pools = ({name: sorted(texts) for name, texts in pool.items()} for pool in (by_document, by_subject))
+    place = {text: min(found) for text, found in places.items()}
+    return Contexts(place, *pools, sorted(words), words, gather_answers(rows, refusal))
+
+
+def gather_answers(rows: Sequence[Row], refusal: str) -> dict[str, set[str]]:
+    """The padded words of all answers to each normalised question."""
+    answers = defaultdict(set)
+    for row in rows:
         if not is_refusal(row.response, refusal):
             answers[normalize(row.instruction)].add(pad_words(answer_span(row.response)))
-    pools = ({name: sorted(texts) for name, texts in pool.items()} for pool in (by_document, by_subject))
-    return Contexts({text: min(found) for text, found in places.items()}, *pools, sorted(words), words, answers)
+    return answers
 
 
 def draw_sets(contexts: Contexts, largest: int, seed: int) -> Sets:

@@ -6,14 +6,15 @@
 Saved as safetensors in the folder `reranker` of the adapter.
 """
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora import console, machine
 from qlora.refusal import is_refusal
+from qlora.training.distractors import gather_answers
 from qlora.training.rows import Row
-from qlora.words import answer_span, normalize, pad_words
+from qlora.words import normalize, pad_words
 
 Pair = tuple[str, str, float]
 NEGATIVES, LOOKED_AT = 3, 10  # per question, of so many passages of a search
@@ -26,11 +27,7 @@ def mine_pairs(rows: Sequence[Row], search: Callable[[str, int], list], refusal:
 
     A row that refuses gives its context as a negative. Another row's answer to the same question counts as well.
     """
-    answers = defaultdict(set)
-    for row in rows:
-        if not is_refusal(row.response, refusal):
-            answers[normalize(row.instruction)].add(pad_words(answer_span(row.response)))
-    pairs = []
+    answers, pairs = gather_answers(rows, refusal), []
     with console.progress() as bar:
         for row in bar.track([row for row in rows if row.context], description="hard negatives"):
             if is_refusal(row.response, refusal):
@@ -45,7 +42,11 @@ def mine_pairs(rows: Sequence[Row], search: Callable[[str, int], list], refusal:
 
 
 def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int) -> float:
-    """Tunes the embedding model to a cross-encoder, and puts it in place of `folder`; returns the last loss."""
+    """Tunes the embedding model to a cross-encoder, and puts it in place of `folder`.
+
+    Returns the mean loss of the training as a share of what one score for all pairs would have: near 1 it learned
+    nothing.
+    """
     import torch
     from datasets import Dataset
     from sentence_transformers import CrossEncoder
@@ -72,10 +73,11 @@ def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int
         report_to="none",
         logging_steps=50,
     )
-    loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor((len(pairs) - right) / max(right, 1)))
+    wrong = len(pairs) - right
+    loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(wrong / max(right, 1)))
     result = CrossEncoderTrainer(model=model, args=given, train_dataset=rows, loss=loss).train()
     model.save_pretrained(str(partial / "model"), safe_serialization=True)
     machine.remove_folder(folder)
     (partial / "model").rename(folder)
     machine.remove_folder(partial)
-    return result.training_loss
+    return result.training_loss / (math.log(2) * 2 * wrong / len(pairs))
