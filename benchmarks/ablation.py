@@ -30,6 +30,7 @@ TABLE_COLUMNS = ["F1 (of each seed)", "oracle F1", "refusal F1", "citation P"]
 # name -> (flags, the function that takes the part away)
 PARTS = {
     "the recipe": ({}, ""),
+    "the right passage first": ({"rerank": "likelihood"}, ""),  # what `fit` adds
     "two passages to read": ({"top-k": "2"}, ""),
     "refusing where the model would": ({"refusal-bias": "0"}, ""),
     "dense search": ({"search": "dense"}, ""),
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
         return run_without(*argv[1:3], argv[3:])
     args, problems = console.parse_arguments(build_parser(), argv)
     problems.raise_if_any()
-    text = measure_curve(args.seeds, args.start_from) if args.curve else measure_parts(args.seeds)
+    text = measure_curve(args.seeds, args.start_from) if args.curve else measure_parts(args.parts, args.seeds)
     print(text)
     if args.write:
         put_section(args.write, "curve" if args.curve else "ablation", text)
@@ -150,10 +151,10 @@ def run_without(part: str, script: str, words: list[str]) -> int:
     return code
 
 
-def measure_parts(seeds: list[int]) -> str:
+def measure_parts(names: list[str], seeds: list[int]) -> str:
     """A Markdown table: the recipe, and the recipe without each part."""
-    records = [[run(*part, seed) for part in PARTS.values()] for seed in seeds]  # one seed after the other
-    rows = [[name, *describe(of_part)] for name, *of_part in zip(PARTS, *records, strict=True)]
+    records = [[run(*PARTS[name], seed) for name in names] for seed in seeds]  # one seed after the other
+    rows = [[name, *describe(of_part)] for name, *of_part in zip(names, *records, strict=True)]
     return as_markdown_table([["", *TABLE_COLUMNS, "minutes"], *rows])
 
 
@@ -234,6 +235,7 @@ def build_parser() -> console.Parser:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="ablation.py [flags]", description=title, epilog=text)
     flag = parser.add_argument
+    flag("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help="some lines of the table only")
     flag("--curve", action="store_true", help="F1 against the number of rows instead")
     flag("--start-from", metavar="ADAPTER", help="a second line of the curve, trained further from this adapter")
     flag("--seeds", type=console.number(int, 0), nargs="+", default=[0, 1], help="each trial once per seed")
