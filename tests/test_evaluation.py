@@ -1,5 +1,6 @@
 """Metrics against hand-computed cases and SQuAD's definitions; questions; intervals; verdicts."""
 
+import contextlib
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from qlora.console import UserError
 from qlora.evaluation import comparison as c
 from qlora.evaluation import evaluation as e
 from qlora.evaluation.questions import Question, load_questions
-from qlora.evaluation.report import compare_files, describe_answers
+from qlora.evaluation.report import AnswerLog, compare_files, describe_answers
 from qlora.markdown import put_section
 from qlora.presets import EMBEDDED_EMBEDDER
 
@@ -284,6 +285,24 @@ def test_the_whole_table_and_resuming(collection, tiny_adapter, tmp_path, capsys
     rows = json.loads(capsys.readouterr().out)
     assert {(row["model"], row["context"]) for row in rows} == set(cells)
     assert all(row["mean"] == row["low"] == row["high"] == 0 and row["first"] == row["second"] for row in rows)
+
+
+def test_a_passage_is_read_again_where_a_confidence_forbids_to_refuse(tmp_path):
+    asked = []
+
+    def complete(pairs):
+        asked.extend(pairs)
+        return [check_answer("red [1]", documents, "No.") for _, documents in pairs]
+
+    asking = e.Asking(AnswerLog(tmp_path / "answers.jsonl", {}), complete, lambda documents: False, 8)
+    plain = Document("It is red.", metadata={"source": "a.md", "score": 1.0})
+    sure = Document("It is red.", metadata={**plain.metadata, "confidence": 0.9})
+    question = Question("What colour?", ("red",))
+    contexts = {"retrieved": [(question, [sure])], "oracle": [(question, [plain])]}
+    e.answer_cells(asking, {"tuned": contextlib.nullcontext}, contexts)
+    assert len(asked) == 2
+    e.answer_cells(asking, {"tuned": contextlib.nullcontext}, {**contexts, "retrieved": contexts["oracle"]})
+    assert len(asked) == 2
 
 
 def read_pairs(lines):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qlora.answering.chain import best_score, drop_confidence, refuses_unread
+from qlora.answering.chain import best_score, drop_confidence, is_decided, refuses_unread
 from qlora.answering.citations import Answer, refuse
 from qlora.console import progress
 from qlora.evaluation.comparison import compare_cells, give_verdict, paired_bootstrap, split_halves
@@ -188,7 +188,9 @@ def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple], ad
         documents = drop_confidence(documents) if model == "base" else documents  # it is the adapter's
         refused = context == "retrieved" and asking.refuses(documents)
         passages = [(document.metadata["source"], document.page_content) for document in documents]
-        keys.append(log.key(model, question.question, question.answers, passages, refused))
+        # Where a confidence decided, the model may not refuse: from the same passage it answers otherwise.
+        decided = ("decided",) if is_decided(documents) else ()
+        keys.append(log.key(model, question.question, question.answers, passages, refused, *decided))
         if keys[-1] in log.known:
             advance(1)
         elif refused:
