@@ -28,21 +28,22 @@ def is_refusal(text: str, refusal: str = Prompt.refusal) -> bool:
 
 
 def fit_threshold(
-    confidences: Sequence[float], scores: Sequence[dict], weights: Sequence[float] | None = None
+    confidences: Sequence[float], scores: Sequence[dict], weights: Sequence[float] | None = None, noise: float = 0.0
 ) -> float | None:
     """The confidence below which refusing gives the best overall F1; None when it never helps.
 
     SQuAD 2.0's own rule (find_best_thresh in evaluate-v2.0.py), with weights of the questions where they are given. Of
-    equally good thresholds the lowest, which refuses least.
+    thresholds within `noise` of the best the lowest, which refuses least.
     """
     weights = weights or [1.0] * len(scores)
     ordered = sorted(zip(confidences, scores, weights, strict=True), key=lambda entry: entry[0])
-    gain = best = 0.0
-    threshold = None
+    gain, cuts = 0.0, [(0.0, None)]
     for (here, score, weight), (after, *_) in zip(ordered, [*ordered[1:], (float("inf"),)], strict=True):
         gain += weight * (float(not score["answerable"]) - score["overall_f1"])
-        if gain > best + 1e-9 and after > here:
-            best, threshold = gain, here + 1e-4 if after == float("inf") else (here + after) / 2
+        if after > here:
+            cuts.append((gain / sum(weights), here + 1e-4 if after == float("inf") else (here + after) / 2))
+    least = max(gain for gain, _ in cuts) - noise - 1e-9
+    threshold = next(cut for gain, cut in cuts if gain >= least)
     return threshold and round(threshold, 5)
 
 

@@ -102,6 +102,9 @@ def test_threshold_is_the_best_cut_of_the_fitting_half():
     confidences = [0.1, 0.2, 0.3, 0.4, 0.5]
     scores = [score_of(False), score_of(True, 0.25), score_of(False), score_of(True, 1.0), score_of(False)]
     assert refusal.fit_threshold(confidences, scores) == pytest.approx(0.35)  # +1, -0.25, +1 before, -1, +1 after
+    assert refusal.fit_threshold(confidences, scores, noise=0.1) == pytest.approx(0.35)  # 0.35 better on average
+    assert refusal.fit_threshold(confidences, scores, noise=0.2) == pytest.approx(0.15)  # 0.2 better than none
+    assert refusal.fit_threshold(confidences, scores, noise=0.4) is None
     assert refusal.fit_threshold(confidences, [score_of(True, 1.0)] * 5) is None
     assert refusal.fit_threshold(confidences, [score_of(False)] * 5) > 0.5
     assert refusal.fit_threshold([0.3, 0.3], [score_of(False), score_of(True, 1.0)]) is None  # no cut between equals

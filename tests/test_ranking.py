@@ -183,6 +183,21 @@ def test_weights_are_fitted_where_reading_knows_more_than_the_search():
     assert fitting.fit_order(asked, Ranker(Ranking("none", {"total": 1.0}))) == {"total": 1.0}
 
 
+def test_what_becomes_a_refusal_when_it_is_checked_needs_no_threshold():
+    asked = []
+
+    def complete(pairs):
+        asked.extend(question for question, _ in pairs)
+        return [finish_answer("Bob signs 12 forms [1]", question, documents, "No.") for question, documents in pairs]
+
+    doubted, sure = (passage("The flag is red.", 1.0, confidence=1.0, odds=odds) for odds in (-1.0, 1.0))
+    known, unknown = Question("What colour?", ("red",)), Question("Who?", ())
+    pairs = [(known, sure), (known, doubted), (unknown, sure), (unknown, doubted)]
+    scores = fitting.score_answers(pairs, complete)
+    assert [score["overall_f1"] for score in scores] == [0.0, 0.0, 0.0, 1.0]
+    assert asked == ["What colour?", "What colour?", "Who?"]
+
+
 def test_too_few_questions_are_said_to_be_too_few():
     ranker = Ranker(Ranking("likelihood", dict(BOTH), dict(BOTH)), KnowsRed())
     with pytest.raises(UserError, match="too few"):
@@ -226,7 +241,11 @@ def test_fit_and_then_ask_with_it(tiny_adapter, collection, tmp_path, capsys, mo
     words = ["--questions", SAMPLE / "questions.jsonl", "--limit", 30, "--max-new-tokens", 4, "--json"]
     assert rag("fit", "--adapter", folder, *words) == 2 and read_ranking(folder) is None
     assert "0 of 25 answers are right: too few" in capsys.readouterr().err
-    monkeypatch.setattr(fitting, "score_answers", lambda pairs, complete: [n % 2 for n in range(len(pairs))])
+
+    def score(pairs, complete):
+        return [{"answerable": bool(one.answers), "overall_f1": n % 2} for n, (one, _) in enumerate(pairs)]
+
+    monkeypatch.setattr(fitting, "score_answers", score)
     assert rag("fit", "--adapter", folder, *words) == 0
     fitted = json.loads(capsys.readouterr().out)
     assert fitted["rerank"] == "likelihood" and {*fitted["answers"]} == {"intercept", "total", "odds"}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from langchain_core.documents import Document
 
+from qlora.answering.chain import is_doubted
 from qlora.answering.ranker import AMONG, Ranker
 from qlora.answering.ranking import Ranking
 from qlora.console import fail, progress
@@ -20,7 +21,7 @@ from qlora.evaluation.confidence import RIGHT
 from qlora.evaluation.evaluation import supports
 from qlora.evaluation.questions import Question
 from qlora.metrics import token_f1
-from qlora.refusal import ASKED, FEW, fit_threshold
+from qlora.refusal import ASKED, FEW, NOISE, fit_threshold
 from qlora.words import MARK
 
 
@@ -101,8 +102,9 @@ def fit_ranking(asked: Sequence[Candidates], ranker: Ranker, complete: Callable[
     """The ranker's ranking with `answers` and `threshold`, and what it was fitted on.
 
     `complete(pairs)` answers questions from passages, as `answer_batch`. The confidence is the probability that such an
-    answer is right; the threshold gives the best mean of answers' F1 and right refusals (`fit_threshold`). Questions
-    without an answer weigh as much as `ASKED` of all. Raises UserError with fewer than `FEW` right or wrong answers.
+    answer is right. The threshold is the lowest within `NOISE` of the best mean of answers' F1 and right refusals
+    (`fit_threshold`): the best one moves with every row. Questions without an answer weigh as much as `ASKED` of all.
+    Raises UserError with fewer than `FEW` right or wrong answers.
     """
     import numpy
     from sklearn.linear_model import LogisticRegression
@@ -113,8 +115,8 @@ def fit_ranking(asked: Sequence[Candidates], ranker: Ranker, complete: Callable[
     for document in first:
         document.metadata["confidence"] = 1.0  # so that the model answers: what it refused could not be right
     is_asked = numpy.array([bool(one.question.answers) for one in both])
-    f1 = score_answers([(one.question, document) for one, document in zip(both, first, strict=True)], complete)
-    is_right = numpy.array(f1) >= RIGHT
+    scores = score_answers([(one.question, document) for one, document in zip(both, first, strict=True)], complete)
+    is_right = is_asked & (numpy.array([score["overall_f1"] for score in scores]) >= RIGHT)
     if min(is_right.sum(), (~is_right).sum()) < FEW:
         what = f"{is_right.sum()} of {is_asked.sum()} answers are right: too few to fit a confidence on"
         raise fail(what, "held-out rows", "train with more rows, or ingest the documents that the rows are about")
@@ -127,8 +129,7 @@ def fit_ranking(asked: Sequence[Candidates], ranker: Ranker, complete: Callable[
     answers |= {name: float(slope) for name, slope in zip(names, slopes, strict=True)}
     fitted = replace(ranker.ranking, answers={name: round(value, 4) for name, value in answers.items()})
     confidences = [fitted.confidence(document.metadata) for document in first]
-    scores = [{"answerable": bool(is_it), "overall_f1": value} for is_it, value in zip(is_asked, f1, strict=True)]
-    threshold = fit_threshold(confidences, scores, list(weights)) or 0.0
+    threshold = fit_threshold(confidences, scores, list(weights), NOISE) or 0.0
     return replace(fitted, threshold=threshold, fitted_on=describe_fit(asked, first[: len(asked)]))
 
 
@@ -139,19 +140,24 @@ def find_first(asked: Sequence[Candidates], ranker: Ranker) -> list[Document]:
         return [ranker.order(one.question.question, one.documents)[0] for one in tracked]
 
 
-def score_answers(pairs: Sequence[tuple[Question, Document]], complete, batch: int = 8) -> list[float]:
-    """The F1 of the answer to each question from its passage; 0 where no answer is right, which is not asked."""
-    wanted = [n for n, (question, _) in enumerate(pairs) if question.answers]
-    f1 = [0.0] * len(pairs)
+def score_answers(pairs: Sequence[tuple[Question, Document]], complete, batch: int = 8) -> list[dict]:
+    """Overall F1 of the answer to each question from its passage.
+
+    A question without an answer is asked only where its answer may become a refusal (`is_doubted`): any other is wrong.
+    """
+    wanted = [n for n, (question, document) in enumerate(pairs) if question.answers or is_doubted([document])]
+    scores = [{"answerable": bool(question.answers), "overall_f1": 0.0} for question, _ in pairs]
     with progress() as bar:
         task = bar.add_task("answers", total=len(wanted))
         for at in range(0, len(wanted), batch):
             part = wanted[at : at + batch]
             answers = complete([(pairs[n][0].question, [pairs[n][1]]) for n in part])
             for n, answer in zip(part, answers, strict=True):
-                f1[n] = token_f1(MARK.sub("", answer.text).strip(), pairs[n][0].answers)
+                right = pairs[n][0].answers
+                said = token_f1(MARK.sub("", answer.text).strip(), right) if right and not answer.refused else 0.0
+                scores[n]["overall_f1"] = said if right else float(answer.refused)
             bar.advance(task, len(part))
-    return f1
+    return scores
 
 
 def describe_fit(asked: Sequence[Candidates], first: Sequence[Document]) -> dict:
