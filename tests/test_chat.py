@@ -281,6 +281,14 @@ def test_a_refusal_names_the_nearest_documents(capsys):
     assert "nearest" not in capsys.readouterr().out
 
 
+def test_a_confidence_is_shown_with_an_answer_and_not_with_a_refusal(capsys):
+    sure = [Document(PASSAGES[1].page_content, metadata={**PASSAGES[1].metadata, "confidence": 0.8})]
+    print_turn(Turn("Who?", check_answer("The bosun [1]", sure, Prompt().refusal), "Who?"))
+    assert "confidence: 80%" in capsys.readouterr().out
+    print_turn(Turn("Who?", refuse(sure), "Who?"))
+    assert "confidence" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------- documents that give orders
 
 INJECTIONS = [json.loads(line) for line in (PROJECT / "tests" / "injections.jsonl").read_text().splitlines()]

@@ -58,7 +58,7 @@ def print_turn(turn: Turn, show_question: bool = True) -> None:
     for cited in answer.citations:
         say(f"   [{cited.n}] {place(cited.document.metadata)} ({cited.support:.0%} of the words)")
         say(indent(cited.span, "       "))
-    if "confidence" in answer.decided:
+    if "confidence" in answer.decided and not answer.refused:
         say(f"   confidence: {answer.decided['confidence']:.0%}")
     if answer.unknown:
         note(f"{answer.unknown} citations of passages that were not given were removed")

@@ -78,7 +78,7 @@ function drawTurn(turn, { answer, more }) {
     const many = turn.unsupported.length === 1 ? "The marked sentence is" : "The marked sentences are";
     remarks.push(element("p", { class: "remark" }, `${many} not supported by the cited passages.`));
   }
-  if (turn.confidence !== undefined) {
+  if (turn.confidence !== undefined && !turn.refused) {
     remarks.push(element("p", { class: "place" }, `Confidence: ${Math.round(100 * turn.confidence)} %`));
   }
   if (turn.refused && turn.nearest.length) {
