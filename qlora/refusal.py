@@ -37,11 +37,11 @@ def fit_threshold(
     """
     weights = weights or [1.0] * len(scores)
     ordered = sorted(zip(confidences, scores, weights, strict=True), key=lambda entry: entry[0])
-    gain, cuts = 0.0, [(0.0, None)]
+    gain, total, cuts = 0.0, sum(weights), [(0.0, None)]
     for (here, score, weight), (after, *_) in zip(ordered, [*ordered[1:], (float("inf"),)], strict=True):
         gain += weight * (float(not score["answerable"]) - score["overall_f1"])
         if after > here:
-            cuts.append((gain / sum(weights), here + 1e-4 if after == float("inf") else (here + after) / 2))
+            cuts.append((gain / total, here + 1e-4 if after == float("inf") else (here + after) / 2))
     least = max(gain for gain, _ in cuts) - noise - 1e-9
     threshold = next(cut for gain, cut in cuts if gain >= least)
     return threshold and round(threshold, 5)

@@ -160,6 +160,8 @@ def test_a_cross_encoder_of_one_s_own_learns_from_hard_negatives(cross_encoder, 
     folder = tmp_path / "reranker"
     folder.mkdir()
     assert 0 < train_reranker(pairs * 4, str(cross_encoder), folder, seed=0) < 2
+    with pytest.raises(UserError, match="no pairs to learn from"):
+        train_reranker([pair for pair in pairs if pair[2]], str(cross_encoder), folder, seed=0)
     names = {path.name for path in folder.iterdir()}
     assert "model.safetensors" in names and not any(name.endswith((".bin", ".pt", ".pth")) for name in names)
     assert list(tmp_path.iterdir()) == [folder]

@@ -18,11 +18,9 @@ from qlora.answering.ranker import AMONG, Ranker
 from qlora.answering.ranking import Ranking
 from qlora.console import fail, progress
 from qlora.evaluation.confidence import RIGHT
-from qlora.evaluation.evaluation import supports
+from qlora.evaluation.evaluation import score_answer, supports
 from qlora.evaluation.questions import Question
-from qlora.metrics import token_f1
 from qlora.refusal import ASKED, FEW, NOISE, fit_threshold
-from qlora.words import MARK
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,7 @@ def score_answers(pairs: Sequence[tuple[Question, Document]], complete, batch: i
             part = wanted[at : at + batch]
             answers = complete([(pairs[n][0].question, [pairs[n][1]]) for n in part])
             for n, answer in zip(part, answers, strict=True):
-                right = pairs[n][0].answers
-                said = token_f1(MARK.sub("", answer.text).strip(), right) if right and not answer.refused else 0.0
-                scores[n]["overall_f1"] = said if right else float(answer.refused)
+                scores[n] = score_answer(pairs[n][0], answer)
             bar.advance(task, len(part))
     return scores
 

@@ -45,7 +45,7 @@ def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int
     """Tunes the embedding model to a cross-encoder, and puts it in place of `folder`.
 
     Returns the mean loss of the training as a share of what one score for all pairs would have: near 1 it learned
-    nothing.
+    nothing. Raises UserError, before it begins, without pairs of both labels.
     """
     import torch
     from datasets import Dataset
@@ -55,6 +55,10 @@ def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int
 
     machine.threads()
     right = sum(label for *_, label in pairs)
+    wrong = len(pairs) - right
+    if not (right and wrong):
+        what = f"{right:.0f} right and {wrong:.0f} wrong passages are no pairs to learn from"
+        raise console.fail(what, "rows of the adapter", "ingest the documents that they are about, and others")
     model = CrossEncoder(embedder, num_labels=1, max_length=WINDOW, trust_remote_code=False)
     names = ("question", "passage", "label")
     rows = Dataset.from_dict(dict(zip(names, map(list, zip(*pairs, strict=True)), strict=True)))
@@ -73,8 +77,7 @@ def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int
         report_to="none",
         logging_steps=50,
     )
-    wrong = len(pairs) - right
-    loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(wrong / max(right, 1)))
+    loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(wrong / right))
     result = CrossEncoderTrainer(model=model, args=given, train_dataset=rows, loss=loss).train()
     model.save_pretrained(str(partial / "model"), safe_serialization=True)
     machine.remove_folder(folder)
