@@ -30,7 +30,7 @@ from qlora.cli.rag_flags import (
     resolve_arguments,
 )
 from qlora.cli.ranking_flags import rank_by
-from qlora.cli.recorded import describe_turn, evaluation_settings, writing_settings
+from qlora.cli.recorded import asked_settings, describe_turn, evaluation_settings, writing_settings
 from qlora.console import json_line, note, say
 from qlora.model import adapter, base_model
 from qlora.writing import embedded_writer
@@ -357,10 +357,7 @@ def evaluate(args, store, prompt, generator) -> int:
     if args.calibrate:
         finding = replace(finding, threshold=None)
     found = evaluation.search_all(finding.find, questions, args.top_k)
-    passages = evaluation.gather_passages(questions, found, args.top_k)
-    contexts = {name: asked for name, asked in passages.items() if name in args.contexts}
-    if not contexts:
-        raise console.fail("no question has a context", str(args.questions), "add --contexts closed-book retrieved")
+    contexts = evaluation.gather_passages(questions, found, args.top_k, args.contexts)
     modes = {"base": generator.without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
     modes = {name: mode for name, mode in modes.items() if name in args.models}
     if not args.adapter:
@@ -372,7 +369,7 @@ def evaluate(args, store, prompt, generator) -> int:
     complete = partial(answer_batch, fill=fill, generator=generator, refusal=prompt.refusal)
     asking = evaluation.Asking(log, complete, finding.refuses, args.batch_size, prompt.refusal)
     cells = evaluation.answer_cells(asking, modes, contexts)
-    values |= {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": finding.threshold}
+    values |= asked_settings(args, questions, store, finding.threshold)
     result = evaluation.build_result(questions, found, cells, values, args.seed)
     if args.calibrate:
         scores = cells["tuned" if args.adapter else "base", "retrieved"]
@@ -478,9 +475,15 @@ def sweep(args, store) -> int:
 
 
 def compare(args) -> int:
-    """The paired difference of two runs over the questions that both have."""
-    from qlora.evaluation import comparison, report
+    """The paired difference of two runs over the questions that both have, or whether the first is worse."""
+    from qlora.evaluation import comparison, gate, report
 
+    if args.fail_if_worse:
+        result = gate.judge(*args.evaluations, args.margin, args.seed)
+        if args.junit:
+            gate.write_junit(args.junit, result)
+        say(json_line(result) if args.json else gate.as_text(result))
+        return gate.WORSE if result["worse"] else 0
     rows = comparison.compare_runs(*args.evaluations, args.seed)
     say(json_line(rows) if args.json else report.comparison_as_text(rows, *args.evaluations))
     return 0

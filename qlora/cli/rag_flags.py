@@ -34,6 +34,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     parser, commands = build_parser(description, steps)
     args, problems = console.parse_arguments(parser, argv, commands)
     if args.command == "compare":
+        check_comparison(args, problems)
         problems.raise_if_any()
         return args
     args.ranking, args.extra_bias = None, 0.0
@@ -293,10 +294,24 @@ def add_sweep_flags(one: console.Parser) -> None:
 
 
 def add_comparison_flags(one: console.Parser) -> None:
-    """Which evaluations are compared."""
+    """Which evaluations are compared, and whether the first may be worse."""
+    flag = one.add_argument
     text = "evaluation.json of each, with its answers.jsonl beside it"
-    one.add_argument("evaluations", type=Path, nargs=2, metavar="EVALUATION", help=text)
-    one.add_argument("--seed", type=console.number(int, 0, presets.SEEDS), default=0, help="of the bootstrap")
+    flag("evaluations", type=Path, nargs=2, metavar="EVALUATION", help=text)
+    flag("--seed", type=console.number(int, 0, presets.SEEDS), default=0, help="of the bootstrap")
+    text = "exit code 4 when the first (new) is worse than the second (old); names the documents that lost"
+    flag("--fail-if-worse", action="store_true", help=text)
+    flag("--margin", type=console.number(float, 0, 1), default=0.0, help="loss of overall F1 that is allowed")
+    flag("--junit", type=Path, metavar="FILE", help="write the result as JUnit XML (with --fail-if-worse)")
+
+
+def check_comparison(args, problems: console.Problems) -> None:
+    if (args.margin or args.junit) and not args.fail_if_worse:
+        name = "--junit" if args.junit else "--margin"
+        problems.add("nothing is judged", name, "add --fail-if-worse, or leave it out")
+    if args.junit:
+        with problems.collecting():
+            machine.check_file(args.junit)
 
 
 def read_sweep(text: str):

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from qlora.evaluation.questions import digest_questions
 from qlora.model import adapter
 
 
@@ -13,6 +14,12 @@ def evaluation_settings(args, prompt) -> dict:
     digest = adapter.digest_weights(args.adapter) if args.adapter else None
     chosen = {name: getattr(args, name) for name in names}
     return {**chosen, "adapter": digest, "prompt": prompt.digest, "ranking": ranking}
+
+
+def asked_settings(args, questions, store, threshold: float | None) -> dict:
+    """What was asked, and about which documents: two evaluations that differ in a digest are not comparable."""
+    where = {"questions": str(args.questions), "collection": args.collection, "refusal_threshold": threshold}
+    return {**where, "questions_digest": digest_questions(questions), "passages_digest": store.digest()}
 
 
 def writing_settings(args) -> dict:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora.answering.chain import best_score, drop_confidence, is_decided, refuses_unread
 from qlora.answering.citations import Answer, refuse
-from qlora.console import progress
+from qlora.console import fail, progress
 from qlora.evaluation.comparison import compare_cells, give_verdict, paired_bootstrap, split_halves
 from qlora.evaluation.confidence import measure_confidence
 from qlora.evaluation.questions import Question
@@ -129,8 +129,13 @@ def calibrate(questions: Sequence[Question], found: Sequence[Sequence], scores: 
     }
 
 
-def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], top_k: int) -> dict[str, list]:
-    """(question, documents) of every question by context; contexts without questions are left out."""
+def gather_passages(
+    questions: Sequence[Question], found: Sequence[Sequence], top_k: int, wanted: Sequence[str]
+) -> dict[str, list]:
+    """(question, documents) of every question by context, of the wanted contexts that have questions.
+
+    Raises UserError when none has.
+    """
     from langchain_core.documents import Document
 
     pairs = {
@@ -142,7 +147,10 @@ def gather_passages(questions: Sequence[Question], found: Sequence[Sequence], to
             if q.context
         ],
     }
-    return {context: asked for context, asked in pairs.items() if asked}
+    contexts = {context: asked for context, asked in pairs.items() if asked and context in wanted}
+    if not contexts:
+        raise fail("no question has a context", "the questions", "add --contexts closed-book retrieved")
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ def describe_answer(model: str, context: str, question: Question, answer: Answer
         "context": context,
         "question": question.question,
         "answers": question.answers,
+        "source": question.source,
         "passages": [{"source": d.metadata["source"], "text": d.page_content} for d in passages],
         "answer": answer.text,
         "citations": [cited.n for cited in answer.citations],

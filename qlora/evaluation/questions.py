@@ -1,7 +1,8 @@
 """Questions with known answers: ours, dataset rows, or SQuAD's."""
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def load_questions(path: Path, limit: int | None = None, refusal: str = Prompt.r
     if not questions:
         raise fail("no questions in the file", str(path), "write one JSON object per line: question, answers")
     return spread(questions, limit)
+
+
+def digest_questions(questions: Sequence[Question]) -> str:
+    """The sha256 of questions and answers, in any order."""
+    lines = sorted(json.dumps([question.question, sorted(question.answers)]) for question in questions)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def spread(questions: list[Question], limit: int | None) -> list[Question]:

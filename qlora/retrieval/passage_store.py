@@ -1,5 +1,7 @@
 """What every store of passages is to LangChain and to the scripts, whichever database is behind it."""
 
+import hashlib
+import json
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,6 +110,11 @@ class PassageStore(VectorStore):
     @abstractmethod
     def documents(self) -> list[Entry]:
         """The entries of the collection, by source."""
+
+    def digest(self) -> str:
+        """The sha256 of all documents and how they were split: with an equal one the passages are equal."""
+        lines = sorted(json.dumps([entry.source, entry.fingerprint]) for entry in self.documents())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @abstractmethod
     def all_passages(self, most: int | None = None) -> list[Document]:
