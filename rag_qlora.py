@@ -204,6 +204,23 @@ def forget(args, store) -> int:
     return 0
 
 
+def feedback(args, store) -> int:
+    """Lists what people think of answers; writes rows and questions made of it, or deletes it."""
+    from qlora.writing import feedback_rows
+
+    log = feedback_rows.open_log(store)
+    judgements = log.all()
+    if args.forget:
+        note(f"{log.forget(feedback_rows.choose(judgements, args.forget))} judgements deleted")
+    elif args.export:
+        made = feedback_rows.make_rows(judgements, store.find, args.refusal)
+        say(feedback_rows.write_made(args.export, made))
+        note(f"Next: python instruct_train_qlora.py --dataset {args.export} --start-from ADAPTER")
+    else:
+        say(json_line(list(map(asdict, judgements))) if args.json else feedback_rows.as_text(judgements))
+    return 0
+
+
 def fill_if_empty(args, store) -> None:
     """Puts the sample documents into an empty collection, with a note.
 
@@ -223,23 +240,15 @@ def fill_if_empty(args, store) -> None:
 def search(args, store) -> int:
     """Prints the nearest passages; loads no language model."""
     from qlora.answering.citations import Cited
-    from qlora.answering.conversation import describe_ranks, indent
-    from qlora.retrieval.documents import place
+    from qlora.answering.conversation import print_passages
 
     fill_if_empty(args, store)
     found = make_finding(args, store).find(args.question, args.top_k)
     if args.json:
         passages = [Cited(n, document).as_json() for n, document in enumerate(found, 1)]
         say(json_line({"question": args.question, "passages": passages}))
-        return 0
-    for n, document in enumerate(found, 1):
-        metadata = document.metadata
-        say(f"[{n}] {metadata['score']:.3f}  {place(metadata)}")
-        if args.explain:
-            say(f"    {describe_ranks(metadata['ranks'])}")
-        say(f"{indent(document.page_content)}\n")
-    if not found:
-        note("No passages found")
+    else:
+        print_passages(found, args.explain)
     return 0
 
 
@@ -284,8 +293,10 @@ def ask(args, store, prompt, generator) -> int:
     """Prints an answer to each question; returns 3 with --strict when one was refused or has no support."""
     from qlora.answering.citations import refuse
     from qlora.answering.conversation import answer_question, print_turn, write_trace
+    from qlora.answering.judging import ask_judgement
 
     chain, refused = build_chain(args, store, prompt, generator), False
+    keep = make_keeper(args, store, prompt) if args.feedback else None
     for question in args.questions:
         turn = answer_question(chain, question)
         if args.strict and not turn.answer.refused and not turn.answer.is_supported:
@@ -298,40 +309,38 @@ def ask(args, store, prompt, generator) -> int:
             print_turn(turn)
         if args.trace:
             write_trace(args.trace, describe_turn(args, turn, prompt))
+        if args.feedback:
+            ask_judgement(turn, keep)
     note(f"Next: python rag_qlora.py chat --adapter {args.adapter or 'none'} {same_places(args)}")
     return 3 if args.strict and refused else 0
 
 
 def chat(args, store, prompt, generator) -> int:
-    """Answers turn after turn. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends the chat."""
-    from qlora.answering.chat_session import Session, make_rewriter
-    from qlora.answering.conversation import answer_question, print_turn, write_trace
+    """Answers turn after turn."""
+    from qlora.answering.chat_session import Session, converse, make_rewriter
+    from qlora.answering.conversation import answer_question, write_trace
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
     chain = build_chain(args, store, prompt, generator)
-    session = Session(complete=make_rewriter(args.base_model, prompt, generator))
-    note("Ask about your documents. /help lists the commands; an empty line or Ctrl-D ends.")
-    while True:
-        try:
-            line = input("\n> ").strip()
-            if not line or (line.startswith("/") and not session.obey(line)):
-                return 0
-            if line.startswith("/"):
-                continue
-            turn = answer_question(chain, line, session.history(), session.stand_alone(line))
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            note("stopped")
-            continue
-        except console.UserError as error:
-            console.print_problems(error.problems)
-            continue
-        print_turn(turn, show_question=False)
-        session.turns.append(turn)
+    session = Session(complete=make_rewriter(args.base_model, prompt, generator), keep=make_keeper(args, store, prompt))
+
+    def answer(line: str, session: Session):
+        return answer_question(chain, line, session.history(), session.stand_alone(line))
+
+    def trace(turn) -> None:
         if args.trace:
             write_trace(args.trace, describe_turn(args, turn, prompt))
+
+    converse(session, answer, trace)
+    return 0
+
+
+def make_keeper(args, store, prompt):
+    """keep(judgement), with the digests of adapter and prompt; None where the store keeps none."""
+    log = store.feedback()
+    digest = adapter.digest_weights(args.adapter) if args.adapter else ""
+    return log and (lambda judgement: log.add(replace(judgement, adapter=digest, prompt=prompt.digest)))
 
 
 def serve(args, store, prompt, generator) -> int:
@@ -388,10 +397,13 @@ def fit(args, store, prompt, generator) -> int:
     """Fits on held-out rows how passages are put in order, and when a question is refused; saved with the adapter."""
     from qlora.answering import chain, ranking
     from qlora.evaluation import fitting
+    from qlora.training import reranker
 
     search = make_search(args, store)
-    if args.rerank == "cross-encoder":
-        train_reranker(args, search, prompt)
+    if args.rerank == ranking.TRAINED:
+        pairs = reranker.mine_pairs(args.trained_on, search, prompt.refusal)
+        embedder = base_model.resolve_embedding_model(args.embedding_model)
+        reranker.train_reranker(pairs, embedder, args.adapter / ranking.FOLDER, args.seed)
     ranker = chain.open_ranker(args.ranking, prompt, generator)
     complete = partial(chain.answer_batch, fill=ranker.reader.fill, generator=generator, refusal=prompt.refusal)
     ranker = replace(ranker, reader=fitting.Remembering(ranker.reader))
@@ -402,18 +414,6 @@ def fit(args, store, prompt, generator) -> int:
     say(json_line(asdict(fitted)) if args.json else fitting.as_text(fitted))
     note(f"Next: python rag_qlora.py ask --adapter {args.adapter} {same_places(args)}")
     return 0
-
-
-def train_reranker(args, search, prompt) -> None:
-    """Tunes the embedding model to a cross-encoder, on the rows that the adapter was trained on."""
-    from qlora.answering.ranking import FOLDER
-    from qlora.training import reranker
-
-    pairs = reranker.mine_pairs(args.trained_on, search, prompt.refusal)
-    note(f"{len(pairs)} pairs of question and passage train the cross-encoder")
-    embedder = base_model.resolve_embedding_model(args.embedding_model)
-    share = reranker.train_reranker(pairs, embedder, args.adapter / FOLDER, args.seed)
-    note(f"Mean loss of the training: {share:.2f} of that of one score for all pairs")
 
 
 def write(args, store, prompt, generator) -> int:
@@ -492,7 +492,8 @@ def compare(args) -> int:
 COMMANDS = {
     **{"ask": ask, "demo": ask, "chat": chat, "serve": serve, "write": write, "fit": fit, "evaluate": evaluate},
     **{"doctor": doctor, "compare": compare},
-    **{"ingest": ingest, "documents": documents, "forget": forget, "search": search, "sweep": sweep},
+    **{"ingest": ingest, "documents": documents, "forget": forget, "feedback": feedback},
+    **{"search": search, "sweep": sweep},
 }
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def make_site(generator, documents, folder) -> Site:
     again.embeddings = Lent(worker, store.embeddings)
     library = Library(again, choose_splitting(again, args.embedding_model, 120, 24), folder / "uploads", again.find)
     models = {MODEL: True, "base/ferry": False}
-    return Site(worker, models, library, Rules("127.0.0.1"), again.feedback(), ["Who sails?"], folder / "trace.jsonl")
+    digests = "weights", service.prompt.digest
+    trace = folder / "trace.jsonl"
+    return Site(worker, models, library, Rules("127.0.0.1"), again.feedback(), digests, ["Who sails?"], trace)
 
 
 @contextlib.contextmanager

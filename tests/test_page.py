@@ -118,8 +118,8 @@ def test_what_people_think_is_kept(page, site):
         page.wait_for_function("document.querySelectorAll('.toast').length > 0")
         page.wait_for_timeout(300)
     bad, good = site.feedback.all()
-    assert (bad["rating"], bad["right_answer"], bad["not_in_documents"]) == ("bad", "The mate", True)
-    assert good["right_passage"] in bad["passages"]
+    assert (bad.rating, bad.right_answer, bad.not_in_documents) == ("bad", "The mate", True)
+    assert good.right_passage in [passage["id"] for passage in bad.passages]
 
 
 def test_nothing_of_a_document_becomes_a_part_of_the_page(page, site, tmp_path):

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora.answering import judging
 from qlora.answering.citations import content_words
-from qlora.answering.conversation import Turn, indent
-from qlora.console import note, say
+from qlora.answering.conversation import Turn, indent, print_turn
+from qlora.console import UserError, note, print_problems, say
 from qlora.presets import EMBEDDED
 from qlora.retrieval.documents import place
 from qlora.words import WORD
@@ -42,6 +43,7 @@ class Session:
 
     turns: list[Turn] = field(default_factory=list)
     complete: Callable[[list[dict]], str] | None = None
+    keep: judging.Keep | None = None  # takes what is thought of an answer; None where the store keeps none
 
     def stand_alone(self, question: str) -> str:
         """The text to search for: the question, rewritten where it continues the last one or refers back to it.
@@ -87,10 +89,23 @@ class Session:
             note("forgotten")
         elif command == "/save" and rest.strip():
             self.save(Path(rest.strip()).expanduser())
+        elif command in judging.NAMES:
+            self.judge(line)
         else:
-            for name, meaning in COMMANDS.items():
-                note(f"{name:<12} {meaning}")
+            for name, meaning in (COMMANDS | (judging.COMMANDS if self.keep else {})).items():
+                note(f"{name:<14} {meaning}")
         return True
+
+    def judge(self, line: str) -> None:
+        """Keeps what is thought of the last answer."""
+        if not (self.keep and self.turns):
+            note("there is no answer yet" if self.keep else "this store keeps no feedback; use PostgreSQL")
+            return
+        try:
+            self.keep(judging.judge(line, self.turns[-1]))
+            note("kept: python rag_qlora.py feedback")
+        except UserError as error:
+            print_problems(error.problems)
 
     def print_sources(self) -> None:
         for cited in self.turns[-1].answer.passages if self.turns else ():
@@ -110,6 +125,30 @@ class Session:
             note(f"not saved: {error.strerror.lower()} - {path} - give another file")
         else:
             note(f"{len(self.turns)} turns saved in {path}")
+
+
+def converse(session: Session, answer: Callable[[str, Session], Turn], take: Callable[[Turn], None]) -> None:
+    """Answers turn after turn. Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends the chat."""
+    note("Ask about your documents. /help lists the commands; an empty line or Ctrl-D ends.")
+    while True:
+        try:
+            line = input("\n> ").strip()
+            if not line or (line.startswith("/") and not session.obey(line)):
+                return
+            if line.startswith("/"):
+                continue
+            turn = answer(line, session)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            note("stopped")
+            continue
+        except UserError as error:
+            print_problems(error.problems)
+            continue
+        print_turn(turn, show_question=False)
+        session.turns.append(turn)
+        take(turn)
 
 
 def describe_citations(turn: Turn) -> str:

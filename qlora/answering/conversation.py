@@ -1,8 +1,11 @@
 """A turn of a conversation: a question, its checked answer, and how a person or a program sees it."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from langchain_core.documents import Document
 
 from qlora.answering.chain import Stopwatch
 from qlora.answering.citations import Answer
@@ -71,6 +74,18 @@ def write_trace(path: Path, line: dict) -> None:
     """Appends a line of JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json_line(line) + "\n")
+
+
+def print_passages(documents: Sequence[Document], explain: bool) -> None:
+    """Prints each passage with its score and place; `explain`: and its rank in each leg of the search."""
+    for n, document in enumerate(documents, 1):
+        metadata = document.metadata
+        say(f"[{n}] {metadata['score']:.3f}  {place(metadata)}")
+        if explain:
+            say(f"    {describe_ranks(metadata['ranks'])}")
+        say(f"{indent(document.page_content)}\n")
+    if not documents:
+        note("No passages found")
 
 
 def describe_ranks(ranks: dict[str, int | None]) -> str:

@@ -9,6 +9,7 @@ from qlora.cli.ranking_flags import add_fit_flags, add_ranking_flag, resolve_fit
 from qlora.cli.writing_flags import add_writing_flags, resolve_writer
 from qlora.evaluation.comparison import CONTEXTS, MODELS
 from qlora.model import adapter
+from qlora.prompt import Prompt
 from qlora.refusal import FEW
 from qlora.retrieval.search_modes import DEFAULT_MODE, FETCH, MODES
 from qlora.writing import embedded_writer
@@ -22,8 +23,8 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
 )
 TOP_K = 3
 WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
-PRINTS_JSON = (*WITHOUT_STORE, "documents", "search", "ask", "demo", "write", "fit", "evaluate", "sweep")
-WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "search", "sweep")
+PRINTS_JSON = (*WITHOUT_STORE, "documents", "feedback", "search", "ask", "demo", "write", "fit", "evaluate", "sweep")
+WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "feedback", "search", "sweep")
 
 
 def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...]) -> argparse.Namespace:
@@ -208,6 +209,7 @@ def build_parser(description: str, steps: tuple[str, ...]):
     add("documents", "List the documents of the collection.")
     one = add("forget", "Remove documents from the collection.", "SOURCE ...")
     one.add_argument("sources", nargs="+", metavar="SOURCE", help="a document, as `documents` lists it")
+    add_feedback_flags(add("feedback", "Show what people think of answers, make rows of it, or delete it."))
     one = add("search", "Show the nearest passages, without a language model.", "QUESTION")
     one.add_argument("question", metavar="QUESTION")
     one.add_argument("--explain", action="store_true", help="show the rank of each passage in each leg of the search")
@@ -215,7 +217,7 @@ def build_parser(description: str, steps: tuple[str, ...]):
     one.add_argument("questions", nargs="+", metavar="QUESTION")
     add("chat", "Answer questions one after the other; later ones may refer to earlier ones.")
     one = add("demo", "Answer three questions on the sample documents.")
-    one.set_defaults(questions=DEMO_QUESTIONS, strict=False)
+    one.set_defaults(questions=DEMO_QUESTIONS, strict=False, feedback=False)
     add_server_flags(add("serve", "Answer over HTTP: a web page, and OpenAI's API."), answering)
     one = add("write", "Write training rows from the documents; each is checked.")
     add_writing_flags(one, setup)
@@ -291,6 +293,15 @@ def add_sweep_flags(one: console.Parser) -> None:
     text = "files and folders that passages=... splits (the sample's)"
     flag("--documents", nargs="+", default=[], metavar="PATH", help=text)
     flag("--output", type=Path, metavar="FOLDER", default=Path("evaluations/sweep"), help="folder of the report")
+
+
+def add_feedback_flags(one: console.Parser) -> None:
+    """What is done with judgements."""
+    flag = one.add_argument
+    text = "write training rows, and beside them questions (half, by hash) and what needs review"
+    flag("--export", type=Path, metavar="ROWS.jsonl", help=text)
+    flag("--refusal", metavar="TEXT", default=Prompt.refusal, help="the response where the documents do not answer")
+    flag("--forget", nargs="+", metavar="N", default=[], help="delete judgements by number, or all")
 
 
 def add_comparison_flags(one: console.Parser) -> None:
@@ -369,6 +380,7 @@ def add_trace_flags(flag, strict: bool) -> None:
     if strict:
         text = "refuse an answer that no passage supports; exit code 3 after any refusal"
         flag("--strict", action="store_true", help=text)
+        flag("--feedback", action="store_true", help="ask whether each answer was right, and keep what is said")
     text = "append every answer with passages, tokens and timings, one JSON object per line"
     flag("--trace", type=Path, metavar="FILE.jsonl", help=text)
 

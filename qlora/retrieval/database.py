@@ -2,7 +2,7 @@
 
 rag.collections   name, embedding model, dimension, language and dictionary of its words, refusal threshold
 rag.documents     collection, source, fingerprint (sha256 of content and splitting), folder, size, when
-rag.feedback      judgements of answers, as JSON
+rag.feedback      judgements of answers, as JSON, with the digests of adapter and prompt
 rag.passages_N    one table per collection: halfvec embedding, text, metadata, key of equal texts, tsvector
 """
 
@@ -103,7 +103,11 @@ CREATE TABLE rag.feedback (
 );
 CREATE INDEX ON rag.feedback (collection);
 """
-MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA, FOURTH_SCHEMA)
+# Which weights and which prompt an answer came from: an adapter is improved by what people said of its own answers.
+FIFTH_SCHEMA = """
+ALTER TABLE rag.feedback ADD COLUMN adapter text NOT NULL DEFAULT '', ADD COLUMN prompt text NOT NULL DEFAULT '';
+"""
+MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA, FOURTH_SCHEMA, FIFTH_SCHEMA)
 AT_ONCE = 2_000  # passages whose words are made anew
 # Not to_regclass: it answers from a cache that does not see what another process made while this one waited.
 VERSION = """

@@ -3,7 +3,7 @@
 import html
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from qlora.console import UserError
-from qlora.retrieval.feedback import FeedbackLog
+from qlora.retrieval.feedback import FeedbackLog, Judgement
 from qlora.serving import chat_routes, document_routes, shapes
 from qlora.serving.chat_routes import Refused, as_refused
 from qlora.serving.document_routes import Library
@@ -34,6 +34,7 @@ class Site:
     library: Library
     rules: Rules
     feedback: FeedbackLog | None  # None where the store keeps none
+    digests: tuple[str, str]  # of the adapter's weights and of the prompt
     examples: list[str]  # questions to begin with
     trace: Path | None = None
 
@@ -60,11 +61,22 @@ def add_feedback(app: FastAPI, site: Site) -> None:
 
     @app.post("/feedback", status_code=201)
     def keep(body: Feedback) -> dict:
-        return {"id": keeper().add(body.model_dump())}
+        return {"id": keeper().add(read_feedback(body, site))}
 
     @app.get("/feedback.jsonl", response_class=PlainTextResponse)
     def export() -> str:
-        return "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in keeper().all())
+        return "".join(json.dumps(asdict(one), ensure_ascii=False, default=str) + "\n" for one in keeper().all())
+
+
+def read_feedback(body: Feedback, site: Site) -> Judgement:
+    """The judgement with the texts of its passages, and with what answered."""
+    values = body.model_dump()
+    ids = dict.fromkeys([*values.pop("passages"), *([body.right_passage] if body.right_passage else [])])
+    found = site.library.store.get_by_ids(list(ids))
+    passages = tuple({"id": d.id, "source": d.metadata["source"], "text": d.page_content} for d in found)
+    weights, prompt = site.digests
+    is_tuned = site.models.get(values.pop("model"), False)
+    return Judgement(**values, passages=passages, adapter=weights if is_tuned else "", prompt=prompt)
 
 
 def add_pages(app: FastAPI, site: Site) -> None:

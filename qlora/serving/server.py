@@ -15,6 +15,7 @@ from qlora import settings
 from qlora.answering.chain import Finding
 from qlora.answering.chat_session import make_rewriter
 from qlora.console import fail, note, say
+from qlora.model.adapter import digest_weights
 from qlora.prompt import Prompt
 from qlora.retrieval.passages import Splitting
 from qlora.serving.guard import LOCAL
@@ -35,10 +36,11 @@ class Options:
     read_only: bool
     origins: tuple[str, ...]
     trace: Path | None
+    adapter: Path | None
 
     @classmethod
     def of(cls, args) -> "Options":
-        names = ("host", "port", "queue", "base_model", "collection", "read_only", "trace")
+        names = ("host", "port", "queue", "base_model", "collection", "read_only", "trace", "adapter")
         return cls(**{name: getattr(args, name) for name in names}, origins=tuple(args.allow_origin))
 
 
@@ -157,7 +159,8 @@ def make_site(options: Options, asking: Asking, store, splitting: Splitting, nam
     folder = settings.data_folder() / "uploads" / options.collection
     library = Library(store, splitting, folder, store.find, options.read_only)
     rules = Rules(options.host, settings.get("QLORA_SERVE_KEY"), options.origins)
-    return Site(worker, names, library, rules, store.feedback(), examples, options.trace)
+    digests = digest_weights(options.adapter) if options.adapter else "", asking.prompt.digest
+    return Site(worker, names, library, rules, store.feedback(), digests, examples, options.trace)
 
 
 def announcing(server, address: str):

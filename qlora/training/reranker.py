@@ -41,11 +41,11 @@ def mine_pairs(rows: Sequence[Row], search: Callable[[str, int], list], refusal:
     return pairs
 
 
-def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int) -> float:
+def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int) -> None:
     """Tunes the embedding model to a cross-encoder, and puts it in place of `folder`.
 
-    Returns the mean loss of the training as a share of what one score for all pairs would have: near 1 it learned
-    nothing. Raises UserError, before it begins, without pairs of both labels.
+    A line says how the mean loss compares with that of one score for all pairs: near 1 it learned nothing. Raises
+    UserError, before it begins, without pairs of both labels.
     """
     import torch
     from datasets import Dataset
@@ -83,4 +83,5 @@ def train_reranker(pairs: Sequence[Pair], embedder: str, folder: Path, seed: int
     machine.remove_folder(folder)
     (partial / "model").rename(folder)
     machine.remove_folder(partial)
-    return result.training_loss / (math.log(2) * 2 * wrong / len(pairs))
+    share = result.training_loss / (math.log(2) * 2 * wrong / len(pairs))
+    console.note(f"{len(pairs)} pairs of question and passage: {share:.2f} of the loss of one score for all")
