@@ -113,11 +113,22 @@ def load_and_filter(args):
     """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
     draw = Draw(args.max_rows, args.seed) if args.max_rows else None
     loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split, draw)
+    loaded += load_added(args)
     loaded = word_refusals(loaded, args.refusal)
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)
     return rows, {"read": len(loaded), "kept": len(rows), "dropped": dropped}
+
+
+def load_added(args) -> list:
+    """The rows of --added-rows, which have our own columns."""
+    return load_rows(args.added_rows) if args.added_rows else []
+
+
+def split_rows(args, rows):
+    """Rows to train on and rows held out; no document of --added-rows is held out."""
+    return hold_out(rows, args.eval_share, args.seed, {row.document for row in load_added(args)})
 
 
 def note_dropped(dropped) -> None:
@@ -131,7 +142,7 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     Every epoch has its own passages around the right one. Adds to `counts` what was left out of training because it
     is also held out, and how many rows of each part were shortened or too long.
     """
-    training, held_out = hold_out(rows, args.eval_share, args.seed)
+    training, held_out = split_rows(args, rows)
     note_share(args, len(held_out), len(rows))
     training = [*training, *draw_replay(args, len(training))]
     training, counts["leaked"] = drop_leaked(training, held_out)
@@ -167,13 +178,14 @@ def draw_replay(args, count: int) -> list:
         "config": None,
         "split": "train",
         "refusal": Prompt.refusal,
+        "added_rows": None,
     }  # runs of earlier versions do not name them
     before = argparse.Namespace(**older | start.run["arguments"])
     rows, _ = load_and_filter(before)
     if digest_rows(rows) != start.run["dataset"]["sha256_of_rows"]:
         what = f"the rows of {args.start_from} were changed ({start.run['dataset']['source']})"
         raise console.fail(what, "--replay", "put them back, or leave --replay out")
-    trained, _ = hold_out(rows, before.eval_share, before.seed)
+    trained, _ = split_rows(before, rows)
     drawn = sample_rows(trained, round(args.replay / (1 - args.replay) * count), args.seed)
     console.note(f"{len(drawn)} rows of {args.start_from} are mixed in")
     return drawn
@@ -408,7 +420,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "rows_leaked": {reason: found["rows"] for reason, found in report["leakage"].items()},
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
-            "held_out_documents": name_documents(hold_out(rows, args.eval_share, args.seed)[1]),
+            "held_out_documents": name_documents(split_rows(args, rows)[1]),
         },
         "parents": start.line if start else [],
         "arguments": jsonable(vars(args)),

@@ -192,6 +192,12 @@ def add_dataset_flags(flag) -> None:
     held_out = console.number(float, 0, 0.9, above=True)
     kinds = "files (.jsonl, .json, .csv, .parquet), folders, hub id (preset's)"
     flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
+    flag(
+        "--added-rows",
+        nargs="+",
+        metavar="ROWS",
+        help="rows that are all trained on: no document of theirs is held out",
+    )
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
     flag(

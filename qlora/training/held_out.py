@@ -34,6 +34,7 @@ def split_again(run: dict, where: str) -> tuple[list[Row], list[Row]]:
     words, fix = run["arguments"], "put the rows back, or name questions that it was not trained on with --questions"
     options = {name: words[name] for name in ("columns", "train_on", "config", "split") if name in words}
     rows = load_rows(words["dataset"], **options)
+    rows += load_rows(words["added_rows"]) if words.get("added_rows") else []
     held = set(run["dataset"].get("held_out_documents", ()))
     if not held and digest_rows(rows) == run["dataset"]["sha256_of_rows"]:
         held = set(name_documents(hold_out(rows, words["eval_share"], words["seed"])[1]))

@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora.console import Invalid, Problems, fail, number, shorten_text
@@ -210,15 +210,18 @@ def keep_usable(rows: Sequence[Row], selection: Selection = EVERY_ROW, seed: int
     return kept, dropped
 
 
-def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(
+    rows: Sequence[Row], share: float, seed: int, trained: Collection[str] = ()
+) -> tuple[list[Row], list[Row]]:
     """Training rows and evaluation rows without a document in common; about `share` of the rows are held out.
 
     At most the share and one document more, which has less than half of all rows; where every document has that many,
-    the smallest. Raises UserError when all rows come from one document.
+    the smallest; none of the documents in `trained`. Raises UserError when all others are one document.
     """
     by_document = defaultdict(list)
     for row in rows:
-        by_document[row.document].append(row)
+        if row.document not in trained:
+            by_document[row.document].append(row)
     if len(by_document) < 2:
         raise fail("all rows come from one document", "dataset", "give rows of two documents, to hold one out")
     documents = sorted(by_document)

@@ -1,0 +1,1 @@
+"""A better adapter in the place of an older one: the exchange, and the report about it."""
