@@ -2,6 +2,7 @@
 # make evaluate  base and tuned model on both files of sample questions, into evaluations/ and README.md (after make demo)
 # make own DOCUMENTS=folder  a model of your own: ingest, write rows, train, evaluate on documents that were held out;
 #              NAME=mine: of the collection and of adapters/NAME
+# make improve NAME=own  what people said of the answers becomes rows; a better adapter takes the place of adapters/NAME
 # make test    set up if needed, lint, run the tests; CPU=avx2: as on a smaller CPU; TESTS="-m cpu": some of them;
 #              WORKERS=2: in that many processes, 0: in this one
 # make notebooks  build the notebooks anew: expand, execute, write (about ten minutes)
@@ -26,7 +27,7 @@ export ONEDNN_MAX_CPU_ISA := AVX2
 export MKL_ENABLE_INSTRUCTIONS := AVX2
 endif
 
-.PHONY: setup demo own evaluate notebooks test lock audit gpu-wheels clean
+.PHONY: setup demo own improve evaluate notebooks test lock audit gpu-wheels clean
 
 setup:
 	@"$(PYTHON)" tools/set_up.py $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
@@ -59,6 +60,10 @@ own: setup
 	@echo
 	@echo "Your adapter beside the one that it went on from:"
 	$(PY) rag_qlora.py compare "evaluations/$(NAME)/evaluation.json" "evaluations/$(NAME)-before/evaluation.json"
+
+# Its rows were written, and its questions held out, by make own.
+improve: setup
+	$(PY) improve_qlora.py --adapter "adapters/$(NAME)" $(OWN) $(ASKED) $(if $(TRAIN),--train $(TRAIN))
 
 evaluate: setup
 	$(PY) rag_qlora.py evaluate $(DEMO) --questions sample_data/second_questions.jsonl --output evaluations/second

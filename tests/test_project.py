@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, SAMPLE, sample_rows
 
+import improve_qlora
 import instruct_train_qlora
 import rag_qlora
 from benchmarks import (
@@ -52,7 +53,8 @@ def imports(node: ast.AST) -> set[str]:
 
 NAMED_BY_LIBRARIES = {"from_texts", "attend"}  # with the parameters that LangChain and transformers give them
 # Each may use those before it.
-ROOMS = ("reading", "model", "retrieval", "answering", "evaluation", "training", "writing", "serving", "cli")
+ROOMS = ("reading", "model", "retrieval", "answering", "evaluation", "training", "writing", "releasing")
+ROOMS += ("serving", "cli")
 
 
 def module_name(path: Path) -> str:
@@ -216,10 +218,11 @@ PAGES = {
 
 
 def parsers() -> list:
-    """Of both scripts, each command of rag_qlora.py, and the benchmarks that users run."""
+    """Of the scripts, each command of rag_qlora.py, and the benchmarks that users run."""
     commands = rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1]
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS)
-    return [training, *commands.values(), *(script.build_parser() for script in BENCHMARKS)]
+    scripts = [script.build_parser() for script in (improve_qlora, *BENCHMARKS)]
+    return [training, *commands.values(), *scripts]
 
 
 def test_help_fits_a_screen_and_shows_no_path_of_this_machine(monkeypatch):
@@ -238,13 +241,14 @@ def test_docs_show_only_commands_and_flags_that_exist(page):
         for name, command in rag_flags.build_parser(rag_qlora.__doc__, rag_qlora.STEPS)[1].items()
     }
     training = training_flags.build_parser(instruct_train_qlora.__doc__, instruct_train_qlora.STEPS).format_help()
+    improving = improve_qlora.build_parser().format_help()
     benchmarks = "".join(script.build_parser().format_help() for script in BENCHMARKS)
     foreign = {"--enable-lora", "--build-arg", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
     for flag in set(flags) - foreign:
-        assert flag in training + benchmarks + "".join(helps.values()), flag
+        assert flag in training + improving + benchmarks + "".join(helps.values()), flag
     for script, command, rest in re.findall(r"^\$ python (\w+)\.py ?(\w*)(.*)$", text, re.M):
-        known = helps[command] if script == "rag_qlora" else training
+        known = helps[command] if script == "rag_qlora" else improving if script == "improve_qlora" else training
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest.split("#")[0]):
             assert flag in known, f"{command} {flag}"
     targets = set(re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.M))

@@ -8,6 +8,7 @@ python tools/reference.py --check    # exit code 2 when the page is out of date
 import sys
 from dataclasses import fields
 
+import improve_qlora
 import instruct_train_qlora
 import rag_qlora
 from qlora import console, presets, settings
@@ -27,6 +28,7 @@ Precedence: flag > environment > `.env` > default. Answers go to stdout, everyth
 | 1 | the run failed |
 | 2 | something to fix, all of it listed at once: *what is wrong - where it came from - what to do* |
 | 3 | a question was refused (`ask --strict`) |
+| 4 | worse than before (`compare --fail-if-worse`, `improve_qlora.py`) |
 | 130 | stopped with Ctrl-C |
 """
 
@@ -49,6 +51,7 @@ def write_page() -> str:
     parts = [HEAD, "## instruct_train_qlora.py\n", describe_parser(training), "## rag_qlora.py\n"]
     for name, parser in commands.items():
         parts += [f"### {name}\n", describe_parser(parser)]
+    parts += ["## improve_qlora.py\n", describe_parser(improve_qlora.build_parser())]
     parts += ["## Presets\n", describe_presets()]
     keys = [[f"`{key}`", meaning] for key, meaning in settings.KEYS.items()]
     keys += [[f"`{settings.ENV_FILE}`", "another file of settings than the project's `.env`; in the environment only"]]
