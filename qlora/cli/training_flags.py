@@ -243,7 +243,7 @@ def add_model_flags(flag) -> None:
     flag("--target-modules", nargs="+", metavar="LAYER", help=f"layers to adapt ({TARGETS})")
     flag("--rslora", action="store_true", help="scale by alpha / sqrt(rank): for high ranks")
     flag("--dora", action="store_true", help="also train magnitudes: slower, sometimes better at low ranks")
-    text = "auto, on or off: recompute activations (less memory, slower)"
+    text = "auto, on or off: recompute activations, for less memory"
     flag("--gradient-checkpointing", type=choice, metavar="X", default="auto", help=text)
 
 
