@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""A round of feedback on the sample, made of known answers: what `improve` gains, and whether its gate holds.
+
+    python -m benchmarks.feedback_round --adapter adapters/demo         # about an hour on two cores, resumable
+
+The adapter answers the rows that its training held out, which are about documents outside both files of questions. Of
+its wrong answers 40 are corrected: half become rows and half questions, by their hash. Then a copy of the adapter is
+improved in both ways (--train), and one is ruined on purpose: its learning rate is 50 times as high.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import improve_qlora
+from benchmarks import ablation, trials
+from qlora import console, settings
+from qlora.evaluation import gate
+from qlora.evaluation.questions import read_question
+from qlora.markdown import as_markdown_table, put_section
+from qlora.metrics import token_f1
+from qlora.model.adapter import digest_weights, read_adapter
+from qlora.presets import EMBEDDED_EMBEDDER
+from qlora.releasing.history import read_scores
+from qlora.retrieval.feedback import Judgement
+from qlora.retrieval.opening import load_embeddings, open_collection
+from qlora.training.held_out import split_again
+from qlora.words import MARK
+
+WAYS = {"continue": 1, "anew": 1, "ruined": 50}  # and the factor of the learning rate
+CORRECTED, RIGHT = 40, 0.5  # answers, and the F1 from which one is right
+COLLECTION = "feedback-round"
+
+
+def main(argv: list[str]) -> int:
+    args, problems = console.parse_arguments(build_parser(), argv)
+    problems.raise_if_any()
+    settings.quieten_libraries()
+    run_script("rag_qlora.py", "ingest", trials.DOCUMENTS, "--collection", COLLECTION)
+    log = open_collection("pgvector", COLLECTION, load_embeddings(EMBEDDED_EMBEDDER), EMBEDDED_EMBEDDER).feedback()
+    if not log.all():
+        for judgement in correct_answers(args.adapter):
+            log.add(judgement)
+    console.note(f"{len(log.all())} answers are corrected")
+    rows = [["", "released", "questions", "F1", "", "overall F1, new - old"]]
+    for way in args.ways:
+        rows += improve(args.adapter, way)
+    text = as_markdown_table(rows, left=3)
+    print(text)
+    if args.write:
+        put_section(args.write, "feedback-round", text)
+    return 0
+
+
+def correct_answers(adapter: Path) -> list[Judgement]:
+    """Wrong answers to rows that training held out, each with what would have been right."""
+    trained = read_adapter(adapter)
+    asked = [read_question(vars(row), trained.prompt.refusal) for row in split_again(trained.run, str(adapter))[1]]
+    words = ["ask", "--json", "--adapter", adapter, "--collection", COLLECTION]
+    lines = run_script("rag_qlora.py", *words, *(one.question for one in asked)).splitlines()
+    judgements = []
+    for one, turn in zip(asked, map(json.loads, lines), strict=True):
+        said = MARK.sub("", turn["answer"]).strip()
+        is_right = turn["refused"] if not one.answers else token_f1(said, list(one.answers)) >= RIGHT
+        if not is_right or (one.answers and turn["refused"]):
+            shown = tuple({"id": str(p["n"]), "source": p["source"], "text": p["text"]} for p in turn["passages"])
+            right = {"right_answer": one.answers[0]} if one.answers else {"not_in_documents": True}
+            judgements.append(Judgement(one.question, turn["answer"], passages=shown, **right))
+    step = max(1.0, len(judgements) / CORRECTED)
+    return [judgements[int(n * step)] for n in range(min(CORRECTED, len(judgements)))]
+
+
+def improve(adapter: Path, way: str) -> list[list[str]]:
+    """Improves a copy of the adapter; a line per file of questions."""
+    folder = Path("improvements") / f"round-{way}"
+    copy = folder / "adapter"
+    if not copy.exists():
+        shutil.copytree(adapter, copy)
+    before = digest_weights(copy)
+    improve_qlora.GENTLE["learning-rate"] = GENTLE * WAYS[way]
+    words = ["--adapter", copy, "--collection", COLLECTION, "--questions", ablation.join_questions(), "--work", folder]
+    words += ["--train", "anew" if way == "anew" else "continue"]
+    code = improve_qlora.main([str(word) for word in words])
+    released = {0: "yes", gate.WORSE: "no"}[code]
+    if (digest_weights(copy) != before) != (released == "yes"):
+        raise console.fail(f"exit code {code}, but the adapter says otherwise", str(copy), "this is a fault")
+    report = (folder / "improve.md").read_text(encoding="utf-8")
+    rows = []
+    for name in ("old", "questions"):
+        sides = [read_scores(folder / "evaluations" / f"{name}-{side}") for side in ("old", "new")]
+        interval = re.search(rf"^\| {name} .*\| ([^|]+) \|$", report, re.M)[1]
+        f1 = [f"{side['f1']:.2f}" for side in sides]
+        rows.append([way, released, "old" if name == "old" else "fed back", *f1, interval])
+    return rows
+
+
+GENTLE = improve_qlora.GENTLE["learning-rate"]
+
+
+def run_script(name: str, *words) -> str:
+    """What a script of the project printed; ends with its code if it fails."""
+    command = [sys.executable, str(trials.PROJECT / name), *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout
+
+
+def build_parser() -> console.Parser:
+    title, _, text = __doc__.partition("\n\n")
+    parser = console.Parser(usage="python -m benchmarks.feedback_round [flags]", description=title, epilog=text)
+    flag = parser.add_argument
+    flag("--adapter", type=Path, metavar="FOLDER", default=Path("adapters/demo"), help="what is improved, as a copy")
+    flag("--ways", nargs="+", choices=WAYS, metavar="NAME", default=list(WAYS), help="continue, anew, ruined")
+    flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
