@@ -50,6 +50,20 @@ def test_release_and_roll_back(tmp_path, tiny_adapter):
         release.roll_back(tmp_path / "broken")
 
 
+def test_a_full_disk_changes_nothing(tmp_path, tiny_adapter, monkeypatch):
+    adapter, candidate = (make_adapter(tmp_path / name, tiny_adapter, n) for n, name in enumerate(("mine", "new")))
+    old, new = digest_weights(adapter), digest_weights(candidate)
+
+    def write(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(release.machine, "write_whole", write)
+    with pytest.raises(OSError, match="No space"):
+        release.release(adapter, candidate)
+    assert (digest_weights(adapter), digest_weights(candidate)) == (old, new)
+    assert not list(tmp_path.glob("*.next"))
+
+
 RELEASE = """
 import sys; from pathlib import Path; from qlora.releasing import release
 print("ready", flush=True); sys.stdin.readline()
