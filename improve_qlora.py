@@ -62,6 +62,8 @@ def run_steps(args) -> int:
 
 def export_feedback(args) -> Path:
     """The file of rows, beside it that of questions. What was made of other feedback or another adapter is removed."""
+    from qlora.releasing import history
+
     rows = args.work / "rows.jsonl"
     prompt = read_adapter(args.adapter).prompt
     run_script("rag_qlora", ["feedback", *args.places, "--export", rows, "--refusal", prompt.refusal])
@@ -70,6 +72,8 @@ def export_feedback(args) -> Path:
     files = [rows, rows.with_suffix(".questions.jsonl"), args.questions, *args.rows]
     plan = {"adapter": digest_weights(args.adapter), "train": args.train}
     plan |= {"files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
+    if plan["files"] == history.last_release(args.work).get("files"):
+        raise console.fail("no feedback since the last release", str(args.work), "collect more, or roll back first")
     known = args.work / "plan.json"
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != plan:
         for name in ("candidate", "evaluations"):
@@ -138,7 +142,9 @@ def decide(args, comparisons) -> int:
     if not why:
         digest = digest_weights(args.work / "candidate")
         release.release(args.adapter, args.work / "candidate")
-        history.note_release(args.work, comparisons, digest, f"{datetime.now(UTC):%Y-%m-%d %H:%M}")
+        files = json.loads((args.work / "plan.json").read_text(encoding="utf-8"))["files"]
+        about = {"when": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "adapter": digest, "files": files}
+        history.note_release(args.work, comparisons, about)
     history.write_report(args.work, str(args.adapter), comparisons, decision)
     console.say(f"{decision}; the report: {args.work / 'improve.md'}")
     if not why:

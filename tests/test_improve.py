@@ -156,9 +156,11 @@ def test_the_report_shows_scores_changes_and_releases(tmp_path):
     assert "| worse | What is 2? | 2 | a\\|b 0.4 | a\\|b 0.0 |" in text
     assert "| better | What is 1? | 1 | a\\|b 0.0 | a\\|b 1.0 |" in text
     assert "1 answers are better, 1 worse, of 3." in text and not (tmp_path / "improve.png").exists()
-    history.note_release(tmp_path, comparisons, "d" * 64, "2026-01-02 03:04")
-    history.note_release(tmp_path, comparisons, "e" * 64, "2026-01-03 03:04")
-    lines = [json.loads(line) for line in (tmp_path / "releases.jsonl").read_text().splitlines()]
+    assert history.last_release(tmp_path) == {}
+    history.note_release(tmp_path, comparisons, {"when": "2026-01-02 03:04", "files": ["a"]})
+    history.note_release(tmp_path, comparisons, {"when": "2026-01-03 03:04", "files": ["b"]})
+    lines = history.read_releases(tmp_path)
+    assert history.last_release(tmp_path)["files"] == ["b"]
     assert [one["when"][:10] for one in lines] == ["", "2026-01-02", "2026-01-03"]
     assert lines[0]["old questions"]["f1"] == pytest.approx(0.3) and lines[1]["old questions"]["f1"] == 0.5
     history.write_report(tmp_path, "adapters/mine", comparisons, "released")

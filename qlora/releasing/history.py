@@ -34,14 +34,22 @@ def read_scores(folder: Path) -> dict:
     return next(cell for cell in cells if (cell["model"], cell["context"]) == gate.CELL)
 
 
-def note_release(folder: Path, comparisons: Sequence[Comparison], digest: str, when: str) -> None:
-    """Adds a line to releases.jsonl; the first time also one for the adapter that was there before."""
+def read_releases(folder: Path) -> list[dict]:
+    """The lines of releases.jsonl, the oldest first."""
     path = folder / LOG
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
-        lines.append(json.dumps({"when": "", "adapter": "", **scores_of(comparisons, "old")}))
-    lines.append(json.dumps({"when": when, "adapter": digest, **scores_of(comparisons, "new")}))
-    write_whole(path, "\n".join(lines) + "\n")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def last_release(folder: Path) -> dict:
+    """The youngest of them; empty where there is none."""
+    return read_releases(folder)[-1] if read_releases(folder) else {}
+
+
+def note_release(folder: Path, comparisons: Sequence[Comparison], about: dict) -> None:
+    """Adds a line to releases.jsonl; the first time also one for the adapter that was there before."""
+    releases = read_releases(folder) or [{"when": "", **scores_of(comparisons, "old")}]
+    releases.append({**about, **scores_of(comparisons, "new")})
+    write_whole(folder / LOG, "".join(json.dumps(one) + "\n" for one in releases))
 
 
 def scores_of(comparisons: Sequence[Comparison], side: str) -> dict:
@@ -54,8 +62,7 @@ def write_report(folder: Path, adapter: str, comparisons: Sequence[Comparison], 
     parts = [f"# A new {adapter}", f"**{decision}**", compare_scores(comparisons)]
     for one in comparisons:
         parts += [f"## Answers that changed: {one.name}", describe_changes(one)]
-    log = folder / LOG
-    releases = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    releases = read_releases(folder)
     if len(releases) > 1:
         draw_releases(releases, folder / PICTURE)
         parts += ["## Releases", f"![Scores of every release]({PICTURE})"]
