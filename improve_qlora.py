@@ -73,7 +73,7 @@ def export_feedback(args) -> Path:
     plan = {"adapter": digest_weights(args.adapter), "train": args.train}
     plan |= {"files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
     if plan["files"] == history.last_release(args.work).get("files"):
-        raise console.fail("no feedback since the last release", str(args.work), "collect more, or roll back first")
+        raise console.fail("no feedback since the last release", str(args.work), "collect more")
     known = args.work / "plan.json"
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != plan:
         for name in ("candidate", "evaluations"):
