@@ -125,7 +125,7 @@ def test_feedback_is_listed_made_into_rows_and_deleted(tiny_adapter, collection,
     rows = tmp_path / "rows.jsonl"
     assert rag("feedback", "--export", rows) == 2 and not rows.exists()
     assert "nobody has judged an answer" in capsys.readouterr().err
-    lines = iter(["/right \x1b[31m34 litres", "/none", "/bad"])
+    lines = iter(["/right \x1b[31m190 litres", "/none", "/bad"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     asked = "How many litres does the copper pot Old Agnes hold?", "Who is the mayor of Oslo?", "Who cooks?"
     assert rag("ask", *asked, "--adapter", tiny_adapter, "--max-new-tokens", 4, "--feedback") == 0
