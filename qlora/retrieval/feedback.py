@@ -8,6 +8,7 @@ from datetime import datetime
 from qlora.retrieval.database import Database
 
 GOOD, BAD = "good", "bad"
+COLUMNS = ("id", "given", "adapter", "prompt")  # of the table; all else is one JSON object
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,12 @@ class FeedbackLog:
 
     def add(self, judgement: Judgement) -> int:
         """Keeps it; returns its number."""
-        values = asdict(judgement)
-        about = [values.pop(name) for name in ("adapter", "prompt", "id", "given")][:2]
+        values = {name: value for name, value in asdict(judgement).items() if name not in COLUMNS}
         with self.database.transaction() as cursor:
             cursor.execute(
                 "INSERT INTO rag.feedback (collection, adapter, prompt, judgement) VALUES (%s, %s, %s, %s) "
                 "RETURNING id",
-                (self.collection, *about, json.dumps(values)),
+                (self.collection, judgement.adapter, judgement.prompt, json.dumps(values)),
             )
             return cursor.fetchone()[0]
 
