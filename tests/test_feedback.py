@@ -85,7 +85,7 @@ def test_a_question_keeps_its_side_whoever_asks_it_and_however_it_is_written():
 def turn(text="The cook signs it [1]") -> Turn:
     about = [{"source": one["source"], "score": 0.5} for one in (FEES, FORMS)]
     texts = FEES["text"], FORMS["text"]
-    passages = [Document(text, metadata=one, id=n) for text, one, n in zip(texts, about, "12", strict=True)]
+    passages = [Document(text, metadata=one, id=n) for text, one, n in zip(texts, about, "21", strict=True)]
     return Turn("And B7?", check_answer(text, passages, REFUSAL), "Who signs form B7?")
 
 
@@ -138,6 +138,7 @@ def test_feedback_is_listed_made_into_rows_and_deleted(tiny_adapter, collection,
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "not in the documents" in shown and asked[2] in shown
     assert rag("feedback", "--export", rows) == 0
+    assert "Judgements: 3. Adapters that answered: 1. Prompts: 1." in capsys.readouterr().out
     beside = [rows, rows.with_suffix(".questions.jsonl"), rows.with_suffix(".review.jsonl")]
     made = [[json.loads(line) for line in path.read_text().splitlines()] for path in beside]
     assert len(made[0]) + len(made[1]) >= 1 and feedback_rows.NOBODY_SAID in {one["reason"] for one in made[2]}

@@ -40,6 +40,7 @@ class Made:
     rows: list[dict] = field(default_factory=list)
     questions: list[dict] = field(default_factory=list)
     review: list[dict] = field(default_factory=list)
+    origins: str = ""  # whose answers were judged
 
 
 def open_log(store):
@@ -62,7 +63,7 @@ def choose(judgements: Sequence[Judgement], wanted: Sequence[str]) -> list[int]:
 
 def make_rows(judgements: Sequence[Judgement], search: Search, refusal: str) -> Made:
     """What the judgements make; of several that say the same the first counts, of contradicting ones none."""
-    made, by_question = Made(), defaultdict(list)
+    made, by_question = Made(origins=describe_origins(judgements)), defaultdict(list)
     for one in judgements:
         response = read_response(one, refusal)
         if response:
@@ -78,6 +79,12 @@ def make_rows(judgements: Sequence[Judgement], search: Search, refusal: str) -> 
         made.review += [describe(one, f"says the same as judgement {first.id}") for one, _ in others]
         add_row(made, first, response, search, refusal)
     return made
+
+
+def describe_origins(judgements: Sequence[Judgement]) -> str:
+    """How many adapters and prompts the judged answers are of. All count: what is right depends on neither."""
+    adapters, prompts = ({getattr(one, name) for one in judgements} for name in ("adapter", "prompt"))
+    return f"Judgements: {len(judgements)}. Adapters that answered: {len(adapters)}. Prompts: {len(prompts)}."
 
 
 def read_response(one: Judgement, refusal: str) -> str:
@@ -147,7 +154,7 @@ def write_made(path: Path, made: Made) -> str:
         raise fail(
             f"no rows come of it ({why})", "feedback", "correct answers in `chat` (/right ANSWER) or on the page"
         )
-    lines = []
+    lines = [made.origins]
     for place, entries in files.items():
         write_whole(place, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
         lines.append(f"{len(entries):6}  {place}")
