@@ -22,11 +22,13 @@ from qlora.model.adapter import digest_weights, is_finished, read_adapter
 
 STEPS = ("Feedback Rows", "Training", "Evaluation", "Release")
 PROJECT = Path(__file__).resolve().parent
-# Flags of the adapter's own training that a new one has as well.
-KEPT = ("preset", "seed", "config", "split", "train_on", "refusal_share", "eval_share", "distractors", "max_length")
-KEPT += ("gold_probability", "batch_size", "accumulation")
-ANEW = ("start_from", "base_model", "rank", "alpha", "epochs", "learning_rate")
-GENTLE = {"epochs": 0.3, "learning-rate": 2e-4}  # of a training that goes on; a fifth of the laptop preset's rate
+# Flags of the adapter's own training that every new one has as well, and those of one that is trained anew.
+KEPT = ("preset", "seed", "dataset", "config", "split", "train_on", "filter", "min_words", "max_words", "max_rows")
+KEPT += ("require_extractive", "refusal_share", "eval_share", "distractors", "gold_probability", "max_length", "writer")
+KEPT += ("batch_size", "accumulation")
+ANEW = ("base_model", "start_from", "rank", "alpha", "target_modules", "rslora", "dora", "dropout", "epochs")
+ANEW += ("learning_rate", "refusal", "rules")
+GENTLE = {"epochs": 0.3, "learning_rate": 2e-4}  # of a training that goes on; a fifth of the laptop preset's rate
 OLD, FED_BACK = "old questions", "questions that were fed back"
 
 
@@ -52,6 +54,8 @@ def run_steps(args) -> int:
     with console.step(STEPS, "Training"):
         train_candidate(args, rows)
     with console.step(STEPS, "Evaluation"):
+        if FED_BACK not in questions_of(args, rows):
+            note(f"No {FED_BACK} yet: only half of what people correct becomes questions")
         comparisons = evaluate_both(args, rows)
     with console.step(STEPS, "Release"):
         return decide(args, comparisons)
@@ -90,21 +94,38 @@ def train_candidate(args, rows: Path) -> None:
     candidate = args.work / "candidate"
     if not is_finished(candidate):
         before = read_adapter(args.adapter).run["arguments"]
-        words = ["--dataset", *before["dataset"], "--added-rows", rows, *args.rows, "--output", candidate]
-        names = KEPT + (ANEW if args.train == "anew" else ())
-        given = {name.replace("_", "-"): before[name] for name in names if before.get(name) is not None}
+        given = {name: before.get(name) for name in KEPT + (ANEW if args.train == "anew" else ())}
+        given["columns"] = [f"{ours}={theirs}" for ours, theirs in before.get("columns", {}).items()]
         if args.train == "continue":
-            given |= {"start-from": args.adapter, **GENTLE}
-        words += [word for name, value in given.items() for word in (f"--{name}", value)]
-        if before.get("columns"):
-            words += ["--columns", *(f"{ours}={theirs}" for ours, theirs in before["columns"].items())]
+            given |= {"start_from": args.adapter, **GENTLE}
+        given |= {
+            "added_rows": [rows, *args.rows],
+            "exclude": [*questions_of(args, rows).values()],
+            "output": candidate,
+        }
+        words = [word for name, value in given.items() for word in as_words(name, value)]
         run_script("instruct_train_qlora", [*words, "--resume" if candidate.exists() else "--overwrite"])
     if (args.adapter / "ranking.json").is_file() and not (candidate / "ranking.json").is_file():
         rerank = json.loads((args.adapter / "ranking.json").read_text(encoding="utf-8"))["rerank"]
         run_script("rag_qlora", ["fit", "--adapter", candidate, *args.places, "--rerank", rerank])
 
 
+def as_words(name: str, value) -> list:
+    """A flag with its value, as a command line has it; nothing where it is not given."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool) or value is None:
+        return [flag] if value else []
+    values = value if isinstance(value, list) else [value]
+    return [flag, *values] if values else []
+
+
 # ============================================================================ Evaluation
+
+
+def questions_of(args, rows: Path) -> dict[str, Path]:
+    """The files of questions that decide; none of their questions is trained on."""
+    made = rows.with_suffix(".questions.jsonl")
+    return {OLD: args.questions, **({FED_BACK: made} if made.stat().st_size else {})}
 
 
 def evaluate_both(args, rows: Path) -> list:
@@ -113,10 +134,7 @@ def evaluate_both(args, rows: Path) -> list:
     from qlora.releasing.history import Comparison
 
     comparisons = []
-    for name, questions in ((OLD, args.questions), (FED_BACK, rows.with_suffix(".questions.jsonl"))):
-        if not questions.read_text(encoding="utf-8").strip():
-            note(f"No {name} yet: only half of what people correct becomes questions")
-            continue
+    for name, questions in questions_of(args, rows).items():
         folders = {}
         for side, adapter in (("new", args.work / "candidate"), ("old", args.adapter)):
             folders[side] = args.work / "evaluations" / f"{name.split()[0]}-{side}"

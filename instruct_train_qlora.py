@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""Fine-tunes a Llama-family model in 4-bit (QLoRA) on instruction rows, and saves the adapter.
+"""Fine-tunes a Llama-family model in 4-bit (QLoRA) on rows of context / instruction / response; saves the adapter.
 
     python instruct_train_qlora.py                                    # laptop: embedded model, sample rows
     python instruct_train_qlora.py --dataset rows.jsonl --columns context=passage instruction=question
     python instruct_train_qlora.py --preset llama2-7b --filter category=closed_qa,information_extraction
 
-Every row becomes context / instruction / response in the base model's own chat format.
 Precedence: flag > environment > .env > preset or default.
 """
 
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from qlora import console, machine, presets, settings
 from qlora.cli.training_flags import build_parser, choose_selection, resolve_arguments
+from qlora.evaluation.questions import read_asked
 from qlora.model import adapter, base_model, parent
 from qlora.model.fingerprint import fingerprint_model
 from qlora.model.lora import Lora, add_lora
@@ -30,7 +30,7 @@ from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
 from qlora.training.held_out import digest_rows, name_documents
-from qlora.training.row_filters import drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
+from qlora.training.row_filters import Selection, drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
 from qlora.training.rows import Draw, Row, load_rows
 from qlora.training.turned_rows import turn_around
 
@@ -113,17 +113,20 @@ def load_and_filter(args):
     """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
     draw = Draw(args.max_rows, args.seed) if args.max_rows else None
     loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split, draw)
-    loaded += load_added(args)
     loaded = word_refusals(loaded, args.refusal)
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)
-    return rows, {"read": len(loaded), "kept": len(rows), "dropped": dropped}
+    counts = {"read": len(loaded), "kept": len(rows), "dropped": dropped}
+    return list(dict.fromkeys([*rows, *load_added(args)])), counts
 
 
 def load_added(args) -> list:
-    """The rows of --added-rows, which have our own columns."""
-    return load_rows(args.added_rows) if args.added_rows else []
+    """The usable rows of --added-rows, which have our own columns; --exclude alone selects among them."""
+    if not args.added_rows:
+        return []
+    rows = word_refusals(load_rows(args.added_rows), args.refusal)
+    return keep_usable(rows, Selection(asked=read_asked(args.exclude)))[0]
 
 
 def split_rows(args, rows):
@@ -178,7 +181,8 @@ def draw_replay(args, count: int) -> list:
         "config": None,
         "split": "train",
         "refusal": Prompt.refusal,
-        "added_rows": None,
+        "added_rows": [],
+        "exclude": [],
     }  # runs of earlier versions do not name them
     before = argparse.Namespace(**older | start.run["arguments"])
     rows, _ = load_and_filter(before)

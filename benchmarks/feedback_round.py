@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """A round of feedback on the sample, made of known answers: what `improve` gains, and whether its gate holds.
 
-    python -m benchmarks.feedback_round --adapter adapters/demo         # about an hour on two cores, resumable
+    python -m benchmarks.feedback_round         # about an hour on two cores, resumable
 
-The adapter answers the rows that its training held out, which are about documents outside both files of questions. Of
-its wrong answers 40 are corrected: half become rows and half questions, by their hash. Then a copy of the adapter is
-improved in both ways (--train), and one is ruined on purpose: its learning rate is 50 times as high.
+A tenth of the documents that the sample has rows about is put apart, and an adapter is trained on the rows of the
+others, as `make demo` does. It is asked the questions of those that were put apart. Of its wrong answers 40 are
+corrected: half become rows and half questions, by their hash. Then a copy of the adapter is improved in both ways
+(--train), and one is ruined on purpose: its learning rate is 50 times as high.
 """
 
 import json
@@ -13,26 +14,32 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import improve_qlora
 from benchmarks import ablation, trials
 from qlora import console, settings
 from qlora.evaluation.questions import read_question
+from qlora.machine import write_whole
 from qlora.markdown import as_markdown_table, put_section
 from qlora.metrics import token_f1
-from qlora.model.adapter import digest_weights, read_adapter
+from qlora.model.adapter import digest_weights
 from qlora.presets import EMBEDDED_EMBEDDER
+from qlora.prompt import Prompt
 from qlora.releasing import history
 from qlora.releasing.history import read_scores
 from qlora.retrieval.feedback import Judgement
 from qlora.retrieval.opening import load_embeddings, open_collection
-from qlora.training.held_out import split_again
+from qlora.training.row_filters import hold_out
+from qlora.training.rows import Row, load_rows
 from qlora.words import MARK
 
 WAYS = {"continue": 1, "anew": 1, "ruined": 50}  # and the factor of the learning rate
 CORRECTED, RIGHT = 40, 0.5  # answers, and the F1 from which one is right
-COLLECTION = "feedback-round"
+APART = 0.1  # of the rows, by document
+COLLECTION, FOLDER = "feedback-round", Path("improvements/feedback-round")
+GENTLE = improve_qlora.GENTLE["learning_rate"]
 
 
 def main(argv: list[str]) -> int:
@@ -40,14 +47,16 @@ def main(argv: list[str]) -> int:
     problems.raise_if_any()
     settings.quieten_libraries()
     run_script("rag_qlora.py", "ingest", trials.DOCUMENTS, "--collection", COLLECTION)
+    trained_on, apart = hold_out(load_rows([str(trials.SAMPLE / "train.jsonl")]), APART, seed=0)
+    adapter = train_adapter(trained_on)
     log = open_collection("pgvector", COLLECTION, load_embeddings(EMBEDDED_EMBEDDER), EMBEDDED_EMBEDDER).feedback()
     if not log.all():
-        for judgement in correct_answers(args.adapter):
+        for judgement in correct_answers(adapter, apart):
             log.add(judgement)
     console.note(f"{len(log.all())} answers are corrected")
     rows = [["", "released", "questions", "F1", "", "overall F1, new - old"]]
     for way in args.ways:
-        rows += improve(args.adapter, way)
+        rows += improve(adapter, way)
     text = as_markdown_table(rows, left=3)
     print(text)
     if args.write:
@@ -55,10 +64,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def correct_answers(adapter: Path) -> list[Judgement]:
-    """Wrong answers to rows that training held out, each with what would have been right."""
-    trained = read_adapter(adapter)
-    asked = [read_question(vars(row), trained.prompt.refusal) for row in split_again(trained.run, str(adapter))[1]]
+def train_adapter(rows: Sequence[Row]) -> Path:
+    """The demo's recipe on these rows alone."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    adapter, dataset = FOLDER / "adapter", FOLDER / "rows.jsonl"
+    if not (adapter / "ranking.json").is_file():
+        names = "instruction", "context", "response", "category", "source"
+        lines = [json.dumps({name: getattr(row, name) for name in names}) + "\n" for row in rows]
+        write_whole(dataset, "".join(lines))
+        words = ["--preset", "laptop", "--dataset", dataset, "--output", adapter]
+        run_script("instruct_train_qlora.py", *words, "--resume" if adapter.exists() else "--overwrite")
+        run_script("rag_qlora.py", "fit", "--adapter", adapter, "--collection", COLLECTION)
+    return adapter
+
+
+def correct_answers(adapter: Path, rows: Sequence[Row]) -> list[Judgement]:
+    """Wrong answers to the questions of rows, each with what would have been right."""
+    asked = [read_question(vars(row), Prompt.refusal) for row in rows]
     words = ["ask", "--json", "--adapter", adapter, "--collection", COLLECTION]
     lines = run_script("rag_qlora.py", *words, *(one.question for one in asked)).splitlines()
     judgements = []
@@ -75,12 +97,12 @@ def correct_answers(adapter: Path) -> list[Judgement]:
 
 def improve(adapter: Path, way: str) -> list[list[str]]:
     """Improves a copy of the adapter; a line per file of questions."""
-    folder = Path("improvements") / f"round-{way}"
+    folder = FOLDER / way
     copy = folder / "adapter"
     if not copy.exists():
         shutil.copytree(adapter, copy)
     before = digest_weights(copy)
-    improve_qlora.GENTLE["learning-rate"] = GENTLE * WAYS[way]
+    improve_qlora.GENTLE["learning_rate"] = GENTLE * WAYS[way]
     words = ["--adapter", copy, "--collection", COLLECTION, "--questions", ablation.join_questions(), "--work", folder]
     words += ["--train", "anew" if way == "anew" else "continue"]
     if not (folder / "improve.md").is_file():
@@ -98,9 +120,6 @@ def improve(adapter: Path, way: str) -> list[list[str]]:
     return rows
 
 
-GENTLE = improve_qlora.GENTLE["learning-rate"]
-
-
 def run_script(name: str, *words) -> str:
     """What a script of the project printed; ends with its code if it fails."""
     command = [sys.executable, str(trials.PROJECT / name), *map(str, words)]
@@ -114,7 +133,6 @@ def build_parser() -> console.Parser:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="python -m benchmarks.feedback_round [flags]", description=title, epilog=text)
     flag = parser.add_argument
-    flag("--adapter", type=Path, metavar="FOLDER", default=Path("adapters/demo"), help="what is improved, as a copy")
     flag("--ways", nargs="+", choices=WAYS, metavar="NAME", default=list(WAYS), help="continue, anew, ruined")
     flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
     return parser

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from qlora import console, machine, presets, settings
+from qlora.evaluation.questions import read_asked
 from qlora.model import adapter, base_model
 from qlora.model.lora import Lora
 from qlora.model.parent import Parent, grow, read_parent
@@ -111,15 +112,15 @@ def sorted_layers(lora: Lora) -> str | list[str]:
 
 
 def choose_selection(args) -> Selection:
-    """The selection of --filter, --min-words, --max-words, --max-rows, --require-extractive and --refusal-share.
+    """The rows that --filter, --min-words, --max-words, --max-rows, --require-extractive and --refusal-share select.
 
-    Raises UserError for words that are not filters.
+    None has a question of --exclude. Raises UserError for words that are not filters, and for bad questions.
     """
     problems = console.Problems()
     selection = read_selection(args.filter, args.min_words, args.max_words, problems)
     problems.raise_if_any()
     given = {"max_rows": args.max_rows, "extractive": args.require_extractive, "refusal_share": args.refusal_share}
-    return replace(selection, **given, refusal=args.refusal)
+    return replace(selection, **given, refusal=args.refusal, asked=read_asked(args.exclude))
 
 
 def check_inputs(args, problems: console.Problems) -> None:
@@ -192,12 +193,11 @@ def add_dataset_flags(flag) -> None:
     held_out = console.number(float, 0, 0.9, above=True)
     kinds = "files (.jsonl, .json, .csv, .parquet), folders, hub id (preset's)"
     flag("--dataset", nargs="+", metavar="ROWS", help=kinds)
-    flag(
-        "--added-rows",
-        nargs="+",
-        metavar="ROWS",
-        help="rows that are all trained on: no document of theirs is held out",
-    )
+    several = {"nargs": "+", "default": []}
+    text = "rows that are all trained on: no document of theirs is held out"
+    flag("--added-rows", metavar="ROWS", help=text, **several)
+    text = "questions that are never trained on: those of an evaluation"
+    flag("--exclude", type=Path, metavar="FILE", help=text, **several)
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
     flag(

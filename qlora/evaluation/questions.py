@@ -10,7 +10,7 @@ from qlora.console import Problems, fail
 from qlora.machine import decode_text
 from qlora.prompt import Prompt
 from qlora.refusal import is_refusal
-from qlora.words import clean
+from qlora.words import clean, normalize
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ def load_questions(path: Path, limit: int | None = None, refusal: str = Prompt.r
     if not questions:
         raise fail("no questions in the file", str(path), "write one JSON object per line: question, answers")
     return spread(questions, limit)
+
+
+def read_asked(paths: Iterable[Path | str]) -> frozenset[str]:
+    """The questions of files, as `normalize` compares them. Raises UserError as `load_questions` does."""
+    return frozenset(normalize(one.question) for path in paths for one in load_questions(Path(path)))
 
 
 def digest_questions(questions: Sequence[Question]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from qlora.console import fail
+from qlora.evaluation.questions import read_asked
 from qlora.training.row_filters import hold_out
 from qlora.training.rows import Row, load_rows
+from qlora.words import normalize
 
 
 def digest_rows(rows: Sequence[Row]) -> str:
@@ -35,6 +37,8 @@ def split_again(run: dict, where: str) -> tuple[list[Row], list[Row]]:
     options = {name: words[name] for name in ("columns", "train_on", "config", "split") if name in words}
     rows = load_rows(words["dataset"], **options)
     rows += load_rows(words["added_rows"]) if words.get("added_rows") else []
+    asked = read_asked(words.get("exclude", ()))
+    rows = [row for row in rows if normalize(row.instruction) not in asked]
     held = set(run["dataset"].get("held_out_documents", ()))
     if not held and digest_rows(rows) == run["dataset"]["sha256_of_rows"]:
         held = set(name_documents(hold_out(rows, words["eval_share"], words["seed"])[1]))

@@ -27,7 +27,7 @@ class Selection:
     """Conditions on rows: values that a column must or must not have, its number of words, and the most rows.
 
     `extractive` demands that the response is in the context, where there is one. At most `refusal_share` of the rows
-    may refuse, in the words of `refusal`.
+    may refuse, in the words of `refusal`. None may have one of the questions in `asked` (`normalize`).
     """
 
     equal: dict[str, set[str]] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Selection:
     extractive: bool = False
     refusal_share: float = 1.0
     refusal: str = Prompt.refusal
+    asked: frozenset[str] = frozenset()
 
 
 class Dropped(Counter):
@@ -113,13 +114,15 @@ def reason_to_drop(row: Row, selection: Selection) -> str:
 
 
 def reason_by_value(row: Row, selection: Selection) -> str:
-    """A reason when a column has a value that is not selected, or a needed column has none."""
+    """A reason when a column has a value that is not selected, a question is excluded, or a needed column is empty."""
     for name, values in selection.equal.items():
         if getattr(row, name) not in values:
             return f"{name} not selected"
     for name, values in selection.unequal.items():
         if getattr(row, name) in values:
             return f"{name} not selected"
+    if normalize(row.instruction) in selection.asked:
+        return "question of --exclude"
     return next((f"empty {name}" for name in REQUIRED if not getattr(row, name)), "")
 
 
