@@ -5,11 +5,14 @@ import json
 import pytest
 from conftest import SAMPLE, train
 
+import instruct_train_qlora
+from qlora.cli.training_flags import resolve_arguments
 from qlora.console import Problems, UserError
 from qlora.model.base_model import load_tokenizer
 from qlora.prompt import Prompt, choose_prompt
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import batch_groups, tokenize_rows
+from qlora.training.held_out import name_documents, split_again
 from qlora.training.row_filters import (
     TEMPLATE,
     Selection,
@@ -198,6 +201,39 @@ def test_a_task_for_any_text_is_no_leaked_question():
     assert len(drop_leaked([*rows[1:], rows[0]], rows[:1])[0]) == TEMPLATE - 1, "its context still leaks"
     with pytest.raises(UserError, match=f"{TEMPLATE - 2} question also held out"):
         drop_leaked(rows[2:], rows[:1])
+
+
+def test_added_rows_are_all_trained_on_and_questions_of_an_evaluation_never(tmp_path):
+    """Whatever the filters say of added rows, and wherever an excluded question stands."""
+    known = [make_row(f"What is in drawer {n}?", "string", f"{n}.md") for n in range(8)]
+    added = [make_row("What is in the blue box?", "rope", "3.md", "other"), make_row("Who keeps it?", "Ada", "9.md")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    (tmp_path / "added.jsonl").write_text("".join(json.dumps(row) + "\n" for row in added))
+    asked = [{"question": "what is in drawer 5", "answers": ["string"]}, {"question": "Who keeps it?", "answers": []}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    words = ["--dataset", tmp_path / "rows.jsonl", "--added-rows", tmp_path / "added.jsonl"]
+    words += ["--exclude", tmp_path / "asked.jsonl", "--filter", "category=closed_qa", "--preset", "laptop"]
+    words += ["--eval-share", 0.5, "--output", tmp_path / "adapter"]
+    args = resolve_arguments(list(map(str, words)), "", instruct_train_qlora.STEPS)
+    rows, counts = instruct_train_qlora.load_and_filter(args)
+    training, held_out = instruct_train_qlora.split_rows(args, rows)
+    assert counts["dropped"]["question of --exclude"] == 1
+    questions = [[row.instruction for row in part] for part in (training, held_out)]
+    assert "What is in the blue box?" in questions[0] and not {"3.md", "9.md"} & {row.document for row in held_out}
+    assert not {"What is in drawer 5?", "Who keeps it?"} & {*questions[0], *questions[1]} and len(rows) == 8
+    run = {
+        "arguments": instruct_train_qlora.jsonable(vars(args)),
+        "dataset": {"held_out_documents": name_documents(held_out)},
+    }
+    assert {row.instruction for part in split_again(run, "x") for row in part} == {*questions[0], *questions[1]}
+    (tmp_path / "asked.jsonl").unlink()
+    with pytest.raises(UserError, match="question file not found"):
+        resolve_arguments(list(map(str, words)), "", instruct_train_qlora.STEPS)
+
+
+def make_row(question: str, answer: str, source: str, category: str = "closed_qa") -> dict:
+    context = f"{question} It is {answer}."
+    return {"instruction": question, "response": answer, "context": context, "category": category, "source": source}
 
 
 # ------------------------------------------------------------------------------- shape
