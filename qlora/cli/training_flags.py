@@ -197,7 +197,7 @@ def add_dataset_flags(flag) -> None:
     text = "rows that are all trained on: no document of theirs is held out"
     flag("--added-rows", metavar="ROWS", help=text, **several)
     text = "questions that are never trained on: those of an evaluation"
-    flag("--exclude", type=Path, metavar="FILE", help=text, **several)
+    flag("--exclude", metavar="FILE", help=text, **several)
     flag("--config", metavar="NAME", help="the configuration of a hub dataset")
     flag("--split", metavar="NAME", default="train", help="the split of a hub dataset, or of a saved one")
     flag(
