@@ -28,7 +28,8 @@ KEPT += ("require_extractive", "refusal_share", "eval_share", "distractors", "go
 KEPT += ("batch_size", "accumulation")
 ANEW = ("base_model", "start_from", "rank", "alpha", "target_modules", "rslora", "dora", "dropout", "epochs")
 ANEW += ("learning_rate", "refusal", "rules")
-GENTLE = {"epochs": 0.3, "learning_rate": 2e-4}  # of a training that goes on; a fifth of the laptop preset's rate
+GENTLE = {"epochs": 2, "learning_rate": 2e-4}  # of a training that goes on; a fifth of the laptop preset's rate
+REPLAYED = 10  # of the adapter's own rows for each new one, when it goes on, against forgetting
 OLD, FED_BACK = "old questions", "questions that were fed back"
 
 
@@ -91,15 +92,18 @@ def export_feedback(args) -> Path:
 
 def train_candidate(args, rows: Path) -> None:
     """The candidate: the adapter trained further, or a new one, on its own rows and the added ones."""
-    candidate = args.work / "candidate"
+    from qlora.training.rows import load_rows
+
+    candidate, added = args.work / "candidate", [rows, *args.rows]
     if not is_finished(candidate):
-        before = read_adapter(args.adapter).run["arguments"]
+        before = read_training(args)
         given = {name: before.get(name) for name in KEPT + (ANEW if args.train == "anew" else ())}
         given["columns"] = [f"{ours}={theirs}" for ours, theirs in before.get("columns", {}).items()]
         if args.train == "continue":
-            given |= {"start_from": args.adapter, **GENTLE}
+            count = REPLAYED * len(load_rows(list(map(str, added))))
+            given |= {"start_from": args.adapter, "max_rows": min(count, given["max_rows"] or count), **GENTLE}
         given |= {
-            "added_rows": [rows, *args.rows],
+            "added_rows": added,
             "exclude": [*questions_of(args, rows).values()],
             "output": candidate,
         }
@@ -108,6 +112,17 @@ def train_candidate(args, rows: Path) -> None:
     if (args.adapter / "ranking.json").is_file() and not (candidate / "ranking.json").is_file():
         rerank = json.loads((args.adapter / "ranking.json").read_text(encoding="utf-8"))["rerank"]
         run_script("rag_qlora", ["fit", "--adapter", candidate, *args.places, "--rerank", rerank])
+
+
+def read_training(args) -> dict:
+    """The arguments of the adapter's own training; those of the first adapter where releases have taken its place."""
+    from qlora.releasing import history
+
+    known = args.work / "training.json"
+    released = {one.get("adapter") for one in history.read_releases(args.work)}
+    if not known.is_file() or digest_weights(args.adapter) not in released:
+        machine.write_whole(known, json.dumps(read_adapter(args.adapter).run["arguments"]))
+    return json.loads(known.read_text(encoding="utf-8"))
 
 
 def as_words(name: str, value) -> list:

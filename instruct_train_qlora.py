@@ -29,7 +29,7 @@ from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
-from qlora.training.held_out import digest_rows, name_documents
+from qlora.training.held_out import digest_rows, name_document, name_documents
 from qlora.training.row_filters import Selection, drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
 from qlora.training.rows import Draw, Row, load_rows
 from qlora.training.turned_rows import turn_around
@@ -130,8 +130,17 @@ def load_added(args) -> list:
 
 
 def split_rows(args, rows):
-    """Rows to train on and rows held out; no document of --added-rows is held out."""
-    return hold_out(rows, args.eval_share, args.seed, {row.document for row in load_added(args)})
+    """Rows to train on and rows held out; no document of --added-rows is held out.
+
+    Documents that --start-from held out are held out again, where they have half as many rows as are wanted: it was
+    trained on all others.
+    """
+    trained = {row.document for row in load_added(args)}
+    before = read_start(args).run.get("dataset", {}).get("held_out_documents", ()) if args.start_from else ()
+    held = {row for row in rows if name_document(row) in before and row.document not in trained}
+    if len(held) >= args.eval_share * len(rows) / 2:
+        return [row for row in rows if row not in held], [row for row in rows if row in held]
+    return hold_out(rows, args.eval_share, args.seed, trained)
 
 
 def note_dropped(dropped) -> None:

@@ -10,7 +10,6 @@ corrected: half become rows and half questions, by their hash. Then a copy of th
 """
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 import improve_qlora
 from benchmarks import ablation, trials
 from qlora import console, settings
+from qlora.evaluation import gate
+from qlora.evaluation.comparison import describe_interval
 from qlora.evaluation.questions import read_question
 from qlora.machine import write_whole
 from qlora.markdown import as_markdown_table, put_section
@@ -33,10 +34,11 @@ from qlora.retrieval.feedback import Judgement
 from qlora.retrieval.opening import load_embeddings, open_collection
 from qlora.training.row_filters import hold_out
 from qlora.training.rows import Row, load_rows
-from qlora.words import MARK
+from qlora.words import MARK, normalize
 
 WAYS = {"continue": 1, "anew": 1, "ruined": 50}  # and the factor of the learning rate
 CORRECTED, RIGHT = 40, 0.5  # answers, and the F1 from which one is right
+OWN, OTHERS = (improve_qlora.OLD, improve_qlora.FED_BACK), "others about these documents"
 APART = 0.1  # of the rows, by document
 COLLECTION, FOLDER = "feedback-round", Path("improvements/feedback-round")
 GENTLE = improve_qlora.GENTLE["learning_rate"]
@@ -54,9 +56,10 @@ def main(argv: list[str]) -> int:
         for judgement in correct_answers(adapter, apart):
             log.add(judgement)
     console.note(f"{len(log.all())} answers are corrected")
-    rows = [["", "released", "questions", "F1", "", "overall F1, new - old"]]
+    rows = [["", "released", "questions", "F1, old", "F1, new", "overall F1, new - old"]]
     for way in args.ways:
-        rows += improve(adapter, way)
+        folder = improve(adapter, way)
+        rows += [describe(way, name, *evaluations) for name, evaluations in evaluate(adapter, folder, apart).items()]
     text = as_markdown_table(rows, left=3)
     print(text)
     if args.write:
@@ -69,9 +72,7 @@ def train_adapter(rows: Sequence[Row]) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     adapter, dataset = FOLDER / "adapter", FOLDER / "rows.jsonl"
     if not (adapter / "ranking.json").is_file():
-        names = "instruction", "context", "response", "category", "source"
-        lines = [json.dumps({name: getattr(row, name) for name in names}) + "\n" for row in rows]
-        write_whole(dataset, "".join(lines))
+        write_whole(dataset, "".join(json.dumps(as_line(row)) + "\n" for row in rows))
         words = ["--preset", "laptop", "--dataset", dataset, "--output", adapter]
         run_script("instruct_train_qlora.py", *words, "--resume" if adapter.exists() else "--overwrite")
         run_script("rag_qlora.py", "fit", "--adapter", adapter, "--collection", COLLECTION)
@@ -95,8 +96,8 @@ def correct_answers(adapter: Path, rows: Sequence[Row]) -> list[Judgement]:
     return [judgements[int(n * step)] for n in range(min(CORRECTED, len(judgements)))]
 
 
-def improve(adapter: Path, way: str) -> list[list[str]]:
-    """Improves a copy of the adapter; a line per file of questions."""
+def improve(adapter: Path, way: str) -> Path:
+    """Improves a copy of the adapter in the folder that it returns."""
     folder = FOLDER / way
     copy = folder / "adapter"
     if not copy.exists():
@@ -109,15 +110,48 @@ def improve(adapter: Path, way: str) -> list[list[str]]:
         code = improve_qlora.main([str(word) for word in words])
         if (digest_weights(copy) != before) != (code == 0):
             raise console.fail(f"exit code {code}, but the adapter says otherwise", str(copy), "this is a fault")
-    released = "yes" if history.last_release(folder) else "no"
-    report = (folder / "improve.md").read_text(encoding="utf-8")
-    rows = []
-    for name in ("old", "questions"):
-        sides = [read_scores(folder / "evaluations" / f"{name}-{side}") for side in ("old", "new")]
-        interval = re.search(rf"^\| {name} .*\| ([^|]+) \|$", report, re.M)[1]
-        f1 = [f"{side['f1']:.2f}" for side in sides]
-        rows.append([way, released, "old" if name == "old" else "fed back", *f1, interval])
-    return rows
+    return folder
+
+
+def evaluate(adapter: Path, folder: Path, apart: Sequence[Row]) -> dict[str, list[Path]]:
+    """The evaluations of the adapter and of the improved one, by name of the questions.
+
+    Beside those of `improve` all other questions about the documents that were put apart: nobody corrected them.
+    """
+    made = {name: [folder / "evaluations" / f"{name.split()[0]}-{side}" for side in ("old", "new")] for name in OWN}
+    corrected = {normalize(judgement["question"]) for judgement in read_corrected(folder)}
+    others = FOLDER / "others.jsonl"
+    chosen = [row for row in apart if normalize(row.instruction) not in corrected]
+    write_whole(others, "".join(json.dumps(as_line(row)) + "\n" for row in chosen))
+    improved = folder / "adapter" if history.last_release(folder) else folder / "candidate"
+    made[OTHERS] = [FOLDER / "others-old", folder / "evaluations" / "others-new"]
+    for tried, output in zip((adapter, improved), made[OTHERS], strict=True):
+        words = ["evaluate", "--adapter", tried, "--collection", COLLECTION, "--questions", others]
+        run_script("rag_qlora.py", *words, "--models", "tuned", "--contexts", "retrieved", "--output", output)
+    return made
+
+
+def read_corrected(folder: Path) -> list[dict]:
+    """The rows and questions that the corrections became, each with its question."""
+    rows = read_lines(folder / "rows.jsonl")
+    return [{"question": row["instruction"]} for row in rows] + read_lines(folder / "rows.questions.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def as_line(row: Row) -> dict:
+    """A row as its file has it."""
+    return {name: getattr(row, name) for name in ("instruction", "context", "response", "category", "source")}
+
+
+def describe(way: str, name: str, old: Path, new: Path) -> list[str]:
+    """A line of the table."""
+    released = "yes" if history.last_release(FOLDER / way) else "no"
+    result = gate.judge(new / "evaluation.json", old / "evaluation.json", margin=0.0, seed=0)
+    f1 = [f"{read_scores(folder)['f1']:.2f}" for folder in (old, new)]
+    return [way, released, name, *f1, describe_interval(result, metric=False)]
 
 
 def run_script(name: str, *words) -> str:

@@ -1,5 +1,6 @@
 """Training a saved adapter further: what is taken over, what is refused, and what is kept of its rows."""
 
+import hashlib
 import json
 import shutil
 
@@ -234,3 +235,22 @@ def test_a_run_goes_on_with_the_adapter_that_it_began_with(parent, words, tmp_pa
     assert "start from" in capsys.readouterr().err
     (parent / WEIGHTS).write_bytes(weights)
     assert train(*words, "--resume") == 0
+
+
+def test_what_an_adapter_held_out_is_held_out_again(parent, words, tmp_path, rows_file):
+    """Whatever else is there; its documents are no longer those that a split of the new rows would choose."""
+    held = run_of(parent)["dataset"]["held_out_documents"]
+    more = [{"instruction": f"What is {n}?", "response": f"{n}", "context": f"It is {n}."} for n in range(20)]
+    lines = [json.dumps({**row, "source": f"new {n % 5}.md"}) + "\n" for n, row in enumerate(more)]
+    (tmp_path / "more.jsonl").write_text(rows_file.read_text() + "".join(lines))
+    words = ["--start-from", parent, "--output", tmp_path / "child", "--max-steps", 1, *words]
+    assert train(*words, "--dataset", tmp_path / "more.jsonl") == 0
+    assert run_of(tmp_path / "child")["dataset"]["held_out_documents"] == held
+    added = [row for row in map(json.loads, rows_file.read_text().splitlines()) if short_digest(row["source"]) in held]
+    (tmp_path / "added.jsonl").write_text("".join(json.dumps(row) + "\n" for row in added))
+    assert train(*words, "--overwrite", "--added-rows", tmp_path / "added.jsonl") == 0
+    assert not set(held) & set(run_of(tmp_path / "child")["dataset"]["held_out_documents"])
+
+
+def short_digest(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:12]

@@ -63,6 +63,8 @@ def choose_shape(args, parent: Parent | None, problems: console.Problems) -> Non
 
     Adds a problem for a flag that contradicts the adapter; its rank may grow.
     """
+    if args.target_modules == [TARGETS]:
+        args.target_modules = TARGETS
     if not parent:
         args.rank = args.rank or RANK
         args.alpha, args.target_modules = args.alpha or 2 * args.rank, args.target_modules or TARGETS
