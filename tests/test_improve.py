@@ -153,7 +153,7 @@ def test_the_report_shows_scores_changes_and_releases(tmp_path):
     comparisons = [Comparison("old questions", new, old, result)]
     history.write_report(tmp_path, "adapters/mine", comparisons, "not released: worse")
     text = (tmp_path / "improve.md").read_text()
-    assert "**not released: worse**" in text and "+0.20 [-0.10, 0.50], n=3" in text
+    assert "**Not released: worse.**" in text and "+0.20 [-0.10, 0.50], n=3" in text
     assert "| worse | What is 2? | 2 | a\\|b 0.4 | a\\|b 0.0 |" in text
     assert "| better | What is 1? | 1 | a\\|b 0.0 | a\\|b 1.0 |" in text
     assert "1 answers are better, 1 worse, of 3." in text and not (tmp_path / "improve.png").exists()

@@ -15,6 +15,7 @@ from qlora.markdown import as_markdown_table
 
 SCORES = {"overall_f1": "overall F1", "f1": "F1", "refusal_f1": "refusal F1", "citation_precision": "citation P"}
 SHOWN = 5  # answers that got better, and as many that got worse
+LEGEND = "Overall F1 is 1 for a right refusal. Where the interval of new - old contains 0, it shows no difference."
 LOG, PICTURE = "releases.jsonl", "improve.png"
 
 
@@ -59,7 +60,8 @@ def scores_of(comparisons: Sequence[Comparison], side: str) -> dict:
 
 def write_report(folder: Path, adapter: str, comparisons: Sequence[Comparison], decision: str) -> None:
     """Writes improve.md, and the picture of all releases where there is more than one."""
-    parts = [f"# A new {adapter}", f"**{decision}**", compare_scores(comparisons)]
+    decided = f"**{decision[0].upper()}{decision[1:]}.**"
+    parts = [f"# A new adapter for {adapter}", decided, compare_scores(comparisons), LEGEND]
     for one in comparisons:
         parts += [f"## Answers that changed: {one.name}", describe_changes(one)]
     releases = read_releases(folder)
