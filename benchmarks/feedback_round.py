@@ -6,7 +6,8 @@
 A tenth of the documents that the sample has rows about is put apart, and an adapter is trained on the rows of the
 others, as `make demo` does. It is asked the questions of those that were put apart. Of its wrong answers 40 are
 corrected: half become rows and half questions, by their hash. Then a copy of the adapter is improved in both ways
-(--train), and one is ruined on purpose: its learning rate is 50 times as high.
+(--train), and one is ruined on purpose: its learning rate is 50 times as high. The control is an adapter of another
+seed without any feedback.
 """
 
 import json
@@ -34,11 +35,10 @@ from qlora.retrieval.feedback import Judgement
 from qlora.retrieval.opening import load_embeddings, open_collection
 from qlora.training.row_filters import hold_out
 from qlora.training.rows import Row, load_rows
-from qlora.words import MARK, normalize
+from qlora.words import MARK
 
-WAYS = {"continue": 1, "anew": 1, "ruined": 50}  # and the factor of the learning rate
+WAYS = {"continue": 1, "anew": 1, "ruined": 50, "control": 1}  # and the factor of the learning rate
 CORRECTED, RIGHT = 40, 0.5  # answers, and the F1 from which one is right
-OWN, OTHERS = (improve_qlora.OLD, improve_qlora.FED_BACK), "others about these documents"
 APART = 0.1  # of the rows, by document
 COLLECTION, FOLDER = "feedback-round", Path("improvements/feedback-round")
 GENTLE = improve_qlora.GENTLE["learning_rate"]
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
     console.note(f"{len(log.all())} answers are corrected")
     rows = [["", "released", "questions", "F1, old", "F1, new", "overall F1, new - old"]]
     for way in args.ways:
-        folder = improve(adapter, way)
-        rows += [describe(way, name, *evaluations) for name, evaluations in evaluate(adapter, folder, apart).items()]
+        improve(adapter, way)
+        rows += [describe(way, name) for name in (improve_qlora.OLD, improve_qlora.FED_BACK)]
     text = as_markdown_table(rows, left=3)
     print(text)
     if args.write:
@@ -72,7 +72,9 @@ def train_adapter(rows: Sequence[Row]) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     adapter, dataset = FOLDER / "adapter", FOLDER / "rows.jsonl"
     if not (adapter / "ranking.json").is_file():
-        write_whole(dataset, "".join(json.dumps(as_line(row)) + "\n" for row in rows))
+        names = "instruction", "context", "response", "category", "source"
+        lines = [json.dumps({name: getattr(row, name) for name in names}) + "\n" for row in rows]
+        write_whole(dataset, "".join(lines))
         words = ["--preset", "laptop", "--dataset", dataset, "--output", adapter]
         run_script("instruct_train_qlora.py", *words, "--resume" if adapter.exists() else "--overwrite")
         run_script("rag_qlora.py", "fit", "--adapter", adapter, "--collection", COLLECTION)
@@ -96,8 +98,8 @@ def correct_answers(adapter: Path, rows: Sequence[Row]) -> list[Judgement]:
     return [judgements[int(n * step)] for n in range(min(CORRECTED, len(judgements)))]
 
 
-def improve(adapter: Path, way: str) -> Path:
-    """Improves a copy of the adapter in the folder that it returns."""
+def improve(adapter: Path, way: str) -> None:
+    """Improves a copy of the adapter."""
     folder = FOLDER / way
     copy = folder / "adapter"
     if not copy.exists():
@@ -105,50 +107,34 @@ def improve(adapter: Path, way: str) -> Path:
     before = digest_weights(copy)
     improve_qlora.GENTLE["learning_rate"] = GENTLE * WAYS[way]
     words = ["--adapter", copy, "--collection", COLLECTION, "--questions", ablation.join_questions(), "--work", folder]
-    words += ["--train", "anew" if way == "anew" else "continue"]
-    if not (folder / "improve.md").is_file():
-        code = improve_qlora.main([str(word) for word in words])
+    words = [str(word) for word in words]
+    if way == "control":
+        train_control(improve_qlora.resolve_arguments(words))
+    elif not (folder / "improve.md").is_file():
+        code = improve_qlora.main([*words, "--train", "anew" if way == "anew" else "continue"])
         if (digest_weights(copy) != before) != (code == 0):
             raise console.fail(f"exit code {code}, but the adapter says otherwise", str(copy), "this is a fault")
-    return folder
 
 
-def evaluate(adapter: Path, folder: Path, apart: Sequence[Row]) -> dict[str, list[Path]]:
-    """The evaluations of the adapter and of the improved one, by name of the questions.
+def train_control(args) -> None:
+    """An adapter of another seed, without the feedback, on the same questions.
 
-    Beside those of `improve` all other questions about the documents that were put apart: nobody corrected them.
+    Those that were fed back are chosen for being answered wrongly. Any other adapter is right on some of them.
     """
-    made = {name: [folder / "evaluations" / f"{name.split()[0]}-{side}" for side in ("old", "new")] for name in OWN}
-    corrected = {normalize(judgement["question"]) for judgement in read_corrected(folder)}
-    others = FOLDER / "others.jsonl"
-    chosen = [row for row in apart if normalize(row.instruction) not in corrected]
-    write_whole(others, "".join(json.dumps(as_line(row)) + "\n" for row in chosen))
-    improved = folder / "adapter" if history.last_release(folder) else folder / "candidate"
-    made[OTHERS] = [FOLDER / "others-old", folder / "evaluations" / "others-new"]
-    for tried, output in zip((adapter, improved), made[OTHERS], strict=True):
-        words = ["evaluate", "--adapter", tried, "--collection", COLLECTION, "--questions", others]
-        run_script("rag_qlora.py", *words, "--models", "tuned", "--contexts", "retrieved", "--output", output)
-    return made
+    candidate = args.work / "candidate"
+    with console.step(improve_qlora.STEPS, "Feedback Rows"):
+        rows = improve_qlora.export_feedback(args)
+    if not (candidate / "ranking.json").is_file():
+        words = ["--preset", "laptop", "--dataset", FOLDER / "rows.jsonl", "--seed", 1, "--output", candidate]
+        run_script("instruct_train_qlora.py", *words, "--resume" if candidate.exists() else "--overwrite")
+        run_script("rag_qlora.py", "fit", "--adapter", candidate, "--collection", COLLECTION)
+    improve_qlora.evaluate_both(args, rows)
 
 
-def read_corrected(folder: Path) -> list[dict]:
-    """The rows and questions that the corrections became, each with its question."""
-    rows = read_lines(folder / "rows.jsonl")
-    return [{"question": row["instruction"]} for row in rows] + read_lines(folder / "rows.questions.jsonl")
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def as_line(row: Row) -> dict:
-    """A row as its file has it."""
-    return {name: getattr(row, name) for name in ("instruction", "context", "response", "category", "source")}
-
-
-def describe(way: str, name: str, old: Path, new: Path) -> list[str]:
+def describe(way: str, name: str) -> list[str]:
     """A line of the table."""
     released = "yes" if history.last_release(FOLDER / way) else "no"
+    new, old = (FOLDER / way / "evaluations" / f"{name.split()[0]}-{side}" for side in ("new", "old"))
     result = gate.judge(new / "evaluation.json", old / "evaluation.json", margin=0.0, seed=0)
     f1 = [f"{read_scores(folder)['f1']:.2f}" for folder in (old, new)]
     return [way, released, name, *f1, describe_interval(result, metric=False)]
@@ -167,7 +153,7 @@ def build_parser() -> console.Parser:
     title, _, text = __doc__.partition("\n\n")
     parser = console.Parser(usage="python -m benchmarks.feedback_round [flags]", description=title, epilog=text)
     flag = parser.add_argument
-    flag("--ways", nargs="+", choices=WAYS, metavar="NAME", default=list(WAYS), help="continue, anew, ruined")
+    flag("--ways", nargs="+", choices=WAYS, metavar="NAME", default=list(WAYS), help=", ".join(WAYS))
     flag("--write", type=Path, metavar="FILE", help="put the table between its marks in this file")
     return parser
 
