@@ -35,10 +35,11 @@ from qlora.retrieval.feedback import Judgement
 from qlora.retrieval.opening import load_embeddings, open_collection
 from qlora.training.row_filters import hold_out
 from qlora.training.rows import Row, load_rows
-from qlora.words import MARK
+from qlora.words import MARK, normalize
 
 WAYS = {"continue": 1, "anew": 1, "ruined": 50, "control": 1}  # and the factor of the learning rate
 CORRECTED, RIGHT = 40, 0.5  # answers, and the F1 from which one is right
+OTHERS = "others about these documents"
 APART = 0.1  # of the rows, by document
 COLLECTION, FOLDER = "feedback-round", Path("improvements/feedback-round")
 GENTLE = improve_qlora.GENTLE["learning_rate"]
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> int:
     rows = [["", "released", "questions", "F1, old", "F1, new", "overall F1, new - old"]]
     for way in args.ways:
         improve(adapter, way)
-        rows += [describe(way, name) for name in (improve_qlora.OLD, improve_qlora.FED_BACK)]
+        evaluate_others(adapter, FOLDER / way, apart)
+        rows += [describe(way, name) for name in (improve_qlora.OLD, improve_qlora.FED_BACK, OTHERS)]
     text = as_markdown_table(rows, left=3)
     print(text)
     if args.write:
@@ -72,9 +74,7 @@ def train_adapter(rows: Sequence[Row]) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     adapter, dataset = FOLDER / "adapter", FOLDER / "rows.jsonl"
     if not (adapter / "ranking.json").is_file():
-        names = "instruction", "context", "response", "category", "source"
-        lines = [json.dumps({name: getattr(row, name) for name in names}) + "\n" for row in rows]
-        write_whole(dataset, "".join(lines))
+        write_rows(dataset, rows)
         words = ["--preset", "laptop", "--dataset", dataset, "--output", adapter]
         run_script("instruct_train_qlora.py", *words, "--resume" if adapter.exists() else "--overwrite")
         run_script("rag_qlora.py", "fit", "--adapter", adapter, "--collection", COLLECTION)
@@ -129,6 +129,28 @@ def train_control(args) -> None:
         run_script("instruct_train_qlora.py", *words, "--resume" if candidate.exists() else "--overwrite")
         run_script("rag_qlora.py", "fit", "--adapter", candidate, "--collection", COLLECTION)
     improve_qlora.evaluate_both(args, rows)
+
+
+def evaluate_others(adapter: Path, folder: Path, rows: Sequence[Row]) -> None:
+    """Both adapters on all questions about the documents that were put apart which nobody corrected."""
+    made = read_lines(folder / "rows.jsonl") + read_lines(folder / "rows.questions.jsonl")
+    corrected = {normalize(one.get("instruction") or one["question"]) for one in made}
+    questions = FOLDER / "others.jsonl"
+    write_rows(questions, [row for row in rows if normalize(row.instruction) not in corrected])
+    improved = folder / "adapter" if history.last_release(folder) else folder / "candidate"
+    for tried, side in ((adapter, "old"), (improved, "new")):
+        words = ["evaluate", "--adapter", tried, "--collection", COLLECTION, "--questions", questions]
+        words += ["--models", "tuned", "--contexts", "retrieved", "--output", folder / "evaluations" / f"others-{side}"]
+        run_script("rag_qlora.py", *words)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    names = "instruction", "context", "response", "category", "source"
+    write_whole(path, "".join(json.dumps({name: getattr(row, name) for name in names}) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def describe(way: str, name: str) -> list[str]:
