@@ -16,8 +16,9 @@ from qlora.markdown import as_markdown_table
 SCORES = {"overall_f1": "overall F1", "f1": "F1", "refusal_f1": "refusal F1", "citation_precision": "citation P"}
 SHOWN = 5  # answers that got better, and as many that got worse
 LEGEND = (
-    "Overall F1 is 1 for a right refusal. Where the interval of new - old contains 0, it shows no difference. Questions "
-    "that were fed back were answered wrongly before: any other adapter gains there. The old questions are the proof."
+    "Overall F1 is 1 for a right refusal. Where the interval of new - old contains 0, it shows no difference. "
+    "Questions that were fed back were answered wrongly before: any other adapter gains there. The old "
+    "questions are the proof."
 )
 LOG, PICTURE = "releases.jsonl", "improve.png"
 
