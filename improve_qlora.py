@@ -77,7 +77,8 @@ def export_feedback(args) -> Path:
     files = [rows, rows.with_suffix(".questions.jsonl"), args.questions, *args.rows]
     plan = {"adapter": digest_weights(args.adapter), "train": args.train}
     plan |= {"files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
-    if plan["files"] == history.last_release(args.work).get("files"):
+    last = history.last_release(args.work)
+    if (plan["files"], plan["adapter"]) == (last.get("files"), last.get("adapter")):
         raise console.fail("no feedback since the last release", str(args.work), "collect more")
     known = args.work / "plan.json"
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != plan:

@@ -216,3 +216,24 @@ def test_mistakes_of_a_call_are_reported_together(tmp_path, tiny_adapter):
     done = improve("--adapter", tmp_path / "none", "--questions", tmp_path / "q.jsonl")
     assert done.returncode == 2 and "adapter folder not found" in done.stderr and "--questions" in done.stderr
     assert improve("--adapter", tiny_adapter).returncode == 2
+
+
+def test_a_round_wants_new_feedback_unless_the_last_one_was_rolled_back(tmp_path, tiny_adapter, monkeypatch):
+    adapter, before = (make_adapter(tmp_path / name, tiny_adapter, n) for n, name in enumerate(("mine", "before")))
+    work, asked = tmp_path / "work", tmp_path / "q.jsonl"
+    asked.write_text('{"question": "Who?", "answers": ["he"]}\n')
+    args = improve_qlora.resolve_arguments(["--adapter", str(adapter), "--questions", str(asked), "--work", str(work)])
+
+    def export(name, words):
+        for path in (work / "rows.jsonl", work / "rows.questions.jsonl"):
+            path.write_text("{}\n")
+
+    work.mkdir()
+    monkeypatch.setattr(improve_qlora, "run_script", export)
+    improve_qlora.export_feedback(args)
+    files = json.loads((work / "plan.json").read_text())["files"]
+    history.note_release(work, [], {"when": "2026-01-02", "adapter": digest_weights(adapter), "files": files})
+    with pytest.raises(UserError, match="no feedback since the last release"):
+        improve_qlora.export_feedback(args)
+    release.exchange(adapter, before)
+    improve_qlora.export_feedback(args)

@@ -110,13 +110,13 @@ def draw_releases(releases: Sequence[dict], picture: Path) -> None:
     names = list(dict.fromkeys(name for one in releases for name in one if isinstance(one[name], dict)))
     figure = Figure(figsize=(4.8 * len(names), 3.6), dpi=100, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for score in ("f1", "refusal_f1", "citation_precision"):
+        for color, score in enumerate(("f1", "refusal_f1", "citation_precision")):
             known = [(n, one[name][score]) for n, one in enumerate(releases) if name in one]
             points = [point for point in known if point[1] is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", label=SCORES[score])
+                axes.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=SCORES[score])
         labels = [one["when"][:10] or "before" for one in releases]
-        axes.set(ylim=(0, 1), xticks=range(len(releases)), xticklabels=labels)
+        axes.set(ylim=(0, 1.03), xticks=range(len(releases)), xticklabels=labels)
         axes.set_title(name, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
