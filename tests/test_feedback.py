@@ -114,7 +114,13 @@ def test_ask_asks_until_it_understands(monkeypatch, capsys):
     assert kept[0].right_answer == "the bosun" and "not a judgement" in capsys.readouterr().err
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     ask_judgement(turn(), kept.append)
+    monkeypatch.setattr("builtins.input", input_of_the_end)
+    ask_judgement(turn(), kept.append)  # Ctrl-D
     assert len(kept) == 1
+
+
+def input_of_the_end(prompt: str) -> str:
+    raise EOFError
 
 
 # ------------------------------------------------------------------------------- the command

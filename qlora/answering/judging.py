@@ -3,6 +3,7 @@
 judge("/right The bosun", turn)     # Judgement(rating="bad", right_answer="The bosun", ...)
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -50,10 +51,11 @@ def describe_passages(turn: Turn) -> tuple[dict, ...]:
 def ask_judgement(turn: Turn, keep: Keep) -> None:
     """Asks at the terminal, until a judgement is kept or nothing is said."""
     note(f"Was that right? {', '.join(COMMANDS)}; Enter: no opinion")
-    while line := input("> ").strip():
-        try:
-            keep(judge(line, turn))
-            note("kept")
-            return
-        except UserError as error:
-            print_problems(error.problems)
+    with contextlib.suppress(EOFError):  # Ctrl-D, or no terminal: no opinion
+        while line := input("> ").strip():
+            try:
+                keep(judge(line, turn))
+                note("kept")
+                return
+            except UserError as error:
+                print_problems(error.problems)
