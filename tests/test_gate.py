@@ -1,6 +1,7 @@
 """The gate before a release: exit code 4 for a model that is worse, and an error for what cannot be compared."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -86,7 +87,8 @@ def test_nothing_in_common_and_damaged_files(tmp_path, capsys):
 
 
 def test_an_evaluation_says_what_it_asked_about_which_documents(tiny_adapter, collection, tmp_path, capsys):
-    words = ["evaluate", "--adapter", tiny_adapter, "--limit", 4, "--max-new-tokens", 3, "--models", "tuned"]
+    own = shutil.copytree(tiny_adapter, tmp_path / "adapter")  # its card gets the table
+    words = ["evaluate", "--adapter", own, "--limit", 4, "--max-new-tokens", 3, "--models", "tuned"]
     for name in "ab":
         assert rag(*words, "--contexts", "retrieved", "--output", tmp_path / name) == 0
     both = [tmp_path / name / "evaluation.json" for name in "ab"]
