@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qlora import console, machine, settings
+from qlora.cli.rag_flags import choose_collection
 from qlora.console import note
 from qlora.model.adapter import digest_weights, is_finished, read_adapter
 
@@ -103,11 +104,7 @@ def train_candidate(args, rows: Path) -> None:
         if args.train == "continue":
             count = REPLAYED * len(load_rows(list(map(str, added))))
             given |= {"start_from": args.adapter, "max_rows": min(count, given["max_rows"] or count), **GENTLE}
-        given |= {
-            "added_rows": added,
-            "exclude": [*questions_of(args, rows).values()],
-            "output": candidate,
-        }
+        given |= {"added_rows": added, "exclude": [*questions_of(args, rows).values()], "output": candidate}
         words = [word for name, value in given.items() for word in as_words(name, value)]
         run_script("instruct_train_qlora", [*words, "--resume" if candidate.exists() else "--overwrite"])
     if (args.adapter / "ranking.json").is_file() and not (candidate / "ranking.json").is_file():
@@ -175,10 +172,10 @@ def decide(args, comparisons) -> int:
     decision = f"not released: {why}" if why else "released"
     if not why:
         digest = digest_weights(args.work / "candidate")
-        release.release(args.adapter, args.work / "candidate")
         files = json.loads((args.work / "plan.json").read_text(encoding="utf-8"))["files"]
         about = {"when": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "adapter": digest, "files": files}
-        history.note_release(args.work, comparisons, about)
+        history.note_release(args.work, comparisons, about)  # before it: a kill between them would lose the line
+        release.release(args.adapter, args.work / "candidate")
     history.write_report(args.work, str(args.adapter), comparisons, decision)
     console.say(f"{decision}; the report: {args.work / 'improve.md'}")
     if not why:
@@ -211,14 +208,11 @@ def resolve_arguments(argv: list[str]):
     """The arguments with every value resolved. Raises UserError with all mistakes of the call."""
     settings.load_dotenv_once()
     args, problems = console.parse_arguments(build_parser(), argv)
-    args.collection = args.collection or settings.get("QLORA_COLLECTION") or "documents"
+    args.collection = args.collection or choose_collection(problems)
     args.places = ["--collection", args.collection]
     with problems.collecting():
         args.adapter = Path(args.adapter or "")
-        run = read_adapter(args.adapter).run
-        missing = [name for name in run["arguments"]["dataset"] if not Path(name).exists()]
-        if missing and not args.rollback:
-            problems.add(f"the adapter's rows are not there: {', '.join(missing)}", str(args.adapter), "put them back")
+        read_adapter(args.adapter)
     if not args.rollback:
         for flag, paths in (("--questions", [args.questions]), ("--rows", args.rows)):
             for path in paths:

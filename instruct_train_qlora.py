@@ -29,7 +29,7 @@ from qlora.model.lora import Lora, add_lora
 from qlora.training import checkpoints, export, gguf_file
 from qlora.training.distractors import add_distractors
 from qlora.training.examples import Epochs, digest_examples, make_batches, tokenize_rows, unbatch
-from qlora.training.held_out import digest_rows, name_document, name_documents
+from qlora.training.held_out import digest_rows, name_document, name_documents, part_rows
 from qlora.training.row_filters import Selection, drop_leaked, hold_out, keep_usable, sample_rows, word_refusals
 from qlora.training.rows import Draw, Row, load_rows
 from qlora.training.turned_rows import turn_around
@@ -78,7 +78,7 @@ def run_steps(args) -> int:
     if settings.process_rank() > 0:
         return 0  # the first process saves
     with console.step(STEPS, "Model Saving"):
-        run = describe_run(args, rows, report, result)
+        run = describe_run(args, rows, counts, report, result)
         save_adapter(args, model, tokenizer, prompt, run, report)
         del model  # a merge needs the memory
         publish(args, held_out)
@@ -117,8 +117,10 @@ def load_and_filter(args):
     rows, dropped = keep_usable(loaded, choose_selection(args), args.seed)
     console.note(f"{len(loaded)} rows read, {len(rows)} usable")
     note_dropped(dropped)
+    added = load_added(args)
     counts = {"read": len(loaded), "kept": len(rows), "dropped": dropped}
-    return list(dict.fromkeys([*rows, *load_added(args)])), counts
+    counts["added documents"] = {row.document for row in added}
+    return list(dict.fromkeys([*rows, *added])), counts
 
 
 def load_added(args) -> list:
@@ -129,16 +131,15 @@ def load_added(args) -> list:
     return keep_usable(rows, Selection(asked=read_asked(args.exclude)))[0]
 
 
-def split_rows(args, rows):
-    """Rows to train on and rows held out; no document of --added-rows is held out.
+def split_rows(args, rows, trained):
+    """Rows to train on and rows held out; no document in `trained`, those of --added-rows, is held out.
 
-    Documents that --start-from held out are held out again, where they have half as many rows as are wanted: it was
-    trained on all others.
+    Documents that --start-from held out are held out again, where they have half as many rows as are wanted, and less
+    than half of all: it was trained on all others.
     """
-    trained = {row.document for row in load_added(args)}
     before = read_start(args).run.get("dataset", {}).get("held_out_documents", ()) if args.start_from else ()
     held = {row for row in rows if name_document(row) in before and row.document not in trained}
-    if len(held) >= args.eval_share * len(rows) / 2:
+    if args.eval_share / 2 <= len(held) / len(rows) < 0.5:
         return [row for row in rows if row not in held], [row for row in rows if row in held]
     return hold_out(rows, args.eval_share, args.seed, trained)
 
@@ -154,7 +155,8 @@ def format_rows(args, tokenizer, prompt, rows, counts):
     Every epoch has its own passages around the right one. Adds to `counts` what was left out of training because it
     is also held out, and how many rows of each part were shortened or too long.
     """
-    training, held_out = split_rows(args, rows)
+    training, held_out = split_rows(args, rows, counts["added documents"])
+    counts["held out documents"] = name_documents(held_out)
     note_share(args, len(held_out), len(rows))
     training = [*training, *draw_replay(args, len(training))]
     training, counts["leaked"] = drop_leaked(training, held_out)
@@ -198,7 +200,7 @@ def draw_replay(args, count: int) -> list:
     if digest_rows(rows) != start.run["dataset"]["sha256_of_rows"]:
         what = f"the rows of {args.start_from} were changed ({start.run['dataset']['source']})"
         raise console.fail(what, "--replay", "put them back, or leave --replay out")
-    trained, _ = split_rows(before, rows)
+    trained, _ = part_rows(rows, start.run)
     drawn = sample_rows(trained, round(args.replay / (1 - args.replay) * count), args.seed)
     console.note(f"{len(drawn)} rows of {args.start_from} are mixed in")
     return drawn
@@ -413,7 +415,7 @@ def publish(args, held_out) -> None:
         console.note(f"Pushed to {export.push_adapter(args.output, args.push_to_hub)}")
 
 
-def describe_run(args, rows, report: dict, result: dict) -> dict:
+def describe_run(args, rows, counts, report: dict, result: dict) -> dict:
     """run.json: how to make this adapter again, and what came out."""
     start = read_start(args)
     fallback = start.run.get("result", {}).get("refusal_bias", 0.0) if start else 0.0
@@ -433,7 +435,7 @@ def describe_run(args, rows, report: dict, result: dict) -> dict:
             "rows_leaked": {reason: found["rows"] for reason, found in report["leakage"].items()},
             "training_rows": report["training"]["rows"],
             "held_out_rows": report["held_out"]["rows"],
-            "held_out_documents": name_documents(split_rows(args, rows)[1]),
+            "held_out_documents": counts["held out documents"],
         },
         "parents": start.line if start else [],
         "arguments": jsonable(vars(args)),

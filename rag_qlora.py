@@ -208,10 +208,10 @@ def feedback(args, store) -> int:
     """Lists what people think of answers; writes rows and questions made of it, or deletes it."""
     from qlora.writing import feedback_rows
 
-    log = feedback_rows.open_log(store)
+    log = store.feedback()
     judgements = log.all()
     if args.forget:
-        note(f"{log.forget(feedback_rows.choose(judgements, args.forget))} judgements deleted")
+        note(f"{log.forget(feedback_rows.find_numbers(judgements, args.forget))} judgements deleted")
     elif args.export:
         made = feedback_rows.make_rows(judgements, store.find, args.refusal)
         say(feedback_rows.write_made(args.export, made))

@@ -23,7 +23,6 @@ from qlora import console, settings
 from qlora.evaluation import gate
 from qlora.evaluation.comparison import describe_interval
 from qlora.evaluation.questions import read_question
-from qlora.machine import write_whole
 from qlora.markdown import as_markdown_table, put_section
 from qlora.metrics import token_f1
 from qlora.model.adapter import digest_weights
@@ -34,8 +33,9 @@ from qlora.releasing.history import read_scores
 from qlora.retrieval.feedback import Judgement
 from qlora.retrieval.opening import load_embeddings, open_collection
 from qlora.training.row_filters import hold_out
-from qlora.training.rows import Row, load_rows
+from qlora.training.rows import COLUMNS, Row, load_rows
 from qlora.words import MARK, normalize
+from qlora.writing.report import write_rows
 
 WAYS = {"continue": 1, "anew": 1, "ruined": 50, "control": 1}  # and the factor of the learning rate
 CORRECTED, RIGHT = 40, 0.5  # answers, and the F1 from which one is right
@@ -74,7 +74,7 @@ def train_adapter(rows: Sequence[Row]) -> Path:
     FOLDER.mkdir(parents=True, exist_ok=True)
     adapter, dataset = FOLDER / "adapter", FOLDER / "rows.jsonl"
     if not (adapter / "ranking.json").is_file():
-        write_rows(dataset, rows)
+        write_rows(dataset, list(map(as_line, rows)))
         words = ["--preset", "laptop", "--dataset", dataset, "--output", adapter]
         run_script("instruct_train_qlora.py", *words, "--resume" if adapter.exists() else "--overwrite")
         run_script("rag_qlora.py", "fit", "--adapter", adapter, "--collection", COLLECTION)
@@ -136,7 +136,7 @@ def evaluate_others(adapter: Path, folder: Path, rows: Sequence[Row]) -> None:
     made = read_lines(folder / "rows.jsonl") + read_lines(folder / "rows.questions.jsonl")
     corrected = {normalize(one.get("instruction") or one["question"]) for one in made}
     questions = FOLDER / "others.jsonl"
-    write_rows(questions, [row for row in rows if normalize(row.instruction) not in corrected])
+    write_rows(questions, [as_line(row) for row in rows if normalize(row.instruction) not in corrected])
     improved = folder / "adapter" if history.last_release(folder) else folder / "candidate"
     for tried, side in ((adapter, "old"), (improved, "new")):
         words = ["evaluate", "--adapter", tried, "--collection", COLLECTION, "--questions", questions]
@@ -144,9 +144,8 @@ def evaluate_others(adapter: Path, folder: Path, rows: Sequence[Row]) -> None:
         run_script("rag_qlora.py", *words)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    names = "instruction", "context", "response", "category", "source"
-    write_whole(path, "".join(json.dumps({name: getattr(row, name) for name in names}) + "\n" for row in rows))
+def as_line(row: Row) -> dict:
+    return {name: getattr(row, name) for name in COLUMNS}
 
 
 def read_lines(path: Path) -> list[dict]:

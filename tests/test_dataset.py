@@ -216,7 +216,7 @@ def test_added_rows_are_all_trained_on_and_questions_of_an_evaluation_never(tmp_
     words += ["--eval-share", 0.5, "--output", tmp_path / "adapter"]
     args = resolve_arguments(list(map(str, words)), "", instruct_train_qlora.STEPS)
     rows, counts = instruct_train_qlora.load_and_filter(args)
-    training, held_out = instruct_train_qlora.split_rows(args, rows)
+    training, held_out = instruct_train_qlora.split_rows(args, rows, counts["added documents"])
     assert counts["dropped"]["question of --exclude"] == 1
     questions = [[row.instruction for row in part] for part in (training, held_out)]
     assert "What is in the blue box?" in questions[0] and not {"3.md", "9.md"} & {row.document for row in held_out}

@@ -109,17 +109,17 @@ def test_commands_of_a_chat_make_judgements(capsys):
 
 def test_ask_asks_until_it_understands(monkeypatch, capsys):
     lines, kept = iter(["right", "/right the bosun"]), []
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
     ask_judgement(turn(), kept.append)
     assert kept[0].right_answer == "the bosun" and "not a judgement" in capsys.readouterr().err
-    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    monkeypatch.setattr("builtins.input", lambda: "")
     ask_judgement(turn(), kept.append)
     monkeypatch.setattr("builtins.input", input_of_the_end)
     ask_judgement(turn(), kept.append)  # Ctrl-D
     assert len(kept) == 1
 
 
-def input_of_the_end(prompt: str) -> str:
+def input_of_the_end() -> str:
     raise EOFError
 
 
@@ -131,11 +131,13 @@ def test_feedback_is_listed_made_into_rows_and_deleted(tiny_adapter, collection,
     rows = tmp_path / "rows.jsonl"
     assert rag("feedback", "--export", rows) == 2 and not rows.exists()
     assert "nobody has judged an answer" in capsys.readouterr().err
-    lines = iter(["/right \x1b[31m190 litres", "/none", "/bad"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    lines = iter(["/right \x1b[31m190 litres", "/none", "/bad", ""])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
     asked = "How many litres does the copper pot Old Agnes hold?", "Who is the mayor of Oslo?", "Who cooks?"
     assert rag("ask", *asked, "--adapter", tiny_adapter, "--max-new-tokens", 4, "--feedback") == 0
     capsys.readouterr()
+    assert rag("ask", "Who?", "--adapter", tiny_adapter, "--max-new-tokens", 2, "--feedback", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["question"] == "Who?"  # nothing else on stdout
     assert rag("feedback", "--json") == 0
     first, second, third = json.loads(capsys.readouterr().out)
     assert len(first["adapter"]) == len(first["prompt"]) == 64 and first["given"] and first["passages"][0]["text"]

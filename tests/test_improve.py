@@ -158,8 +158,8 @@ def test_the_report_shows_scores_changes_and_releases(tmp_path):
     assert "| better | What is 1? | 1 | a\\|b 0.0 | a\\|b 1.0 |" in text
     assert "1 answers are better, 1 worse, of 3." in text and not (tmp_path / "improve.png").exists()
     assert history.last_release(tmp_path) == {}
-    history.note_release(tmp_path, comparisons, {"when": "2026-01-02 03:04", "files": ["a"]})
-    history.note_release(tmp_path, comparisons, {"when": "2026-01-03 03:04", "files": ["b"]})
+    history.note_release(tmp_path, comparisons, {"when": "2026-01-02 03:04", "adapter": "x", "files": ["a"]})
+    history.note_release(tmp_path, comparisons, {"when": "2026-01-03 03:04", "adapter": "y", "files": ["b"]})
     lines = history.read_releases(tmp_path)
     assert history.last_release(tmp_path)["files"] == ["b"]
     assert [one["when"][:10] for one in lines] == ["", "2026-01-02", "2026-01-03"]
@@ -237,3 +237,9 @@ def test_a_round_wants_new_feedback_unless_the_last_one_was_rolled_back(tmp_path
         improve_qlora.export_feedback(args)
     release.exchange(adapter, before)
     improve_qlora.export_feedback(args)
+
+
+def test_a_release_that_was_noted_before_a_kill_is_noted_once(tmp_path):
+    for _ in range(2):
+        history.note_release(tmp_path, [], {"when": "2026-01-02", "adapter": "a", "files": ["x"]})
+    assert [one.get("adapter") for one in history.read_releases(tmp_path)] == [None, "a"]

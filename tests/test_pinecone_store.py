@@ -245,6 +245,8 @@ def test_every_command_works_over_pinecone(server, tiny_base, tmp_path, capsys):
     assert "rung twice" in json.loads(capsys.readouterr().out)["passages"][0]["text"]
     assert rag("ask", "When is the bell rung?", *flags, *model, "--json") == 0
     assert json.loads(capsys.readouterr().out)["passages"][0]["source"] == "bell.md"
+    for words in (["feedback"], ["ask", "When?", "--feedback", *model]):
+        assert rag(*words, *flags) == 2 and "Pinecone keeps no feedback" in capsys.readouterr().err
     assert rag("forget", "bell.md", *flags) == 0
     assert rag("search", "bell", *flags, "--search", "hybrid") == 2
     assert "Pinecone searches by meaning only" in capsys.readouterr().err

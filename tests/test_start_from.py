@@ -248,6 +248,9 @@ def test_what_an_adapter_held_out_is_held_out_again(parent, words, tmp_path, row
     assert run_of(tmp_path / "child")["dataset"]["held_out_documents"] == held
     added = [row for row in map(json.loads, rows_file.read_text().splitlines()) if short_digest(row["source"]) in held]
     (tmp_path / "added.jsonl").write_text("".join(json.dumps(row) + "\n" for row in added))
+    (tmp_path / "only.jsonl").write_text("".join([*lines[:2], *map(lambda row: json.dumps(row) + "\n", added)]))
+    assert train(*words, "--overwrite", "--dataset", tmp_path / "only.jsonl") == 0  # most is held out: it is split anew
+    assert run_of(tmp_path / "child")["dataset"]["training_rows"] > 0
     assert train(*words, "--overwrite", "--added-rows", tmp_path / "added.jsonl") == 0
     assert not set(held) & set(run_of(tmp_path / "child")["dataset"]["held_out_documents"])
 

@@ -52,7 +52,7 @@ def ask_judgement(turn: Turn, keep: Keep) -> None:
     """Asks at the terminal, until a judgement is kept or nothing is said."""
     note(f"Was that right? {', '.join(COMMANDS)}; Enter: no opinion")
     with contextlib.suppress(EOFError):  # Ctrl-D, or no terminal: no opinion
-        while line := input("> ").strip():
+        while line := input().strip():  # without a prompt: it would go to stdout, among the JSON of --json
             try:
                 keep(judge(line, turn))
                 note("kept")

@@ -91,6 +91,8 @@ def check_store(args, problems: console.Problems) -> None:
     if "mode" in args:
         args.mode = args.mode or (DEFAULT_MODE if args.store == "pgvector" else "dense")
     if args.store == "pinecone":
+        if getattr(args, "feedback", False) or args.command == "feedback":
+            problems.add("Pinecone keeps no feedback", "--store pinecone", "use PostgreSQL (pgvector)")
         if args.command == "doctor":
             problems.add("doctor examines PostgreSQL", "--store pinecone", "see app.pinecone.io")
         if getattr(args, "mode", "dense") != "dense":

@@ -47,12 +47,13 @@ def read_releases(folder: Path) -> list[dict]:
 
 def last_release(folder: Path) -> dict:
     """The youngest of them; empty where there is none."""
-    return read_releases(folder)[-1] if read_releases(folder) else {}
+    return (read_releases(folder) or [{}])[-1]
 
 
 def note_release(folder: Path, comparisons: Sequence[Comparison], about: dict) -> None:
-    """Adds a line to releases.jsonl; the first time also one for the adapter that was there before."""
+    """Adds a line to releases.jsonl, in place of the same adapter's; the first time also one for the old adapter."""
     releases = read_releases(folder) or [{"when": "", **scores_of(comparisons, "old")}]
+    releases = [one for one in releases if one.get("adapter") != about["adapter"]]
     releases.append({**about, **scores_of(comparisons, "new")})
     write_whole(folder / LOG, "".join(json.dumps(one) + "\n" for one in releases))
 

@@ -39,10 +39,15 @@ def split_again(run: dict, where: str) -> tuple[list[Row], list[Row]]:
     rows += load_rows(words["added_rows"]) if words.get("added_rows") else []
     asked = read_asked(words.get("exclude", ()))
     rows = [row for row in rows if normalize(row.instruction) not in asked]
-    held = set(run["dataset"].get("held_out_documents", ()))
-    if not held and digest_rows(rows) == run["dataset"]["sha256_of_rows"]:
-        held = set(name_documents(hold_out(rows, words["eval_share"], words["seed"])[1]))
-    parts = [row for row in rows if name_document(row) not in held], [row for row in rows if name_document(row) in held]
+    parts = part_rows(rows, run)
     if not all(parts):
         raise fail(f"the rows of the adapter are others by now ({run['dataset']['source']})", where, fix)
     return parts
+
+
+def part_rows(rows: Sequence[Row], run: dict) -> tuple[list[Row], list[Row]]:
+    """The rows apart as the run had them, by the documents that it held out."""
+    words, held = run["arguments"], set(run["dataset"].get("held_out_documents", ()))
+    if not held and digest_rows(rows) == run["dataset"]["sha256_of_rows"]:
+        held = set(name_documents(hold_out(rows, words["eval_share"], words["seed"])[1]))
+    return [row for row in rows if name_document(row) not in held], [row for row in rows if name_document(row) in held]

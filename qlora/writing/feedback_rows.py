@@ -9,7 +9,6 @@ questions, by a hash of their words, become questions for evaluation: the same q
 """
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from langchain_core.documents import Document
 
 from qlora.answering.citations import check_answer
 from qlora.console import Problems, fail, shorten_text
-from qlora.machine import write_whole
 from qlora.refusal import is_refusal
 from qlora.retrieval.feedback import GOOD, Judgement
 from qlora.words import answer_span, normalize
 from qlora.writing.checks import is_grounded, plain_answer
+from qlora.writing.report import write_rows
 
 LOOKED_AT = 10  # passages of a search, where those that were shown do not hold the answer
 NOBODY_SAID = "wrong, and nobody said what is right"
@@ -43,15 +42,7 @@ class Made:
     origins: str = ""  # whose answers were judged
 
 
-def open_log(store):
-    """The store's judgements. Raises UserError where it keeps none."""
-    log = store.feedback()
-    if log is None:
-        raise fail("this store keeps no feedback", "--store", "use PostgreSQL (pgvector)")
-    return log
-
-
-def choose(judgements: Sequence[Judgement], wanted: Sequence[str]) -> list[int]:
+def find_numbers(judgements: Sequence[Judgement], wanted: Sequence[str]) -> list[int]:
     """The numbers of the judgements that are named: some, or `all`. Raises UserError for one that is not there."""
     known, problems = [one.id for one in judgements], Problems()
     for name in wanted:
@@ -99,12 +90,18 @@ def answer_key(response: str, refusal: str) -> str:
 
 
 def add_row(made: Made, one: Judgement, response: str, search: Search, refusal: str) -> None:
-    """Adds a row or a question, or the judgement and why it is neither."""
+    """Adds a row or a question, or the judgement and why it is neither. Searches where what was shown does not do."""
     shown = [Document(p["text"], metadata={"source": p["source"]}, id=p["id"]) for p in one.passages if "text" in p]
-    clicked = [document for document in shown if document.id == one.right_passage]
-    passages = clicked or [*shown, *search(one.question, LOOKED_AT)]
+    passages = [document for document in shown if document.id == one.right_passage] or shown
     refuses = is_refusal(response, refusal)
-    holding = passages if refuses else [d for d in passages if holds(d, response, one, refusal)]
+
+    def choose(documents: Sequence[Document]) -> list[Document]:
+        return [d for d in documents if refuses or holds(d, response, one, refusal)]
+
+    holding = choose(passages)
+    if not holding and passages is shown:
+        passages = [*shown, *search(one.question, LOOKED_AT)]
+        holding = choose(passages[len(shown) :])
     if not holding:
         was_right = one.rating == GOOD and not one.right_passage
         made.review.append(describe(one, NO_PASSAGE if not passages else UNSUPPORTED if was_right else NOT_THERE))
@@ -156,7 +153,7 @@ def write_made(path: Path, made: Made) -> str:
         )
     lines = [made.origins]
     for place, entries in files.items():
-        write_whole(place, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        write_rows(place, entries)
         lines.append(f"{len(entries):6}  {place}")
     return "\n".join(lines)
 
