@@ -191,6 +191,10 @@ def connect(url: str):
         raise fail(f"database unreachable ({first_line(error)})", where, "start it, or fix DATABASE_URL") from error
     try:
         version = find_pgvector(connection)
+    except psycopg2.InterfaceError as error:  # PgBouncer in statement mode ends the connection, and tells only its log
+        connection.close()
+        fix = "start the server again; if it is PgBouncer, set pool_mode = transaction"
+        raise fail("the server ended the connection at the first transaction", where, fix) from error
     except psycopg2.Error as error:
         connection.close()
         fix = "install pgvector 0.8 or newer on the server; its owner runs CREATE EXTENSION vector"
