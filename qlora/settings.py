@@ -110,6 +110,12 @@ def launcher_failed() -> bool:
     return "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
 
 
+def sharding() -> str:
+    """What `accelerate launch` was told to split the weights with; empty where each process holds all of them."""
+    names = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    return next((name for key, name in names.items() if os.environ.get(key, "").lower() in ("true", "1")), "")
+
+
 def environment(**changed: str) -> dict[str, str]:
     """The environment for a program that is started, with these variables changed."""
     return {**os.environ, **changed}

@@ -344,6 +344,14 @@ def test_a_second_run_with_the_same_output_waits_for_nothing_and_harms_nothing(w
     assert train(*words, "--overwrite", "--max-steps", 1) == 0  # a killed process holds no claim
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_weights_that_would_be_split_are_refused(words, tmp_path, capsys, monkeypatch, name):
+    """Their layers would take packed 4-bit bytes for a matrix."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    assert train(*words, "--output", tmp_path / "out") == 2
+    assert f"{name} cannot split 4-bit weights here" in capsys.readouterr().err
+
+
 def test_a_launcher_that_starts_one_process_only_is_told(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")  # what `accelerate launch --num_processes 2 --cpu` leaves
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -50,6 +50,9 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
     if settings.launcher_failed():
         fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
         problems.add("one process was started instead of several", "accelerate launch", fix)
+    if settings.sharding():
+        fix = "leave it out of accelerate's configuration: each GPU holds the whole base model, in 4-bit"
+        problems.add(f"{settings.sharding()} cannot split 4-bit weights here", "accelerate launch", fix)
     args.filter = args.filter or (list(preset.filters) if args.dataset == [preset.dataset] else [])
     with problems.collecting():
         choose_selection(args)
