@@ -146,7 +146,8 @@ def make_generator(args, model, tokenizer, prompt):
     if args.base_url:
         from qlora.answering.server_model import connect
 
-        server = connect(args.base_url, args.model, tokenizer, decoding)
+        server = connect(args.base_url, args.model, tokenizer, decoding, args.at_once)
+        args.model, args.refusal_bias = server.model_name, 0.0
         check_room(args, tokenizer, prompt, server.window)
         return server
     return Generator(model=model, tokenizer=tokenizer, **vars(decoding))
@@ -367,8 +368,7 @@ def evaluate(args, store, prompt, generator) -> int:
         finding = replace(finding, threshold=None)
     found = evaluation.search_all(finding.find, questions, args.top_k)
     contexts = evaluation.gather_passages(questions, found, args.top_k, args.contexts)
-    modes = {"base": generator.without_adapter, **({"tuned": contextlib.nullcontext} if args.adapter else {})}
-    modes = {name: mode for name, mode in modes.items() if name in args.models}
+    known = {"base": generator.without_adapter, "tuned": contextlib.nullcontext}
     if not args.adapter:
         note("No adapter: only the base model is evaluated")
     values = evaluation_settings(args, prompt)
@@ -377,7 +377,7 @@ def evaluate(args, store, prompt, generator) -> int:
     fill = make_fill(prompt, generator)
     complete = partial(answer_batch, fill=fill, generator=generator, refusal=prompt.refusal)
     asking = evaluation.Asking(log, complete, finding.refuses, args.batch_size, prompt.refusal)
-    cells = evaluation.answer_cells(asking, modes, contexts)
+    cells = evaluation.answer_cells(asking, {name: known[name] for name in args.models}, contexts)
     values |= asked_settings(args, questions, store, finding.threshold)
     result = evaluation.build_result(questions, found, cells, values, args.seed)
     if args.calibrate:

@@ -17,9 +17,10 @@ from pydantic import PrivateAttr
 from qlora import settings
 from qlora.answering.generator import Decoding, as_role
 from qlora.console import UserError, fail, note
-from qlora.prompt import encode_prompt
+from qlora.prompt import as_langchain, encode_prompt
 
 WINDOW = 4096  # Llama-2's; only vLLM reports its own
+RETRIES = 5  # of a request; the SDK waits longer each time, or as long as the server asks for
 NO_KEY = "none"  # the SDK demands one, a local server does not
 
 
@@ -28,6 +29,8 @@ class ServerModel(BaseChatOpenAI):
 
     tokenizer: Any
     window: int
+    at_once: int = 8  # requests, in `complete`
+    others: frozenset[str] = frozenset()  # the server's other models
     _warned: bool = PrivateAttr(default=False)
 
     @property
@@ -38,6 +41,14 @@ class ServerModel(BaseChatOpenAI):
         """A context that changes nothing: the server has one model."""
         return contextlib.nullcontext()
 
+    def complete(self, conversations: list[list[dict]]) -> list[str]:
+        """The answer to each list of role/content messages, `at_once` of them asked at the same time.
+
+        Raises UserError when one of them fails after all retries.
+        """
+        asked = [as_langchain(messages) for messages in conversations]
+        return [message.text for message in self.batch(asked, config={"max_concurrency": self.at_once})]
+
     @property
     def _llm_type(self) -> str:
         return "qlora-server-model"
@@ -46,8 +57,15 @@ class ServerModel(BaseChatOpenAI):
         with explaining(self.openai_api_base, self.model_name):
             for chunk in super()._stream(messages, *args, **kwargs):
                 yield chunk
+                self.check_name((chunk.generation_info or {}).get("model_name"))  # of the last one
                 if usage := chunk.message.usage_metadata:
                     self.compare_prompt(messages, usage["input_tokens"])
+
+    def check_name(self, name: str | None) -> None:
+        """Raises UserError when another model of the server answers. Some servers name a file instead of a model."""
+        if name in self.others:
+            what = f"{self.model_name} was asked, and {name} answers"
+            raise fail(what, self.openai_api_base, "check which models the server has loaded")
 
     def compare_prompt(self, messages: list[AnyMessage], counted: int) -> None:
         """Warns once when the server's chat template makes other tokens than the adapter's."""
@@ -60,26 +78,30 @@ class ServerModel(BaseChatOpenAI):
             )
 
 
-def connect(url: str, model: str | None, tokenizer, decoding: Decoding) -> ServerModel:
+def connect(url: str, model: str | None, tokenizer, decoding: Decoding, at_once: int = 8) -> ServerModel:
     """The server's model of that name, or its only one.
 
-    `first_bias` is added to the logits of its tokens at every position: the protocol has no other way.
+    `first_bias` is not sent: the protocol has only biases that hold for every token of the answer, not for the first.
     Raises UserError when the server cannot be reached, refuses the key, or has several models and none is named.
     """
     import httpx
 
     key = settings.get("QLORA_API_KEY") or NO_KEY
-    name, window = choose_model(url, key, model)
+    name, window, others = choose_model(url, key, model)
     note(f"{name} at {url}")
+    if decoding.first_bias:
+        note("The refusal bias that training fitted is not used: a server would add it to every token of the answer")
     note_remote(url)
     extra = {"repetition_penalty": decoding.repetition_penalty} if decoding.repetition_penalty != 1 else {}
-    extra |= {"logit_bias": decoding.first_bias} if decoding.first_bias else {}
     return ServerModel(
         base_url=url,
         api_key=key,
         model=name,
         tokenizer=tokenizer,
         window=window,
+        at_once=at_once,
+        others=others,
+        max_retries=RETRIES,
         max_tokens=decoding.max_new_tokens,
         temperature=decoding.temperature,
         top_p=decoding.top_p,
@@ -97,9 +119,10 @@ def note_remote(url: str) -> None:
         note(f"Questions and passages are sent to {url}")
 
 
-def choose_model(url: str, key: str, name: str | None) -> tuple[str, int]:
-    """Name and window of the model: the one named, else the server's only one.
+def choose_model(url: str, key: str, name: str | None) -> tuple[str, int, frozenset[str]]:
+    """Name and window of the model, the one named or the server's only one, and the names of the others.
 
+    vLLM tells the window of a base model alone: that of a LoRA module is its parent's.
     A named one may be missing from the list: `transformers serve` lists its cache, and loads any model by name.
     """
     from openai import APIStatusError, OpenAI
@@ -115,7 +138,10 @@ def choose_model(url: str, key: str, name: str | None) -> tuple[str, int]:
         what = f"the server lists {len(cards)} models" if cards else "the server lists no model"
         raise fail(what, url, f"name one with --model NAME{': ' + ', '.join(sorted(cards)) if cards else ''}")
     name = name or next(iter(cards))
-    return name, getattr(cards.get(name), "max_model_len", None) or WINDOW
+    card = cards.get(name)
+    family = [card, cards.get(getattr(card, "parent", None))]
+    windows = [window for one in family if (window := getattr(one, "max_model_len", None))]
+    return name, windows[0] if windows else WINDOW, frozenset(cards) - {name}
 
 
 def check_url(url: str) -> None:

@@ -22,6 +22,7 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
     "What is the penalty for going faster than 4 knots inside the harbour?",
 )
 TOP_K = 3
+BATCH = 8  # answers at a time
 WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
 PRINTS_JSON = (*WITHOUT_STORE, "documents", "feedback", "search", "ask", "demo", "write", "fit", "evaluate", "sweep")
 WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "feedback", "search", "sweep")
@@ -136,7 +137,8 @@ def resolve_model(args, detect: bool) -> None:
 
 
 def check_serving(args, problems: console.Problems) -> None:
-    """Adds problems of the flags that say where the model runs."""
+    """Adds problems of the flags that say where the model runs; sets how many requests go to a server at a time."""
+    args.at_once = getattr(args, "batch_size", None) or BATCH
     if args.model and not args.base_url:
         problems.add("--model is the name of a server's model", "--model", "add --base-url, or give --base-model")
     if args.merge_for_speed and args.base_url:
@@ -148,6 +150,11 @@ def check_serving(args, problems: console.Problems) -> None:
 
         with problems.collecting():
             check_url(args.base_url)
+        if args.extra_bias or (args.refusal_bias and not args.adapter):
+            fix = "leave it out: a server would add it to every token of the answer"
+            problems.add("a refusal bias is for the first token", "--refusal-bias", fix)
+        if "batch_size" in args:
+            args.batch_size *= BATCH  # requests between two waits for the slowest of them
 
 
 def check_questions(args, problems: console.Problems) -> None:
@@ -163,7 +170,12 @@ def check_questions(args, problems: console.Problems) -> None:
 def check_cells(args, problems: console.Problems) -> None:
     """Adds problems of --models and --contexts that leave nothing to answer or to calibrate."""
     fitted = "tuned" if args.adapter else "base"
-    if not args.adapter and "base" not in args.models:
+    chosen = args.models or ([fitted] if args.base_url or not args.adapter else MODELS)
+    args.models = [name for name in MODELS if name in chosen]
+    if args.base_url and args.models != [fitted]:
+        fix = f"give --models {fitted}; for the base model, give --adapter none and --model NAME"
+        problems.add("a server's model is the tuned one or the base model, not both", "--models", fix)
+    elif not args.adapter and "tuned" in args.models:
         problems.add("no adapter to evaluate", "--models tuned", "name one with --adapter, or give --models base")
     elif args.calibrate and (fitted not in args.models or "retrieved" not in args.contexts):
         fix = f"give --models {fitted} and --contexts retrieved, or leave both out"
@@ -239,6 +251,7 @@ def build_parser(description: str, steps: tuple[str, ...]):
     for name in ("ask", "chat", "demo", "serve"):
         add_serving_flags(commands.choices[name], setup)
         add_trace_flags(commands.choices[name].group(answering).add_argument, strict=name == "ask")
+    add_url_flags(commands.choices["evaluate"], setup)
     for name, one in commands.choices.items():
         if name in PRINTS_JSON:
             one.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -278,9 +291,12 @@ def add_evaluation_flags(one: console.Parser) -> None:
     """What is asked of which models, and where the report goes."""
     flag = one.add_argument
     add_question_flags(flag)
-    flag("--batch-size", type=console.number(int, 1), default=8, help="answers per batch")
-    for name, names in (("--models", MODELS), ("--contexts", CONTEXTS)):
-        flag(name, nargs="+", type=console.choice(*names), metavar="NAME", default=names, help="some of them")
+    text = "answers per batch; with --base-url requests at a time"
+    flag("--batch-size", type=console.number(int, 1), default=BATCH, help=text)
+    text = "base, tuned (both; with --base-url the adapter)"
+    flag("--models", nargs="+", type=console.choice(*MODELS), metavar="NAME", help=text)
+    contexts = console.choice(*CONTEXTS)
+    flag("--contexts", nargs="+", type=contexts, metavar="NAME", default=CONTEXTS, help="some of them")
     flag("--output", type=Path, metavar="FOLDER", help="folder of the report (evaluations/NAME-OF-ADAPTER)")
     text = "fit the collection's refusal threshold on half of the questions, report on the other half"
     flag("--calibrate", action="store_true", help=text)
@@ -342,7 +358,7 @@ def add_model_flags(one: console.Parser, setup: str) -> None:
     flag("--adapter", metavar="FOLDER", help=text)
     text = "do not keep the base model in 4-bit for the next start"
     flag("--no-cache", action="store_true", help=text)
-    one.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # not flags of `evaluate`
+    one.set_defaults(base_url=None, model=None, merge_for_speed=False, trace=None)  # flags of some commands
 
 
 def add_generation_flags(one: console.Parser, generation: str) -> None:
@@ -362,6 +378,12 @@ def add_serving_flags(one: console.Parser, setup: str) -> None:
     flag = one.group(setup).add_argument
     text = "add the adapter to the 16-bit weights: faster, more memory; checked first"
     flag("--merge-for-speed", action="store_true", help=text)
+    add_url_flags(one, setup)
+
+
+def add_url_flags(one: console.Parser, setup: str) -> None:
+    """Which server answers: also flags of evaluate."""
+    flag = one.group(setup).add_argument
     text = "an OpenAI-compatible server answers: http://HOST:PORT/v1 (key: QLORA_API_KEY)"
     flag("--base-url", metavar="URL", help=text)
     flag("--model", metavar="NAME", help="the server's name of the model (its only one)")

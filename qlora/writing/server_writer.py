@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from qlora import settings
-from qlora.answering.server_model import NO_KEY, choose_model, explain_status, note_remote, said
+from qlora.answering.server_model import NO_KEY, RETRIES, choose_model, explain_status, note_remote, said
 from qlora.console import fail
 from qlora.words import clean
 from qlora.writing.checks import plain_answer
@@ -29,7 +29,6 @@ ASK = (
     "\n\n<passage>\n{text}\n</passage>"
 )
 SECONDS = 120  # per request
-RETRIES = 5  # the SDK waits longer each time, or as long as the server asks for
 GIVE_UP = 5  # passages in a row that the server failed at
 FENCE = re.compile(r"```\w*\n?|```")
 QUESTION_KEYS = ("question", "q", "instruction", "prompt")
