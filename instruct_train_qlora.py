@@ -306,6 +306,11 @@ def load_model(args):
     trainable, packed, total = lora.count_parameters(model)
     weights = f"{total / 1e6:,.0f} M weights, {packed / 1e6:,.0f} M of them in 4-bit NF4"
     console.note(f"{weights}, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})")
+    if args.shard:
+        from qlora.model.sharding import shard_layers
+
+        shard_layers(model)
+        console.note(f"each of {settings.process_count()} processes keeps a share of the layers")
     return model
 
 

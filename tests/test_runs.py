@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import PROJECT, QUICK, rag, train
+from safetensors.torch import load_file
 
 from qlora import machine, settings
 from qlora.model import base_model
@@ -225,11 +226,12 @@ def test_early_stopping_keeps_the_best(words, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.alone
-def test_two_processes_give_the_losses_of_one(words, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--shard"], ["--shard", "--gradient-checkpointing", "on"]], ids=str)
+def test_two_processes_give_the_losses_of_one(words, tmp_path, more):
     words = [*words, "--dropout", 0, "--max-steps", 3, "--output"]
     assert train(*words, tmp_path / "one") == 0
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = start([*words, tmp_path / "two", "--accumulation", 1], tmp_path, launcher, OMP_NUM_THREADS="1")
+    done = start([*words, tmp_path / "two", "--accumulation", 1, *more], tmp_path, launcher, OMP_NUM_THREADS="1")
     assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
     assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=5e-3)
@@ -237,6 +239,11 @@ def test_two_processes_give_the_losses_of_one(words, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=3e-2)
     text = (tmp_path / "log").read_text()
     assert text.count("[3/4] Training Process") == 1 and "3 steps of up to 4 rows" in text
+    assert ("keeps a share of the layers" in text) == bool(more)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=2e-4), name
 
 
 def test_lora_options_train_and_answer_in_bf16_and_unknown_layers_are_told(

@@ -51,8 +51,11 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         fix = f"on the CPU: torchrun --nproc_per_node 2 {shlex.join(['instruct_train_qlora.py', *argv])}"
         problems.add("one process was started instead of several", "accelerate launch", fix)
     if settings.sharding():
-        fix = "leave it out of accelerate's configuration: each GPU holds the whole base model, in 4-bit"
+        fix = "leave it out of accelerate's configuration, and give --shard"
         problems.add(f"{settings.sharding()} cannot split 4-bit weights here", "accelerate launch", fix)
+    if args.shard and settings.process_count() == 1:
+        fix = "start several: torchrun --nproc_per_node N instruct_train_qlora.py"
+        problems.add("one process has nobody to share with", "--shard", fix)
     args.filter = args.filter or (list(preset.filters) if args.dataset == [preset.dataset] else [])
     with problems.collecting():
         choose_selection(args)
@@ -241,6 +244,7 @@ def add_model_flags(flag) -> None:
     choice = console.choice("auto", "on", "off")
     flag("--base-model", metavar="MODEL", help="hub id or folder of a Llama-family model (the preset's)")
     flag("--no-cache", action="store_true", help="do not keep the base model in 4-bit for the next start")
+    flag("--shard", action="store_true", help="divide the base model among the processes of torchrun")
     flag("--start-from", metavar="ADAPTER", help="train further: a folder, a hub id, or embedded (the writer)")
     flag("--rank", type=console.number(int, 1, 4096), help=f"LoRA rank ({RANK}, or that of --start-from)")
     flag("--alpha", type=console.number(int, 1, 10**6), help="LoRA alpha (twice the rank)")

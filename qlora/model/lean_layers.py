@@ -7,8 +7,10 @@ backward passes.
 
 import functools
 
+import bitsandbytes
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.tuners.lora import Linear, Linear4bit
 from torch.nn.functional import linear, rms_norm, silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -144,6 +146,8 @@ def run_linear(layer: Linear | Linear4bit, ordinary, x: torch.Tensor) -> torch.T
     if torch.is_autocast_enabled(x.device.type):  # the sum in LoraLinear is in place, where autocast casts nothing
         x = x.to(torch.get_autocast_dtype(x.device.type))
     a, b = a.to(x.dtype), b.to(x.dtype)
+    if isinstance(base, bitsandbytes.nn.Linear4bit):
+        fix_4bit_weight_quant_state_from_module(base)  # a weight that was divided has lost it
     y = LoraLinear.apply(x, a, b, base.weight, layer.scaling[name])
     return y if base.bias is None else y + base.bias
 
