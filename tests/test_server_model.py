@@ -233,8 +233,11 @@ def read_scores(folder) -> list:
     return sorted((line["question"], line["answer"], line["scores"]["overall_f1"]) for line in lines)
 
 
-def test_an_evaluation_asks_a_server_many_questions_at_a_time(generator, tiny_base, collection, tmp_path, capsys):
+def test_an_evaluation_asks_a_server_many_questions_at_a_time(
+    generator, tiny_base, documents, collection, tmp_path, capsys
+):
     """With the scores of the model here, although every other request fails once; a stopped one goes on."""
+    assert rag("ingest", documents) == 0
     assert evaluate(tmp_path, tiny_base, "--models", "base", "--output", tmp_path / "here", "--batch-size", 1) == 0
     there = "--output", tmp_path / "there"
     with serving(generator, fault="busy") as server:
