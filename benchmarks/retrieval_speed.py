@@ -2,21 +2,25 @@
 """Speed of ingest and search beside LangChain's own PGVector, on the same passages, vectors and server.
 
     python benchmarks/retrieval_speed.py                        # 100,000 passages; about 5 minutes on two cores
-    python benchmarks/retrieval_speed.py --passages 1000000     # more of them
+    python benchmarks/retrieval_speed.py --passages 1000000     # more of them; TODO
     python benchmarks/retrieval_speed.py --documents docs/      # embed and ingest these instead of the sample's
 
 Four measurements, ours beside the plain way in alternating rounds where there is one:
 embedding (SentenceTransformer.encode with its defaults), ingest end to end (against embedding alone, the limit),
-the database path alone with vectors ready, and queries at that size: exact search, HNSW, and its recall.
+the database path alone with vectors ready, and queries at that size: exact search, HNSW and its recall, with words
+(hybrid), and by several askers at once; with the server's memory and its disk.
 The passages of the last two are random words with random clustered vectors: 100,000 real ones would take half an
 hour to embed.
 """
 
+import contextlib
 import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.train_speed import spread
@@ -26,6 +30,7 @@ from qlora.model import base_model
 PROJECT = Path(__file__).resolve().parent.parent
 
 DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
+ASKERS = (1, 4, 16)  # at once
 COMMUNITY_ROWS = 4_000  # for the plain store: all of them would take hours
 
 
@@ -36,6 +41,7 @@ def main(argv: list[str]) -> int:
     from qlora.retrieval import embedded_postgres
 
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
+        Path(folder).chmod(0o755)  # for root's server
         url = embedded_postgres.start_server(Path(folder, "data"))
         result = measure_embedding(args, url)
         result |= measure_store(args, url)
@@ -141,17 +147,24 @@ def measure_store(args, url: str) -> dict:
         rows = slice(number * COMMUNITY_ROWS, (number + 1) * COMMUNITY_ROWS)
         add = lambda rows=rows: community.add_embeddings(texts[rows], vectors[rows].tolist())  # noqa: E731
         taken["community"].append(len(texts[rows]) / stopwatch(add))
-    exact = time_queries(store, ready, vectors)
-    built = stopwatch(store.finish)
-    indexed = time_queries(store, ready, vectors)
+    asked = make_questions(texts, vectors)
+    exact = time_queries(store, ready, asked[: QUERIES // 10], "dense")
+    with watching_memory() as building:
+        built = stopwatch(store.finish)
+    with watching_memory() as asking:
+        modes = {mode: time_queries(store, ready, asked, mode) for mode in ("dense", "hybrid")}
+        askers = {count: ask_at_once(url, asked, count) for count in ASKERS}
     return {
         "passages": store.count(),
+        "notices": store.database.connection.notices,
         "rows_per_second": {name: spread(values) for name, values in taken.items()},
         "database_path_over_community": spread(ratios(taken["ours"], taken["community"])),
         "index_seconds": round(built, 1),
-        "query_ms": {"exact": exact, "indexed": indexed},
+        "query_ms": {"exact": exact, **modes},
+        "hybrid_searches_by_askers": askers,
         "recall@10": doctor.measure_recall(store, 10) if store.is_indexed() else 1.0,
         "bytes": measure_size(store),
+        "server_memory_gb": {"building": round(max(building), 2), "searching": round(max(asking), 2)},
     }
 
 
@@ -192,13 +205,71 @@ def open_community(url: str, embeddings):
     return PGVector(connection_string=url, embedding_function=embeddings, collection_name="community", use_jsonb=True)
 
 
-def time_queries(store, ready: Ready, vectors) -> dict[str, float]:
-    """Milliseconds of a dense search for ten passages near one of the collection's own: median and 95th percentile."""
-    taken = []
-    for n in range(QUERIES):
-        ready.next_vector = vectors[n * len(vectors) // QUERIES].tolist()
-        taken.append(1000 * stopwatch(lambda: store.find("", 10, mode="dense")))
+def make_questions(texts: list[str], vectors) -> list[tuple[str, list[float]]]:
+    """Five words of a passage, some of them common, and its vector: for passages of the whole collection."""
+    import numpy
+
+    chance = numpy.random.default_rng(1)
+    chosen = range(0, len(texts), max(1, len(texts) // QUERIES))
+    return [(" ".join(chance.choice(texts[n].split(), 5)), vectors[n].tolist()) for n in chosen]
+
+
+def time_queries(store, ready: Ready, asked, mode: str) -> dict[str, float]:
+    """Milliseconds of a search for ten passages: median and 95th percentile."""
+    return summarise([time_query(store, ready, *question, mode) for question in asked])
+
+
+def time_query(store, ready: Ready, words: str, vector: list[float], mode: str) -> float:
+    ready.next_vector = vector
+    return 1000 * stopwatch(lambda: store.find(words, 10, mode=mode))
+
+
+def summarise(taken: list[float]) -> dict[str, float]:
     return {"p50": round(statistics.median(taken), 2), "p95": round(statistics.quantiles(taken, n=20)[-1], 2)}
+
+
+def ask_at_once(url: str, asked, count: int) -> dict[str, float]:
+    """Hybrid searches per second of `count` askers, each with its own connection, and the milliseconds of one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from qlora.retrieval.database import Database
+    from qlora.retrieval.pgvector_store import PgVectorStore
+
+    def ask(number: int) -> list[float]:
+        ready = Ready()
+        store = PgVectorStore(Database(url), ready, "ready", "large")
+        taken = [time_query(store, ready, *question, "hybrid") for question in asked[number::count]]
+        store.database.close()
+        return taken
+
+    with ThreadPoolExecutor(count) as pool:
+        started = time.perf_counter()
+        taken = [one for some in pool.map(ask, range(count)) for one in some]
+    return {"per_second": round(len(taken) / (time.perf_counter() - started), 1), **summarise(taken)}
+
+
+@contextlib.contextmanager
+def watching_memory() -> Iterator[list[float]]:
+    """GB of all PostgreSQL's processes, measured twice per second during the block; what they share counts once."""
+    import psutil
+
+    def measure() -> float:
+        total = 0
+        for process in psutil.process_iter(["name"]):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss if "postgres" in process.info["name"] else 0
+        return total / 1e9
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            seen.append(measure())
+
+    seen, ended = [measure()], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield seen
+    ended.set()
+    watcher.join()
 
 
 def measure_size(store) -> dict[str, int]:

@@ -39,11 +39,12 @@ CREATE INDEX ON {table} (document);
 CREATE INDEX ON {table} (same);
 """
 INDEXES = """
-SET LOCAL maintenance_work_mem = '1GB';
 CREATE INDEX IF NOT EXISTS {dense} ON {table} USING hnsw (embedding halfvec_cosine_ops);
 CREATE INDEX IF NOT EXISTS {words} ON {table} USING gin (words);
 ANALYZE {table};
 """
+GRAPH_BYTES = 800  # of an HNSW graph per passage beside its embedding: pgvector 0.8 with m = 16, 32 neighbours below
+MOST_MEMORY = 4 << 30  # bytes of the server that building an index may take
 FIRST_SCHEMA = """
 CREATE SCHEMA rag;
 CREATE TABLE rag.collections (
@@ -312,7 +313,24 @@ def renew_words(cursor, collection: int) -> None:
         ).format(**parts)
     )
     if is_indexed:
-        cursor.execute(sql.SQL(INDEXES).format(**parts))
+        build_indexes(cursor, collection)
+
+
+def build_indexes(cursor, collection: int) -> None:
+    """Builds the HNSW and the word index, with memory for the whole graph as far as MOST_MEMORY reaches.
+
+    What does not fit is built on the disk, many times slower (pgvector's README, "Index Build Time"). Where the
+    server's own maintenance_work_mem is larger, that holds.
+    """
+    parts = name_parts(collection)
+    cursor.execute(sql.SQL("SELECT count(*) FROM {table}").format(**parts))
+    (passages,) = cursor.fetchone()
+    cursor.execute("SELECT dimension FROM rag.collections WHERE id = %s", (collection,))
+    (dimension,) = cursor.fetchone()
+    needed = min(MOST_MEMORY, passages * (2 * dimension + GRAPH_BYTES)) // 1024
+    cursor.execute("SELECT setting::bigint FROM pg_settings WHERE name = 'maintenance_work_mem'")
+    cursor.execute("SET LOCAL maintenance_work_mem = %s", (f"{max(needed, *cursor.fetchone())}kB",))
+    cursor.execute(sql.SQL(INDEXES).format(**parts))
 
 
 def read_version(cursor) -> int:

@@ -18,7 +18,7 @@ from psycopg2 import sql
 
 from qlora.console import fail, note
 from qlora.retrieval import languages, search_sql
-from qlora.retrieval.database import INDEXES, PASSAGES, Database, migrate, name_parts
+from qlora.retrieval.database import PASSAGES, Database, build_indexes, migrate
 from qlora.retrieval.feedback import FeedbackLog
 from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Hit, Passage, PassageStore
 from qlora.retrieval.word_index import index_words, text_key
@@ -151,7 +151,7 @@ class PgVectorStore(PassageStore):
             return
         note(f"Over {INDEXED_FROM:,} passages: building the indexes (once)")
         with self.database.transaction() as cursor:
-            cursor.execute(sql.SQL(INDEXES).format(**name_parts(self.collection.id)))
+            build_indexes(cursor, self.collection.id)
 
     def is_indexed(self) -> bool:
         """Whether the HNSW index exists."""
