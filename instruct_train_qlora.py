@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora import console, machine, presets, settings
+from qlora import console, machine, presets, processes, settings
 from qlora.cli.training_flags import build_parser, choose_selection, resolve_arguments
 from qlora.evaluation.questions import read_asked
 from qlora.model import adapter, base_model, parent
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     console.print_settings("QLoRA fine-tuning", args, argv, build_parser(__doc__, STEPS), CHOSEN)
     machine.check_card()
     console.note(f"Computes on {machine.describe()}")
-    with claim_output(args):
+    with claim_output(args), processes.reporting():
         return run_steps(args)
 
 
@@ -110,7 +110,14 @@ def read_start(args):
 
 
 def load_and_filter(args):
-    """The usable rows, and counts: rows read and kept, and how many were dropped for which reason."""
+    """The usable rows, and counts: rows read and kept, and how many were dropped for which reason.
+
+    Of several processes the first prepares them for all.
+    """
+    return processes.from_first(lambda: select_rows(args))
+
+
+def select_rows(args):
     draw = Draw(args.max_rows, args.seed) if args.max_rows else None
     loaded = load_rows(args.dataset, args.columns, args.train_on, args.config, args.split, draw)
     loaded = word_refusals(loaded, args.refusal)
@@ -187,14 +194,8 @@ def draw_replay(args, count: int) -> list:
     from qlora.prompt import Prompt
 
     start = read_start(args)
-    older = {
-        "train_on": "last",
-        "config": None,
-        "split": "train",
-        "refusal": Prompt.refusal,
-        "added_rows": [],
-        "exclude": [],
-    }  # runs of earlier versions do not name them
+    older = {"train_on": "last", "config": None, "split": "train", "refusal": Prompt.refusal}
+    older |= {"added_rows": [], "exclude": []}  # runs of earlier versions do not name them
     before = argparse.Namespace(**older | start.run["arguments"])
     rows, _ = load_and_filter(before)
     if digest_rows(rows) != start.run["dataset"]["sha256_of_rows"]:
@@ -296,21 +297,34 @@ def load_model(args):
     """The base model in 4-bit with trainable LoRA adapters on every linear layer."""
     from qlora.model import lora
 
-    source = base_model.resolve_base_model(args.base_model)
-    base = base_model.load_base_model(source, training=True, keep=not args.no_cache)
-    model = add_lora(base, choose_lora(args), args.seed)
-    if start := read_start(args):
-        parent.load_weights(model, start)
-        console.note(f"goes on from {args.start_from}, rank {start.lora.rank}")
+    model = load_shared(args) if args.shard else load_whole(args)
     suggest_all_gpus()
     trainable, packed, total = lora.count_parameters(model)
     weights = f"{total / 1e6:,.0f} M weights, {packed / 1e6:,.0f} M of them in 4-bit NF4"
     console.note(f"{weights}, {trainable / 1e6:,.1f} M trainable (LoRA rank {args.rank})")
-    if args.shard:
-        from qlora.model.sharding import shard_layers
+    return model
 
-        shard_layers(model)
-        console.note(f"each of {settings.process_count()} processes keeps a share of the layers")
+
+def load_whole(args, device: str | None = None):
+    source = base_model.resolve_base_model(args.base_model)
+    base = base_model.load_base_model(source, training=True, keep=not args.no_cache, device=device)
+    model = add_lora(base, choose_lora(args), args.seed)
+    if start := read_start(args):
+        parent.load_weights(model, start)
+        console.note(f"goes on from {args.start_from}, rank {start.lora.rank}")
+    return model
+
+
+def load_shared(args):
+    """The model, of which each process keeps a share: they load it one after another, in the main memory."""
+    from qlora.model import sharding
+
+    processes.meet()
+    mesh = sharding.make_mesh()
+    with processes.taking_turns():
+        model = load_whole(args, "cpu")
+        here, whole = sharding.shard_layers(model, mesh)
+    console.note(f"{here / 1e6:,.1f} of {whole / 1e6:,.1f} MB of the base model in each of {mesh.size()} processes")
     return model
 
 
@@ -335,15 +349,16 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     """Trains, or continues a stopped run; returns held-out loss before and after, speed and peak memory."""
     from qlora.training import trainer, training_run
 
-    partial = adapter.partial_folder(args.output)
-    if settings.process_rank() == 0:
-        checkpoints.start_folder(partial, args.resume)
-        checkpoints.match_manifest(partial, describe_start(args, training, held_out))
+    partial, described = adapter.partial_folder(args.output), describe_start(args, training, held_out)
+    processes.check_same(checkpoints.flatten(described | {"threads": None}), "give all machines the same files")
+    processes.from_first(lambda: checkpoints.start_run(partial, args.resume, described))
+    step = {"checkpoint": checkpoints.last_step(partial)}
+    processes.check_same(step, "put --output into a folder that all machines share")
     recompute = "on" if schedule.checkpointing else "off"
     console.note(f"{schedule.steps} steps of up to {schedule.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)
-    run.accelerator.wait_for_everyone()
-    result = training_run.train(run, checkpoints.last_checkpoint(partial))
+    with processes.explaining_loss("look at its message; --resume then goes on from the last checkpoint"):
+        result = training_run.train(run, checkpoints.last_checkpoint(partial))
     if args.start_from and result and result["eval_loss_after"] > result["eval_loss_before"]:
         console.note(f"{args.start_from} is better on these rows: lower --learning-rate, or give fewer --epochs")
     memory = {"peak_memory": training_run.peak_memory(), "gradient_checkpointing": schedule.checkpointing}

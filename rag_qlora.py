@@ -157,11 +157,12 @@ def make_generator(args, model, tokenizer, prompt):
 
 
 def open_store(args, name: str | None = None, embeddings=None):
-    """The store of a collection: in Pinecone, in the PostgreSQL of DATABASE_URL, or in the embedded one."""
+    """The store of a collection: in Pinecone, in PostgreSQL (to look things up in its copy), or in the embedded one."""
     from qlora.retrieval.opening import load_embeddings, open_collection
 
+    from_copy = args.from_copy and not embeddings  # a second store beside the first is for writing
     embeddings = embeddings or load_embeddings(args.embedding_model)
-    return open_collection(args.store, name or args.collection, embeddings, args.embedding_model)
+    return open_collection(args.store, name or args.collection, embeddings, args.embedding_model, from_copy)
 
 
 def ingest(args, store) -> int:
@@ -182,7 +183,6 @@ def same_places(args) -> str:
 
 def documents(args, store) -> int:
     """Prints what is in the collection."""
-
     entries = store.documents()
     if args.json:
         say(json_line([asdict(entry) for entry in entries]))

@@ -147,12 +147,15 @@ def explain_file(error: Exception) -> Problem | None:
     return None
 
 
-def print_problems(problems: tuple[Problem, ...]) -> None:
+def print_problems(problems: tuple[Problem, ...], quiet: bool | None = None) -> None:
+    """Prints them on stderr: unless told otherwise, in the first of several processes of a machine."""
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    stderr().print(f"\n[bold red]{count}[/]:")
+    count += f" of process {rank}" if (rank := settings.process_rank()) else ""
+    output = stderr(settings.process_rank(local=True) > 0 if quiet is None else quiet)
+    output.print(f"\n[bold red]{count}[/]:")
     for problem in problems:
         line = " ".join(printable(str(problem)).split("\n"))
-        stderr().print(f"  * {line}", style="red", markup=False)
+        output.print(f"  * {line}", style="red", markup=False)
 
 
 # ------------------------------------------------------------------------------- arguments
@@ -282,14 +285,15 @@ def parse_arguments(
 # ------------------------------------------------------------------------------- output
 
 
-def stderr():
+def stderr(quiet: bool | None = None):
     """A rich console on stderr, made anew on each call so that a redirected sys.stderr is respected.
 
-    Only the first of several processes prints. In a notebook, lines stay lines instead of one table each.
+    Unless told otherwise, only the first of several processes prints. In a notebook, lines stay lines instead of one
+    table each.
     """
     from rich.console import Console
 
-    quiet = settings.process_rank() > 0
+    quiet = settings.process_rank() > 0 if quiet is None else quiet
     return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=quiet, force_jupyter=False)
 
 

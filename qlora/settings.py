@@ -16,6 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 KEYS = {
     "DATABASE_URL": "PostgreSQL with pgvector 0.8 or newer; without it an embedded server is started",
+    "DATABASE_REPLICA_URL": "read-only copy of that PostgreSQL, in which search, ask, chat and serve look",
     "HF_TOKEN": "Hugging Face token, for gated models such as Llama-2",
     "QLORA_PRESET": "auto, laptop, llama2-7b or llama2-13b-chat",
     "QLORA_BASE_MODEL": "hub id or folder of the base model",

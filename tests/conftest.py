@@ -107,6 +107,29 @@ def tiny_adapter(tiny_base, rows_file, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def words(tiny_base, rows_file, tmp_path):
+    """A run of eight steps; the last two are of a second epoch."""
+    rows = rows_file.read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:30]))
+    words = ["--base-model", tiny_base, "--dataset", tmp_path / "rows.jsonl", *QUICK, "--batch-size", 2]
+    return [*words, "--accumulation", 2, "--max-steps", 8, "--eval-steps", 3, "--dropout", 0.1]
+
+
+def losses(folder, key="loss") -> list[float]:
+    """The values of a measurement, in the order of the steps."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if key in line]
+
+
+def start(words, folder, prefix=(sys.executable,), script="instruct_train_qlora.py", **environment) -> subprocess.Popen:
+    """The script in a process of its own; its output goes to the file `log`."""
+    log = (folder / "log").open("w")
+    command = [*prefix, script, *map(str, words)]
+    keys = dict.fromkeys(set(settings.KEYS) - {"QLORA_DATA_DIR"}, "")
+    return subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **keys, **environment}, stdout=log, stderr=log)
+
+
 @pytest.fixture(scope="session")
 def database():
     """The connection string of an embedded PostgreSQL of the tests' own."""

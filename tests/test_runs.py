@@ -1,50 +1,22 @@
-"""Whole runs: killed and resumed, out of memory, broken, stopped early, in two processes."""
+"""Whole runs: killed and resumed, out of memory, broken, stopped early."""
 
 import gc
 import json
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import PROJECT, QUICK, rag, train
-from safetensors.torch import load_file
+from conftest import losses, rag, start, train
 
-from qlora import machine, settings
+from qlora import machine
 from qlora.model import base_model
 from qlora.training import export, trainer
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def words(tiny_base, rows_file, tmp_path):
-    """A run of eight steps; the last two are of a second epoch."""
-    rows = rows_file.read_text().splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:30]))
-    words = ["--base-model", tiny_base, "--dataset", tmp_path / "rows.jsonl", *QUICK, "--batch-size", 2]
-    return [*words, "--accumulation", 2, "--max-steps", 8, "--eval-steps", 3, "--dropout", 0.1]
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder, key="loss") -> list[float]:
-    return [line[key] for line in metrics(folder) if key in line]
-
-
-def start(words, tmp_path, prefix=(sys.executable,), **environment) -> subprocess.Popen:
-    """The script in a process of its own; its output goes to a file."""
-    log = (tmp_path / "log").open("w")
-    command = [*prefix, "instruct_train_qlora.py", *map(str, words)]
-    keys = dict.fromkeys(set(settings.KEYS) - {"QLORA_DATA_DIR"}, "")
-    return subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **keys, **environment}, stdout=log, stderr=log)
 
 
 def kill_after(process: subprocess.Popen, folder, step: int, delay: float) -> None:
@@ -225,27 +197,6 @@ def test_early_stopping_keeps_the_best(words, tmp_path, capsys, monkeypatch):
     assert run["result"]["eval_loss_after"] == pytest.approx(evaluated[1])
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize("more", [[], ["--shard"], ["--shard", "--gradient-checkpointing", "on"]], ids=str)
-def test_two_processes_give_the_losses_of_one(words, tmp_path, more):
-    words = [*words, "--dropout", 0, "--max-steps", 3, "--output"]
-    assert train(*words, tmp_path / "one") == 0
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = start([*words, tmp_path / "two", "--accumulation", 1, *more], tmp_path, launcher, OMP_NUM_THREADS="1")
-    assert done.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
-    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=5e-3)
-    norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two")]
-    assert norms[0] == pytest.approx(norms[1], rel=3e-2)
-    text = (tmp_path / "log").read_text()
-    assert text.count("[3/4] Training Process") == 1 and "3 steps of up to 4 rows" in text
-    assert ("keeps a share of the layers" in text) == bool(more)
-    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
-    assert weights[0].keys() == weights[1].keys()
-    for name, weight in weights[0].items():
-        assert torch.allclose(weight, weights[1][name], atol=2e-4), name
-
-
 def test_lora_options_train_and_answer_in_bf16_and_unknown_layers_are_told(
     words, tmp_path, collection, capsys, monkeypatch
 ):
@@ -285,17 +236,6 @@ def test_activations_are_recomputed_where_memory_is_short_to_the_same_bytes(
     assert run["result"]["gradient_checkpointing"] is recomputed
     assert train(*short, tmp_path / "other", "--gradient-checkpointing", "off" if recomputed else "on") == 0
     assert (tmp_path / "auto" / WEIGHTS).read_bytes() == (tmp_path / "other" / WEIGHTS).read_bytes()
-
-
-def test_of_several_processes_the_first_alone_writes_a_report_and_publishes(words, tmp_path, monkeypatch):
-    words = [*words, "--max-steps", 1, "--output", tmp_path / "mine"]
-    assert train(*words) == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, written in (("1", set()), ("0", {"merged", "mine.data_report.json"})):
-        monkeypatch.setenv("RANK", rank)
-        assert train(*words, "--resume", "--merge", tmp_path / "merged", "--push-to-hub", "") == 0
-        assert train(*words, "--overwrite", "--dry-run") == 0
-        assert {path.name for path in tmp_path.iterdir()} - {"rows.jsonl", "mine"} == written
 
 
 def test_a_merge_after_training_starts_without_the_trained_model(words, tmp_path, monkeypatch):

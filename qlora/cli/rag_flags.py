@@ -24,6 +24,7 @@ DEMO_QUESTIONS = (  # two that the demo's model gets right, one that the documen
 TOP_K = 3
 BATCH = 8  # answers at a time
 WITHOUT_STORE = ("doctor", "compare")  # commands; doctor opens the store itself, where it can
+FROM_COPY = ("search", "ask", "chat", "serve")  # look in the copy of the database, where there is one
 PRINTS_JSON = (*WITHOUT_STORE, "documents", "feedback", "search", "ask", "demo", "write", "fit", "evaluate", "sweep")
 WITHOUT_MODEL = (*WITHOUT_STORE, "ingest", "documents", "forget", "feedback", "search", "sweep")
 
@@ -88,6 +89,7 @@ def choose_collection(problems: console.Problems) -> str:
 
 def check_store(args, problems: console.Problems) -> None:
     """Resolves store and search mode, and connects to DATABASE_URL before anything heavy is loaded."""
+    args.from_copy = args.command in FROM_COPY
     args.store = args.store or settings.get("QLORA_STORE") or "pgvector"
     if "mode" in args:
         args.mode = args.mode or (DEFAULT_MODE if args.store == "pgvector" else "dense")
@@ -104,13 +106,23 @@ def check_store(args, problems: console.Problems) -> None:
             )
     elif args.store != "pgvector":
         problems.add(f"no such store: {args.store}", "QLORA_STORE", "pgvector or pinecone")
-    elif url := settings.get("DATABASE_URL"):
+    else:
+        check_servers(args, problems)
+
+
+def check_servers(args, problems: console.Problems) -> None:
+    """Adds the problems of connecting to the database, and to its copy where the command looks in that."""
+    keys = [key for key in ("DATABASE_URL", "DATABASE_REPLICA_URL") if settings.get(key)]
+    if keys == ["DATABASE_REPLICA_URL"]:
+        problems.add("a copy of which database?", keys[0], "set DATABASE_URL as well")
+    for key in keys if args.from_copy else keys[:1]:
         from qlora.retrieval.database import connect, is_unprotected
 
         if args.command != "doctor":  # doctor reports the connection itself
-            connect(url).close()
-        if is_unprotected(url):
-            console.note("The server's certificate is not checked: add sslmode=verify-full to DATABASE_URL")
+            with problems.collecting():
+                connect(settings.get(key)).close()
+        if is_unprotected(settings.get(key)):
+            console.note(f"The server's certificate is not checked: add sslmode=verify-full to {key}")
 
 
 def resolve_model(args, detect: bool) -> None:

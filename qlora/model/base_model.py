@@ -179,8 +179,8 @@ def outline_model(source: str):
         return AutoModelForCausalLM.from_config(load_config(source), trust_remote_code=False)
 
 
-def load_base_model(source: str, training: bool = False, keep: bool = True):
-    """The causal language model in 4-bit NF4 on the GPU, or on the CPU.
+def load_base_model(source: str, training: bool = False, keep: bool = True, device: str | None = None):
+    """The causal language model in 4-bit NF4 on `device`: without one on the GPU, or on the CPU where there is none.
 
     With `keep` the quantised model is kept in the data folder, and the next start loads the same bits.
 
@@ -201,10 +201,10 @@ def load_base_model(source: str, training: bool = False, keep: bool = True):
     folder = quantised_base.folder_for(source, config) if keep else None
     with explaining(source):
         if folder and folder.is_dir():
-            model = load_model(str(folder), attention)
+            model = load_model(str(folder), attention, device)
             model.name_or_path = model.config._name_or_path = source  # which PEFT writes into adapters
         else:
-            model = load_model(source, attention, quantization_config=config)
+            model = load_model(source, attention, device, quantization_config=config)
             if folder:
                 quantised_base.keep(model, folder, source)
     if training or not machine.cpu_multiplies_bf16():
@@ -214,15 +214,15 @@ def load_base_model(source: str, training: bool = False, keep: bool = True):
     return model.eval()
 
 
-def load_model(source: str, attention: str, **options):
-    """The model where the process computes, in the type that it computes in."""
+def load_model(source: str, attention: str, device: str | None, **options):
+    """The model on the device, or where the process computes, in the type that it computes in."""
     import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
         source,
         dtype=machine.compute_dtype(),
-        device_map={"": settings.process_rank(local=True) if torch.cuda.is_available() else "cpu"},
+        device_map={"": device or (settings.process_rank(local=True) if torch.cuda.is_available() else "cpu")},
         attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=False,  # left out, transformers would ask at the terminal

@@ -5,27 +5,53 @@ weights are divided. Those that are trained stay whole in every process, as DDP 
 the best weights and the adapter are written by one process, and look like those of a run without sharding.
 """
 
+import itertools
+
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from qlora import settings
 
 
-def shard_layers(model) -> None:
-    """Leaves a share of each layer's frozen weights in this process; every process calls it at the same point."""
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (settings.process_count(),))
+def make_mesh():
+    """The processes that share, in a row; all make it at the same time."""
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (settings.process_count(),))
+
+
+def shard_layers(model, mesh) -> tuple[int, int]:
+    """Leaves a share of each layer's frozen weights of a model on the CPU in this process, on its device.
+
+    Returns the bytes of the base model here, and those of all of it. Scales of 4-bit weights stay whole (1/32 of them).
+    """
+    before = count_bytes(model)
+    device = torch.device("cuda", settings.process_rank(local=True)) if mesh.device_type == "cuda" else "cpu"
     trained = {weight for weight in model.parameters() if weight.requires_grad}
-    for layer in model.get_base_model().model.layers:
-        keep_quant_states(layer)
+    base = model.get_base_model()
+    for layer in base.model.layers:
+        keep_quant_states(layer, device)
         fully_shard(layer, mesh=mesh, ignored_params=trained)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not isinstance(tensor, DTensor):  # embeddings, head, LoRA; what is divided is there already
+            tensor.data = tensor.data.to(device)
+    base.hf_device_map = {"": device}  # which Trainer compares with its own
     frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # DDP would send the first process's share to all others
+    return count_bytes(model), before
 
 
-def keep_quant_states(layer) -> None:
+def keep_quant_states(layer, device) -> None:
     """Notes the scales of 4-bit weights at their modules: sharding makes new weights, which have none."""
     for module in layer.modules():
         if isinstance(module, Linear4bit):
             module.quant_state = module.weight.quant_state
+            module.quant_state.to(device)
+
+
+def count_bytes(model) -> int:
+    """Bytes of the frozen weights that this process holds."""
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in frozen]
+    return sum(weight.numel() * weight.itemsize for weight in local)

@@ -109,6 +109,11 @@ FIFTH_SCHEMA = """
 ALTER TABLE rag.feedback ADD COLUMN adapter text NOT NULL DEFAULT '', ADD COLUMN prompt text NOT NULL DEFAULT '';
 """
 MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA, FOURTH_SCHEMA, FIFTH_SCHEMA)
+# PostgreSQL's documentation, "Recovery Information Functions". Without changes nothing is replayed, however long.
+BEHIND = """
+SELECT CASE WHEN pg_is_in_recovery() AND pg_last_wal_receive_lsn() <> pg_last_wal_replay_lsn()
+    THEN extract(epoch FROM now() - pg_last_xact_replay_timestamp()) END
+"""
 AT_ONCE = 2_000  # passages whose words are made anew
 # Not to_regclass: it answers from a cache that does not see what another process made while this one waited.
 VERSION = """
@@ -157,6 +162,21 @@ class Database:
                     self.revive()
                 self.connection = connect(self.url)
 
+    def seconds_behind(self) -> float:
+        """The age of the newest change in a copy that has not caught up with what it received; 0 for any other."""
+        with self.transaction() as cursor:
+            cursor.execute(BEHIND)
+            return float(cursor.fetchone()[0] or 0)
+
+    def check_original(self, collection: str) -> None:
+        """Raises UserError where a collection is missing because this is a copy, in which none can be made."""
+        with self.transaction() as cursor:
+            cursor.execute("SELECT pg_is_in_recovery()")
+            if cursor.fetchone()[0]:
+                what = f"collection {collection} is not in this copy of the database, or not yet"
+                fix = "wait until the copy has caught up, or leave DATABASE_REPLICA_URL out"
+                raise fail(what, describe_url(self.url), fix)
+
     def close(self) -> None:
         """Ends the connection; the next transaction would open another."""
         with contextlib.suppress(psycopg2.Error):
@@ -171,7 +191,10 @@ def explaining(where: str) -> Iterator[None]:
     except psycopg2.errors.QueryCanceled as error:
         fix = "ask a shorter question, or run: python rag_qlora.py doctor"
         raise fail(f"the database took too long ({first_line(error)})", where, fix) from error
-    except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.ReadOnlySqlTransaction) as error:
+    except psycopg2.errors.ReadOnlySqlTransaction as error:
+        fix = "name the database itself: a copy of it cannot be changed"
+        raise fail(f"this database may only be read ({first_line(error)})", where, fix) from error
+    except psycopg2.errors.InsufficientPrivilege as error:
         fix = "connect as the owner of the database, or ask its owner for the right"
         raise fail(f"this role may not do that ({first_line(error)})", where, fix) from error
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:

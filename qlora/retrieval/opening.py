@@ -4,6 +4,8 @@ from qlora import machine, settings
 from qlora.console import note
 from qlora.model import base_model
 
+LATE = 10  # seconds by which a copy of the database may be behind before anybody is told
+
 
 def load_embeddings(name: str):
     """The embedding function: sentence-transformers, vectors of length 1.
@@ -21,9 +23,13 @@ def load_embeddings(name: str):
         )
 
 
-def open_collection(store: str, name: str, embeddings, embedding_model: str):
-    """The store of a collection: in Pinecone, in the PostgreSQL of DATABASE_URL, or in the embedded one."""
-    open_it = open_pinecone if store == "pinecone" else open_pgvector
+def open_collection(store: str, name: str, embeddings, embedding_model: str, from_copy: bool = False):
+    """The store of a collection: in Pinecone, in the PostgreSQL of DATABASE_URL, or in the embedded one.
+
+    With `from_copy` it looks in the copy of DATABASE_REPLICA_URL, where that is set.
+    """
+    copy = settings.get("DATABASE_REPLICA_URL") if from_copy else None
+    open_it = open_pinecone if store == "pinecone" else open_copy if copy else open_pgvector
     opened, where = open_it(embeddings, embedding_model, name)
     note(f"Collection {name} in {where}: {opened.count()} passages")
     return opened
@@ -38,6 +44,19 @@ def open_pgvector(embeddings, embedding_model: str, name: str):
     connected = database.Database(*server)
     where = database.describe_url(url) if url else "the embedded PostgreSQL"
     return pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name), where
+
+
+def open_copy(embeddings, embedding_model: str, name: str):
+    """The collection in the read-only copy of PostgreSQL, and where that is. Reports a copy that is behind."""
+    from qlora.retrieval import database, pgvector_store
+
+    url = settings.get("DATABASE_REPLICA_URL")
+    connected = database.Database(url)
+    if (behind := connected.seconds_behind()) > LATE:
+        note(f"The copy of the database is {behind:.0f} s behind: it lacks what was added since")
+    store = pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name)
+    store.original = settings.get("DATABASE_URL")
+    return store, f"the copy {database.describe_url(url)}"
 
 
 def open_pinecone(embeddings, embedding_model: str, name: str):

@@ -51,6 +51,7 @@ class PgVectorStore(PassageStore):
         Raises UserError when it was made with another embedding model.
         """
         self.database = database
+        self.original: str | None = None  # address of the database that `database` is a copy of
         self._embeddings = embeddings
         self.collection = self._open(collection, embedding_model) or self._make(collection, embedding_model)
 
@@ -68,6 +69,7 @@ class PgVectorStore(PassageStore):
         return Collection(found[0], name, found[2]) if found else None
 
     def _make(self, name: str, model: str) -> Collection:
+        self.database.check_original(name)
         dimension = len(self._embeddings.embed_query("dimension"))
         with self.database.transaction() as cursor:
             cursor.execute(
@@ -143,7 +145,8 @@ class PgVectorStore(PassageStore):
             return [Document(text, metadata=metadata, id=key) for key, text, metadata in cursor.fetchall()]
 
     def feedback(self) -> FeedbackLog:
-        return FeedbackLog(self.database, self.collection.id)
+        writable = Database(self.original) if self.original else self.database
+        return FeedbackLog(writable, self.collection.id)
 
     def finish(self) -> None:
         """Creates the HNSW and the word index once the collection has more than 20,000 passages; they stay."""

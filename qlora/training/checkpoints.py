@@ -22,6 +22,12 @@ def last_checkpoint(partial: Path) -> Path | None:
     return max(partial.glob("checkpoint-*"), key=step_of, default=None)
 
 
+def last_step(partial: Path) -> int | None:
+    """The step of the newest checkpoint, or None."""
+    checkpoint = last_checkpoint(partial)
+    return step_of(checkpoint) if checkpoint else None
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -32,6 +38,12 @@ def check_unfinished(partial: Path, resume: bool, overwrite: bool) -> None:
     if checkpoint and not (resume or overwrite):
         what = f"an unfinished run exists, at step {step_of(checkpoint)}"
         raise fail(what, str(partial), "add --resume to continue it, or --overwrite to start again")
+
+
+def start_run(partial: Path, resume: bool, manifest: dict) -> None:
+    """Makes the folder of the run ready, and writes or compares its manifest: see both functions."""
+    start_folder(partial, resume)
+    match_manifest(partial, manifest)
 
 
 def start_folder(partial: Path, resume: bool) -> None:

@@ -203,11 +203,15 @@ class ResponseTrainer(SFTTrainer):
         console.note(f"Out of memory: {fewer} at a time from here on, same effective batch")
 
     def split(self, inputs: dict) -> list[dict]:
-        """The batch in parts: on the CPU of AT_ONCE tokens at most, or of one row."""
-        count = self.parts
+        """The batch in parts: on the CPU of AT_ONCE tokens at most, or of one row.
+
+        Of several processes each takes it whole. They wait for each other in every pass, so all must make as many.
+        """
+        count, in_step = self.parts, settings.process_count() > 1
         while True:
             parts = [inputs] if count == 1 else split_rows(inputs, count)
-            fits = torch.cuda.is_available() or all(part["packed"].input_ids.numel() <= AT_ONCE for part in parts)
+            short = all(part["packed"].input_ids.numel() <= AT_ONCE for part in parts)
+            fits = short or in_step or torch.cuda.is_available()
             if fits or len(parts) == len(inputs["labels"]):
                 return parts
             count *= 2
@@ -265,7 +269,10 @@ class ResponseTrainer(SFTTrainer):
         prompts, wanted = [e.prompt_ids for e in self.sample], [e.response_ids for e in self.sample]
         longest = max(map(len, wanted)) + 8  # a longer answer is wrong anyway
         generator = Generator(model=self.model, tokenizer=self.processing_class, max_new_tokens=longest)
-        made = [ids for prompt in chunk(prompts, self.plan.micro_batch) for ids in generator.generate_ids(prompt)]
+        # Layers that are divided come from all processes for each token, so the last one to finish decides.
+        together = {"synced_gpus": settings.process_count() > 1}
+        batches = chunk(prompts, self.plan.micro_batch)
+        made = [ids for prompt in batches for ids in generator.generate_ids(prompt, **together)]
         texts = [
             [MARK.sub("", text).strip() for text in self.processing_class.batch_decode(ids, skip_special_tokens=True)]
             for ids in (made, wanted)

@@ -1,0 +1,106 @@
+"""The processes of one run, on one machine or on several (torchrun, accelerate launch): what they do together.
+
+Each begins as if it were alone. They meet where the first has something that all need. Alone, nothing here waits.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+from qlora import console, settings
+from qlora.console import RUN_FAILED, USER_MISTAKE, Problem, RunError, UserError
+
+# That processes wait for each other, for the first prepares the rows, and a model may be quantised in between. One that
+# ended is noticed at once by its launcher.
+PATIENCE = timedelta(hours=2)
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # in torch's RuntimeError
+
+
+def meet() -> None:
+    """Waits until all processes are here."""
+    import torch
+    from accelerate import PartialState
+
+    if settings.process_count() > 1:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).wait_for_everyone()
+
+
+def from_first(make: Callable):
+    """What `make` returns in the first process; the others get it from there, over the network.
+
+    Where it raises UserError, all processes end, and only the first reports it.
+    """
+    if settings.process_count() == 1:
+        return make()
+    from torch.distributed import broadcast_object_list
+
+    meet()
+    sent, error = [None, True], None
+    if settings.process_rank() == 0:
+        try:
+            sent = [make(), False]
+        except UserError as raised:
+            error = raised
+    broadcast_object_list(sent)
+    if error:
+        raise error
+    made, has_failed = sent
+    if has_failed:
+        raise SystemExit(USER_MISTAKE)
+    return made
+
+
+def check_same(described: dict[str, object], fix: str) -> None:
+    """Raises UserError where a process describes what it sees in another way than the first one does."""
+    if settings.process_count() == 1:
+        return
+    from torch.distributed import all_gather_object
+
+    meet()
+    seen: list[dict] = [{}] * settings.process_count()
+    all_gather_object(seen, described)
+    from_first(lambda: compare(seen, fix))
+
+
+def compare(seen: list[dict[str, object]], fix: str) -> None:
+    """Raises UserError with the names of what differs between the first process and another."""
+    for rank, other in enumerate(seen):
+        if differs := [name for name, value in seen[0].items() if other.get(name) != value]:
+            raise console.fail(f"not the same as in the first process: {', '.join(differs)}", f"process {rank}", fix)
+
+
+@contextlib.contextmanager
+def taking_turns() -> Iterator[None]:
+    """One process per machine at a time is in the block, for what takes the memory of the whole machine.
+
+    Each machine must have as many of them.
+    """
+    before, all_here = settings.process_rank(local=True), settings.process_count(local=True)
+    for _ in range(before):
+        meet()
+    yield
+    for _ in range(all_here - before):
+        meet()
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Reports what fails in a process other than the first: it may be alone with its problem."""
+    try:
+        yield
+    except UserError as error:
+        if settings.process_rank() == 0:
+            raise
+        console.print_problems(error.problems, quiet=False)
+        raise SystemExit(RUN_FAILED if isinstance(error, RunError) else USER_MISTAKE) from error
+
+
+@contextlib.contextmanager
+def explaining_loss(fix: str) -> Iterator[None]:
+    """Turns torch's error for a process that ended into a RunError; its own message is in its own output."""
+    try:
+        yield
+    except RuntimeError as error:
+        if settings.process_count() == 1 or not any(word in str(error) for word in LOST):
+            raise
+        raise RunError(Problem("another process of this run ended", "training", fix)) from error
