@@ -239,7 +239,8 @@ def plan_run(args, training):
         machine.check_disk(machine.check_writable(Path(args.merge)), 2 * outline.num_parameters())
     model = add_lora(outline, choose_lora(args), args.seed)
     schedule = plan_schedule(args, len(training.batches))
-    plan = costs.plan_costs(schedule, training.batches, model)
+    shares = settings.process_count() if args.shard else 1
+    plan = costs.plan_costs(schedule, training.batches, model, shares)
     if args.gradient_checkpointing == "auto" and not costs.fits(plan):
         schedule, plan = replace(schedule, checkpointing=True), {**plan, "checkpointing": True}
     costs.check_gpu_memory(plan)

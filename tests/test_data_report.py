@@ -162,11 +162,14 @@ def test_sizes_of_a_model_without_weights(tiny_base):
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base))
         weights = base.num_parameters()
-        sizes = costs.describe_model(add_lora(base, Lora(4, 8), seed=0))
+        model = add_lora(base, Lora(4, 8), seed=0)
+        sizes = costs.describe_model(model)
     lora = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # two layers; q o, k v, gate up down
     in_4_bit = 2 * (2 * 64 * 64 + 64 * 32 + 2 * 64 * 128)  # q o, k, gate up; v and down stay in 16 bit
     assert (sizes["parameters"], sizes["lora_parameters"], sizes["layers"]) == (weights + lora, lora, 2)
-    assert sizes["base_bytes"] == pytest.approx(0.516 * in_4_bit + 2 * (weights - in_4_bit), rel=1e-3)
+    whole, shared = costs.count_base_bytes(model), costs.count_base_bytes(model, shares=4)
+    assert whole == pytest.approx(0.516 * in_4_bit + 2 * (weights - in_4_bit), rel=1e-3)
+    assert shared - whole == pytest.approx(0.5 * in_4_bit * (1 / 4 + 2 / 2 - 1), abs=2)  # two layers are whole: all
     widths = "hidden_size", "mlp_size", "query_size", "key_size", "vocabulary"
     assert [sizes[name] for name in widths] == [64, 128, 64, 32, base.config.vocab_size]
 

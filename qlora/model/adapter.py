@@ -27,6 +27,7 @@ OURS = {  # what a folder may hold that --overwrite replaces
 }
 REQUIRED_FILES = ("adapter_model.safetensors", "adapter_config.json", "prompt.json", "run.json")
 REQUIRED_FILES += ("tokenizer.json", "tokenizer_config.json")
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes (vllm/config/lora.py, 0.33)
 
 
 @dataclass(frozen=True)
@@ -272,5 +273,17 @@ model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
+{serving_hint(base, run["arguments"])}
+
 Everything about the run is in `run.json`.
 """
+
+
+def serving_hint(base: str, arguments: dict) -> str:
+    """How vLLM serves the adapter: it takes ranks up to one of VLLM_RANKS, 16 unless told, and no DoRA."""
+    ranks = [rank for rank in VLLM_RANKS if rank >= arguments.get("rank", 16)]
+    if arguments.get("dora") or not ranks:
+        return "vLLM takes no such adapter: serve the folder that `instruct_train_qlora.py --resume --merge` writes."
+    words = ["vllm serve", base, "--enable-lora", f"--max-lora-rank {max(16, ranks[0])}"]
+    words += ["--lora-modules mine=THIS_FOLDER", "--chat-template THIS_FOLDER/chat_template.jinja"]
+    return f"```console\n$ {' '.join(words)}\n```"

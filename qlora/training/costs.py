@@ -26,11 +26,12 @@ LIBRARIES_CUDA, LIBRARIES_CPU = 1.2e9, 1.9e9
 FULL = 0.9  # share of the free memory that an estimate may fill; most estimates are too high
 
 
-def plan_costs(schedule, batches: Sequence[Sequence[Example]], model) -> dict:
+def plan_costs(schedule, batches: Sequence[Sequence[Example]], model, shares: int = 1) -> dict:
     """The schedule's fields, and whatever else decides time and memory: the input of all estimates.
 
     `model` has its LoRA; it may be on the meta device, without weights. `batches` are those of the first epoch. The
-    tokens that are computed count: without padding, common beginnings once.
+    tokens that are computed count: without padding, common beginnings once. `shares` is how many processes divide the
+    layers among them.
     """
     tokens, keys, labels = zip(*map(count_batch, batches), strict=True)
     sizes = {
@@ -40,7 +41,7 @@ def plan_costs(schedule, batches: Sequence[Sequence[Example]], model) -> dict:
         "longest": max(len(example.input_ids) for batch in batches for example in batch),
         "processes": settings.process_count(),
     }
-    return {**asdict(schedule), **describe_model(model), **sizes}
+    return {**asdict(schedule), **describe_model(model), "base_bytes": count_base_bytes(model, shares), **sizes}
 
 
 def count_batch(batch: Sequence[Example]) -> tuple[int, int, int]:
@@ -57,7 +58,6 @@ def describe_model(model) -> dict[str, int]:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return {
         "parameters": model.num_parameters(),
-        "base_bytes": count_base_bytes(model),
         "lora_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -68,8 +68,12 @@ def describe_model(model) -> dict[str, int]:
     }
 
 
-def count_base_bytes(model) -> int:
-    """Bytes of the base model in 4-bit, with what quantisation leaves in 16 bit."""
+def count_base_bytes(model, shares: int = 1) -> int:
+    """Bytes of the base model in 4-bit in a process, with what quantisation leaves in 16 bit.
+
+    Of `shares` processes each has its part of the packed weights, and two layers whole: the one that computes, and the
+    next, which arrives meanwhile. Scales are not divided.
+    """
     from torch.nn import Linear
 
     kept = set(skipped_layers(model.config.get_text_config()) or ["lm_head"])
@@ -79,7 +83,9 @@ def count_base_bytes(model) -> int:
         if isinstance(layer, Linear) and ".lora_" not in name and not kept & set(name.split("."))
     )
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return round(NF4_BYTES * packed + 2 * (model.num_parameters() - trained - packed))
+    halves, layers = packed / 2, model.config.get_text_config().num_hidden_layers
+    here = halves if shares == 1 else halves / shares + 2 * halves / layers
+    return round(here + (NF4_BYTES - 1 / 2) * packed + 2 * (model.num_parameters() - trained - packed))
 
 
 def measure_rate(seconds: float = 0.5) -> float:
@@ -147,14 +153,15 @@ def estimate_memory(plan: dict) -> dict[str, float]:
 
     Within a fifth on the CPU, and within a tenth of what torch counts for a step of a Llama on a GPU
     (benchmarks/gpu_memory.py). A LoRA weight takes 16 bytes: on the CPU fp32 weight, gradient and two moments of AdamW;
-    on a GPU a copy of the gradient, moments in 8 bit, and the weight in 16 bit.
+    on a GPU a copy of the gradient, moments in 8 bit, and the weight in 16 bit. Of several processes each has 4 more,
+    for the gradients that it sends.
     """
     import torch
 
     on_gpu = torch.cuda.is_available()
     parts = {
         "base_model": plan["base_bytes"],
-        "lora": 16 * plan["lora_parameters"],
+        "lora": (16 if plan["processes"] == 1 else 20) * plan["lora_parameters"],
         "activations": count_activations(plan) if on_gpu else estimate_activations(plan),
         "libraries": LIBRARIES_CUDA if on_gpu else LIBRARIES_CPU,
     }
