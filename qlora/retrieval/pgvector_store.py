@@ -25,6 +25,7 @@ from qlora.retrieval.word_index import index_words, text_key
 
 INDEXED_FROM = 20_000  # passages; below, a scan takes a few milliseconds and finds everything
 PASSAGE_COLUMNS = "id, document, text, metadata, embedding, same"
+NEVER = 2.0  # more than the share of passages that any word is in: what a filter leaves may have few of a common one
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_TRAILER = struct.pack("!h", -1)
 
@@ -281,17 +282,16 @@ class PgVectorStore(PassageStore):
         values |= {
             **{"words": index_words(question), "vector": HalfVector(vector), "collection": self.collection.id},
             **{"k": k, "nearest": nearest, "texts": k if mode != "hybrid" else max(k, nearest // 4)},
-            **{"enough": INDEXED_FROM, "most": search_sql.WORDS},
+            **{"enough": INDEXED_FROM, "most": search_sql.WORDS, "passages": f"passages_{self.collection.id}"},
             **{"common": search_sql.COMMON, "lexical_weight": search_sql.LEXICAL_WEIGHT},
         }
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(search_sql.SECONDS) as cursor:
             settings = sql.SQL(search_sql.INDEX_SETTINGS)
-            if where:
-                # HNSW walks through neighbours that the filter rejects. Where few passages match, all are compared.
-                cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)
-                if cursor.fetchone()[0] <= INDEXED_FROM:
-                    settings += sql.SQL("SET LOCAL enable_indexscan = off;")
+            values |= (size := self._measure(cursor, parts, values, bool(where)))
+            # HNSW walks through neighbours that the filter rejects. Where few passages match, all are compared.
+            if where and size["total"] <= INDEXED_FROM:
+                settings += sql.SQL("SET LOCAL enable_indexscan = off;")
             statement = settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts)
             while True:
                 values |= {"looked_at": looked_at, "candidates": min(1000, max(100, looked_at))}
@@ -300,6 +300,19 @@ class PgVectorStore(PassageStore):
                 if not found or not found[0][-1] or looked_at >= search_sql.MOST:
                     return [Hit(*row, near.to_numpy(), tuple(sources)) for *row, near, sources, _ in found]
                 looked_at *= search_sql.MORE
+
+    def _measure(self, cursor, parts, values, is_filtered: bool) -> dict[str, float]:
+        """How many passages there are to find, about, and the share of them from which a word is too common.
+
+        The exact number decides nothing among more than INDEXED_FROM, and counting a million takes a tenth of a second.
+        """
+        cursor.execute(search_sql.SIZE, values)
+        known = max(0.0, cursor.fetchone()[0])
+        if is_filtered or known <= INDEXED_FROM:
+            cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)
+            (counted,) = cursor.fetchone()
+            return {"total": counted if counted <= INDEXED_FROM else max(counted, known), "often": NEVER}
+        return {"total": known, "often": 2 * search_sql.COMMON / known}
 
 
 def encode_rows(by_document: dict[int, list[Passage]]) -> BytesIO:
