@@ -2,8 +2,7 @@
 """Fine-tunes a Llama-family model in 4-bit (QLoRA) on rows of context / instruction / response; saves the adapter.
 
     python instruct_train_qlora.py                                    # laptop: embedded model, sample rows
-    python instruct_train_qlora.py --dataset rows.jsonl --columns context=passage instruction=question
-    python instruct_train_qlora.py --preset llama2-7b --filter category=closed_qa,information_extraction
+    python instruct_train_qlora.py --preset llama2-7b --dataset rows.jsonl --columns context=passage
 
 Precedence: flag > environment > .env > preset or default.
 """
@@ -325,7 +324,8 @@ def load_shared(args):
     with processes.taking_turns():
         model = load_whole(args, "cpu")
         here, whole = sharding.shard_layers(model, mesh)
-    console.note(f"{here / 1e6:,.1f} of {whole / 1e6:,.1f} MB of the base model in each of {mesh.size()} processes")
+    share = f"{here / whole:.0%} of the base model, {here / 1e9:.2f} GB"
+    console.note(f"each of {mesh.size()} processes keeps {share}")
     return model
 
 

@@ -1,5 +1,6 @@
 """Training in several processes, with gloo on the CPU: the same as in one, killed, resumed, with other files."""
 
+import re
 import signal
 import sys
 
@@ -34,7 +35,7 @@ def train_in_two(words, folder, in_second: str = "pass") -> tuple[int, str]:
     return made.wait(timeout=300), " ".join((folder / "log").read_text().split())
 
 
-@pytest.mark.parametrize("more", [[], ["--shard"], ["--shard", "--gradient-checkpointing", "on"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["--shard", "--gradient-checkpointing", "on"]], ids=str)
 def test_two_processes_give_the_losses_of_one(words, tmp_path, more):
     """With batches that the CPU would split if it were alone, and rows that only the first process can read."""
     words = [*words, "--dropout", 0, "--max-steps", 3, "--output"]
@@ -46,7 +47,8 @@ def test_two_processes_give_the_losses_of_one(words, tmp_path, more):
     norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two")]
     assert norms[0] == pytest.approx(norms[1], rel=3e-2)
     assert said.count("[3/4] Training Process") == 1 and "3 steps of up to 4 rows" in said
-    assert ("of the base model in each of 2 processes" in said) == bool(more)
+    kept = re.search(r"each of 2 processes keeps (\d+)% of the base model", said)
+    assert int(kept[1]) < 90 if more else kept is None  # embeddings and head are most of so small a model
     weights = [load_file(tmp_path / name / WEIGHTS) for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
@@ -73,9 +75,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bytes(words, tm
     ("in_second", "more", "told"),
     [
         ("script.fingerprint_model = lambda name: 'another'", [], "not the same as in the first process: base model"),
-        ("script.checkpoints.last_step = lambda folder: 3", [], "a folder that all machines share"),
-        ("pass", ["--filter", "category=nothing"], "no usable rows"),
-        ("script.train_model = lambda *args: [][0]", [], "IndexError"),
+        ("pass", ["--filter", "category=nothing"], "no row is left after filtering"),
     ],
 )
 def test_a_mistake_of_one_process_ends_all_and_is_reported_once(words, tmp_path, in_second, more, told):
@@ -84,13 +84,11 @@ def test_a_mistake_of_one_process_ends_all_and_is_reported_once(words, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_first_alone_writes_a_report_and_publishes(words, tmp_path):
+def test_the_first_alone_publishes(words, tmp_path):
     words = [*words, "--max-steps", 1, "--output", tmp_path / "mine"]
     assert train(*words) == 0
     assert train_in_two([*words, "--resume", "--merge", tmp_path / "merged"], tmp_path, "script.export = 0")[0] == 0
-    assert train_in_two([*words, "--overwrite", "--dry-run"], tmp_path)[0] == 0
-    written = {"rows.jsonl", "two.py", "log", "mine", "merged", "mine.data_report.json"}
-    assert {path.name for path in tmp_path.iterdir()} == written
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "two.py", "log", "mine", "merged"}
 
 
 def test_one_process_has_nobody_to_share_with(words, tmp_path, capsys):

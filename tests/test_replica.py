@@ -56,7 +56,7 @@ def wait_for(url: str, statement: str) -> None:
         with database.transaction() as cursor:
             cursor.execute(statement)
             if cursor.fetchone()[0]:
-                return database.close()
+                return
         time.sleep(0.1)
     raise TimeoutError(statement)
 
@@ -64,7 +64,7 @@ def wait_for(url: str, statement: str) -> None:
 def test_the_copy_is_searched_and_what_is_written_goes_to_the_database(copied, database, documents, capsys):
     assert rag("search", QUESTION) == 0
     found = capsys.readouterr()
-    assert "in the copy postgres at" in found.err and "kettle" in found.out and "behind" not in found.err
+    assert "in the copy postgres at" in found.err and "ferry/" in found.out and "behind" not in found.err
     embeddings = opening.load_embeddings("sentence-transformers/all-MiniLM-L6-v2")
     store = opening.open_collection("pgvector", copied, embeddings, "sentence-transformers/all-MiniLM-L6-v2", True)
     store.feedback().add(Judgement(QUESTION, not_in_documents=True))

@@ -323,6 +323,11 @@ def test_a_reader_s_role_is_enough_to_search(database, store):
         again = PgVectorStore(reader, Steered(), "steered", store.collection.name)
         assert again.find("0 open", 1, mode="hybrid")[0].page_content == "0 open to all"
         assert again.refusal_threshold is None
+        with pytest.raises(UserError, match="may only be read"):
+            again.forget(["a.md"])
+        with reader.connection.cursor() as cursor:
+            cursor.execute("SET default_transaction_read_only = off")
+        reader.connection.commit()
         with pytest.raises(UserError, match="may not do that"):
             again.forget(["a.md"])
     finally:

@@ -214,7 +214,7 @@ def load_base_model(source: str, training: bool = False, keep: bool = True, devi
     return model.eval()
 
 
-def load_model(source: str, attention: str, device: str | None, **options):
+def load_model(source: str, attention: str, device: str | None = None, **options):
     """The model on the device, or where the process computes, in the type that it computes in."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -32,7 +32,9 @@ def shard_layers(model, mesh) -> tuple[int, int]:
     base = model.get_base_model()
     for layer in base.model.layers:
         keep_quant_states(layer, device)
-        fully_shard(layer, mesh=mesh, ignored_params=trained)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    whole = {weight for weight in base.parameters() if not isinstance(weight, DTensor)}
+    fully_shard(base.model, mesh=mesh, ignored_params=whole)  # the root, which fetches the next layer beforehand
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if not isinstance(tensor, DTensor):  # embeddings, head, LoRA; what is divided is there already
             tensor.data = tensor.data.to(device)
