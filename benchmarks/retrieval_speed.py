@@ -2,7 +2,7 @@
 """Speed of ingest and search beside LangChain's own PGVector, on the same passages, vectors and server.
 
     python benchmarks/retrieval_speed.py                        # 100,000 passages; about 5 minutes on two cores
-    python benchmarks/retrieval_speed.py --passages 1000000     # more of them; TODO
+    python benchmarks/retrieval_speed.py --passages 1000000 --rounds 1    # 25 minutes
     python benchmarks/retrieval_speed.py --documents docs/      # embed and ingest these instead of the sample's
 
 Four measurements, ours beside the plain way in alternating rounds where there is one:
