@@ -67,17 +67,12 @@ def measure_embedding(args, url: str) -> dict:
     """Passages a second of plain encode, of our embedder, and of a whole ingest; and how near the vectors are."""
     import numpy
 
-    from qlora.retrieval import documents
     from qlora.retrieval.database import Database
     from qlora.retrieval.ingest import choose_splitting, put_files
-    from qlora.retrieval.passages import Splitting
     from qlora.retrieval.pgvector_store import PgVectorStore
 
     plain, ours = load_plain(), load_ours()
-    files = documents.find_files([args.documents])
-    tokenizer, splitting = ours._client.tokenizer, Splitting("ours", ours._client.max_seq_length, 200, 40)
-    passages = [p for f in files for p in documents.load_passages(f.path, f.source, tokenizer, splitting)]
-    texts = list(dict.fromkeys(map(documents.embedded_text, passages)))
+    texts = load_texts([args.documents], ours)
     made, wanted = numpy.array(ours.embed_documents(texts)), plain.encode(texts, normalize_embeddings=True)
     near = numpy.sum(made * wanted, axis=1) / numpy.linalg.norm(made, axis=1)
     times = {"plain": [], "ours": [], "ingest": []}
@@ -93,13 +88,23 @@ def measure_embedding(args, url: str) -> dict:
         store.drop()
     rates = {name: [len(texts) / seconds for seconds in taken] for name, taken in times.items()}
     return {
-        "documents": len(files),
         "texts": len(texts),
         "texts_per_second": {name: spread(values) for name, values in rates.items()},
         "embedder_over_plain": spread(ratios(rates["ours"], rates["plain"])),
         "ingest_over_embedder": spread(ratios(rates["ingest"], rates["ours"])),
         "lowest_cosine_to_fp32": float(near.min()),
     }
+
+
+def load_texts(places: list[str], embeddings) -> list[str]:
+    """What is embedded of the passages of files and folders, each text once."""
+    from qlora.retrieval import documents
+    from qlora.retrieval.passages import Splitting
+
+    tokenizer, splitting = embeddings._client.tokenizer, Splitting("ours", embeddings._client.max_seq_length, 200, 40)
+    files = documents.find_files(places)
+    passages = [p for f in files for p in documents.load_passages(f.path, f.source, tokenizer, splitting)]
+    return list(dict.fromkeys(map(documents.embedded_text, passages)))
 
 
 def load_plain():

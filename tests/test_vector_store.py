@@ -184,6 +184,24 @@ def test_a_word_of_too_many_passages_is_not_looked_for(store, monkeypatch):
     assert len(store.find("ferry", 50, mode="lexical")) == 10
 
 
+def test_a_word_that_statistics_know_to_be_everywhere_is_the_last_one_to_be_looked_for(store, monkeypatch):
+    monkeypatch.setattr(search_sql, "COMMON", 10)
+    monkeypatch.setattr(pgvector_store, "INDEXED_FROM", 30)
+    texts = [f"0 ferry {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(100)]
+    store.add_texts([*texts, "0 moth"], [{"n": n} for n in range(101)])
+    store.finish()  # which makes statistics, too
+    with store.database.transaction() as cursor:
+        known = "SELECT most_common_elems::text::text[] FROM pg_stats WHERE tablename = %s AND attname = 'words'"
+        cursor.execute(known, (f"passages_{store.collection.id}",))
+        assert "ferri" in cursor.fetchone()[0]
+    assert [d.page_content for d in store.find("ferry moth", 5, mode="lexical")] == ["0 moth"]
+    for question in ("ferry", "ferry walrus"):  # no passage has a rarer word
+        assert len(store.find(question, 50, mode="lexical")) == 10
+    few = [Condition("n", "<", ("5",))]  # among which the word may be rare
+    assert len(store.find("ferry", 50, mode="lexical", where=few)) == 5
+    assert not [notice for notice in store.database.connection.notices if "maintenance_work_mem" in notice]
+
+
 def test_scores_are_cosine_similarities(store):
     store.add_texts(["0 a", "60 b", "90 c"])
     for mode in ("dense", "hybrid"):

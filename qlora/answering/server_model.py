@@ -178,7 +178,7 @@ def explain_status(error, url: str, model: str | None) -> UserError:
         400: "a long context? give a smaller --top-k",
         401: "set QLORA_API_KEY to a key that the server takes",
         403: "set QLORA_API_KEY to a key that may use the model",
-        404: "check --base-url (it ends with /v1) and --model",
+        404: "check --base-url (it ends with /v1) and --model; a server that refused an adapter says why in its log",
         429: "wait, and ask again",
     }
     what = f"the server refused with {error.status_code} ({said(error)})"

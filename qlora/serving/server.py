@@ -138,12 +138,12 @@ def serve_and_finish(web, worker) -> None:
 def make_worker(options: Options, asking: Asking):
     """What answers: this thread, and with a model server others beside it."""
     from qlora.serving.service import Service
-    from qlora.serving.worker import BATCH, Worker
+    from qlora.serving.worker import AT_ONCE, Worker
 
     complete = make_rewriter(options.base_model, asking.prompt, asking.generator)
     service = Service(asking.finding, asking.prompt, asking.generator, complete)
     is_local = hasattr(asking.generator, "generate_ids")
-    ways = {"threads": 0} if is_local else {"threads": BATCH - 1, "batch": 1}
+    ways = {"threads": 0} if is_local else {"threads": AT_ONCE - 1, "batch": 1}
     return Worker(service.answer, options.queue, **ways)
 
 

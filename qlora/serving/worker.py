@@ -21,7 +21,8 @@ from langchain_core.embeddings import Embeddings
 
 from qlora.answering.conversation import Turn
 
-BATCH = 8  # answers that are generated together, or asked of a server at the same time
+BATCH = 8  # answers that are generated together
+AT_ONCE = 32  # answers that are asked of a model server at the same time
 PART = 16  # texts that are embedded between two tokens
 log = logging.getLogger("qlora.serving")
 
