@@ -17,7 +17,7 @@ from qlora import machine
 from qlora.answering.generator import Generator
 from qlora.console import UserError
 from qlora.model import base_model
-from qlora.model.adapter import load_adapter, read_adapter
+from qlora.model.adapter import load_adapter, read_adapter, serving_hint
 from qlora.model.lean_layers import dequantize
 from qlora.prompt import show_prompt
 from qlora.training import export, gguf_file
@@ -408,3 +408,14 @@ def test_bad_names_a_failed_upload_and_a_dead_network_are_told(hub, tiny_adapter
         export.push_adapter(tiny_adapter, "ann/mine", hub.address)
     with pytest.raises(UserError, match=r"the push failed .* - ann/mine - check the network"):
         export.push_adapter(tiny_adapter, "ann/mine", "http://127.0.0.1:9")
+
+
+# ------------------------------------------------------------------------------- served
+
+
+def test_the_card_says_how_vllm_serves_the_adapter(tiny_adapter, tiny_base):
+    line = "--enable-lora --max-lora-rank 16 --lora-modules mine=THIS_FOLDER --chat-template"
+    assert f"vllm serve {tiny_base} {line}" in (tiny_adapter / "README.md").read_text()
+    assert "--max-lora-rank 64 " in serving_hint("base", {"rank": 33})
+    for refused in ({"rank": 16, "dora": True}, {"rank": 513}):
+        assert "--merge" in serving_hint("base", refused) and "vllm serve" not in serving_hint("base", refused)
