@@ -1,6 +1,6 @@
 """One bit per dimension instead of 16 (pgvector's binary_quantize): how many passages must be ranked again.
 
-    python -m benchmarks.binary_vectors --documents ../shared/data/squad_documents       # a minute on two cores
+    python -m benchmarks.binary_vectors --documents squad_documents       # a minute on two cores
 
 The passages nearest by Hamming distance are ranked again by their whole vectors. recall@10 is the share of the ten
 nearest by the whole vectors that is found. Real passages, each of which asks for the others; no index, so that the

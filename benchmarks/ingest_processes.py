@@ -1,6 +1,6 @@
 """Several processes that ingest into one PostgreSQL server at the same time, each its own share of the documents.
 
-    python -m benchmarks.ingest_processes --documents ../shared/data/squad_documents     # 8 minutes on two cores
+    python -m benchmarks.ingest_processes --documents squad_documents     # 8 minutes on two cores
     python -m benchmarks.ingest_processes --processes 1 2 4 --copies 8
 
 On one machine they share its cores, so what is shown is that they do not wait for each other. The numbers of processes

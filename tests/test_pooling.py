@@ -14,7 +14,7 @@ from conftest import rag
 from test_store import open_store, passages
 
 from qlora.console import UserError
-from qlora.retrieval.database import connect, read_url
+from qlora.retrieval.database import Database, connect, read_url
 from qlora.retrieval.feedback import Judgement
 from qlora.retrieval.passage_store import Entry
 
@@ -58,9 +58,16 @@ def wait_for(port: int) -> None:
     raise TimeoutError(f"nothing listens on port {port}")
 
 
+def count_connections(url: str) -> int:
+    """Connections to the server, with those of other tests."""
+    with Database(url).transaction() as cursor:
+        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'rag_qlora'")
+        return cursor.fetchone()[0]
+
+
 def test_more_askers_than_connections_write_and_search(pool, database, collection):
     """No setting of one transaction is left behind for the next one, which another asker may have."""
-    url = pool("transaction")
+    url, before = pool("transaction"), count_connections(database)
 
     def work(n: int) -> list[str]:
         store = open_store(url, collection)
@@ -71,11 +78,9 @@ def test_more_askers_than_connections_write_and_search(pool, database, collectio
     with ThreadPoolExecutor(4 * SERVERS) as threads:
         found = list(threads.map(work, range(4 * SERVERS)))
     assert found == [[f"text {n} two"] * 8 for n in range(4 * SERVERS)]
+    assert count_connections(database) <= before + SERVERS
     direct = open_store(database, collection)
     assert len(direct.documents()) == len(direct.feedback().all()) == 4 * SERVERS
-    with direct.database.transaction() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'rag_qlora'")
-        assert cursor.fetchone()[0] <= 1 + SERVERS + 8  # PgBouncer's, and those of other tests
 
 
 def test_statement_mode_is_refused_in_one_sentence(pool, capsys, monkeypatch):

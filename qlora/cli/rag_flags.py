@@ -49,6 +49,7 @@ def resolve_arguments(argv: list[str], description: str, steps: tuple[str, ...])
         check_sweep(args, problems)
     if args.command == "ingest":
         check_ingest(args, problems)
+    args.at_once = getattr(args, "batch_size", BATCH)  # requests to a model server
     if args.command == "write":
         resolve_writer(args, problems)
     elif args.command not in WITHOUT_MODEL:
@@ -149,8 +150,7 @@ def resolve_model(args, detect: bool) -> None:
 
 
 def check_serving(args, problems: console.Problems) -> None:
-    """Adds problems of the flags that say where the model runs; sets how many requests go to a server at a time."""
-    args.at_once = getattr(args, "batch_size", None) or BATCH
+    """Adds problems of the flags that say where the model runs."""
     if args.model and not args.base_url:
         problems.add("--model is the name of a server's model", "--model", "add --base-url, or give --base-model")
     if args.merge_for_speed and args.base_url:
