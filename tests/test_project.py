@@ -18,12 +18,15 @@ import instruct_train_qlora
 import rag_qlora
 from benchmarks import (
     ablation,
+    binary_vectors,
     corpus,
     formats,
     gpu_check,
+    ingest_processes,
     ingest_speed,
     languages,
     recipe_search,
+    retrieval_speed,
     train_speed,
     written_rows,
 )
@@ -33,6 +36,7 @@ from qlora.cli import rag_flags, training_flags
 SCRIPTS = (instruct_train_qlora, rag_qlora)
 # For users.
 BENCHMARKS = (recipe_search, ablation, gpu_check, train_speed, corpus, formats, ingest_speed, languages, written_rows)
+BENCHMARKS += (binary_vectors, ingest_processes, retrieval_speed)
 MODULES = sorted((PROJECT / "qlora").rglob("*.py"))
 CODE = [*MODULES, *(Path(script.__file__) for script in SCRIPTS)]
 
