@@ -36,7 +36,7 @@ from qlora.training.turned_rows import turn_around
 CHOSEN = ("preset", "base_model", "dataset", "output")
 # Arguments that a resumed run may have anew. Base model and rows are compared by their content.
 FREE = {"resume", "overwrite", "keep_checkpoints", "no_cache", "dry_run", "merge", "push_to_hub", "report_to"}
-FREE |= {"export_gguf", "verbose", "base_model", "dataset", "output", "gradient_checkpointing"}
+FREE |= {"export_gguf", "verbose", "base_model", "dataset", "output", "gradient_checkpointing", "shard"}
 STEPS = ("Dataset Preparation", "Model Setup", "Training Process", "Model Saving")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 

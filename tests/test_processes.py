@@ -69,6 +69,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bytes(words, tm
     assert code == 0 and "continuing from step 4 of 7" in said
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert train(*alone, "--merge", tmp_path / "merged") == 0  # what is finished needs no other processes
 
 
 @pytest.mark.parametrize(
