@@ -357,20 +357,27 @@ def show_value(value: object) -> str:
 
 
 def progress():
-    """A rich progress bar on stderr: description, bar, count, elapsed time, time left."""
+    """A rich progress bar on stderr: description, bar, count, rate, elapsed time, time left."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
+    class Rate(ProgressColumn):
+        def render(self, task) -> str:
+            speed = task.finished_speed or task.speed
+            return f"{speed:,.1f}/s" if speed else ""
+
     return Progress(
         TextColumn("  {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
