@@ -31,6 +31,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 DIMENSION, WORDS, CLUSTERS, PER_DOCUMENT, QUERIES = 384, 100, 1_000, 1_000, 200
 ASKERS = (1, 4, 16)  # at once
+CANDIDATES = (100, 200, 400, 800)  # ef_search of the index
 COMMUNITY_ROWS = 4_000  # for the plain store: all of them would take hours
 
 
@@ -168,6 +169,7 @@ def measure_store(args, url: str) -> dict:
         "query_ms": {"exact": exact, **modes},
         "hybrid_searches_by_askers": askers,
         "recall@10": doctor.measure_recall(store, 10) if store.is_indexed() else 1.0,
+        "recall@10_by_candidates": {count: doctor.measure_recall(store, 10, count) for count in CANDIDATES},
         "bytes": measure_size(store),
         "server_memory_gb": {"building": round(max(building), 2), "searching": round(max(asking), 2)},
     }

@@ -197,6 +197,8 @@ def test_a_word_that_statistics_know_to_be_everywhere_is_the_last_one_to_be_look
     assert [d.page_content for d in store.find("ferry moth", 5, mode="lexical")] == ["0 moth"]
     for question in ("ferry", "ferry walrus"):  # no passage has a rarer word
         assert len(store.find(question, 50, mode="lexical")) == 10
+        ranks = [d.metadata["ranks"] for d in store.find(question, 50, mode="hybrid")]
+        assert ranks and not any(rank["lexical"] for rank in ranks)  # ten of all passages would be chosen by chance
     few = [Condition("n", "<", ("5",))]  # among which the word may be rare
     assert len(store.find("ferry", 50, mode="lexical", where=few)) == 5
     assert not [notice for notice in store.database.connection.notices if "maintenance_work_mem" in notice]

@@ -115,8 +115,12 @@ def examine_index(store: PgVectorStore) -> list[Finding]:
     return [found, Finding("recall@10", state, f"{recall:.3f} of exact search, for {SAMPLE} passages")]
 
 
-def measure_recall(store: PgVectorStore, k: int) -> float:
-    """The share of the `k` nearest passages that the index finds, over a sample of the collection's own passages."""
+def measure_recall(store: PgVectorStore, k: int, candidates: int | None = None) -> float:
+    """The share of the `k` nearest passages that the index finds, over a sample of the collection's own passages.
+
+    It keeps `candidates` entries in mind, or as many as a search does.
+    """
+    candidates = candidates or search_sql.count_candidates(store.count(), k)
     parts = {"table": store.collection.table, "condition": sql.SQL("true")}
     statement = sql.SQL(search_sql.NEAREST).format(**parts)
     sample = sql.SQL("SELECT embedding FROM {} ORDER BY md5(id) LIMIT %s").format(store.collection.table)
@@ -124,7 +128,7 @@ def measure_recall(store: PgVectorStore, k: int) -> float:
     with store.database.transaction() as cursor:
         cursor.execute(sample, (SAMPLE,))
         vectors = [row[0] for row in cursor.fetchall()]
-        cursor.execute(search_sql.INDEX_SETTINGS, {"candidates": 100})
+        cursor.execute(search_sql.INDEX_SETTINGS, {"candidates": candidates})
         for vector in vectors:
             nearest = []
             for scan in ("on", "off"):

@@ -282,7 +282,12 @@ class PgVectorStore(PassageStore):
         values |= {
             **{"words": index_words(question), "vector": HalfVector(vector), "collection": self.collection.id},
             **{"k": k, "nearest": nearest, "texts": k if mode != "hybrid" else max(k, nearest // 4)},
-            **{"enough": INDEXED_FROM, "most": search_sql.WORDS, "passages": f"passages_{self.collection.id}"},
+            **{
+                "enough": INDEXED_FROM,
+                "most": search_sql.WORDS,
+                "alone": mode == "lexical",
+                "passages": f"passages_{self.collection.id}",
+            },
             **{"common": search_sql.COMMON, "lexical_weight": search_sql.LEXICAL_WEIGHT},
         }
         parts = {"table": self.collection.table, "condition": condition}
@@ -294,7 +299,7 @@ class PgVectorStore(PassageStore):
                 settings += sql.SQL("SET LOCAL enable_indexscan = off;")
             statement = settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts)
             while True:
-                values |= {"looked_at": looked_at, "candidates": min(1000, max(100, looked_at))}
+                values |= {"looked_at": looked_at, "candidates": search_sql.count_candidates(size["total"], looked_at)}
                 cursor.execute(statement, values)
                 found = cursor.fetchall()
                 if not found or not found[0][-1] or looked_at >= search_sql.MOST:

@@ -19,6 +19,9 @@ COMMON = 10_000  # passages with a word above which it is too common to search
 LEXICAL_WEIGHT = 0.6
 SECONDS = 60  # that a search may take
 
+# Entries of the HNSW index that a search keeps in mind (ef_search): as many as it looks at, but 100 at least, and more
+# in large collections, where the same number finds less (benchmarks/retrieval_speed.py). pgvector takes 1,000 at most.
+FEWEST, PER_PASSAGES, ENOUGH, LIMIT = 100, 2_500, 400, 1_000
 # strict_order: without it a search with a filter returns too few rows. jit compiles for longer than a search takes.
 INDEX_SETTINGS = """
 SET LOCAL jit = off;
@@ -44,7 +47,8 @@ dense AS MATERIALIZED (
 # A word weighs as in BM25 (Robertson and Zaragoza 2009); its count in a passage hardly matters in short passages.
 # The quotation marks make a query of any lexeme: ours have no such mark in them.
 # Words in COMMON or more passages count only if there are no others. Those that PostgreSQL's statistics know to be in
-# twice as many are not even looked up: among a million passages that takes a tenth of a second per word.
+# twice as many are not even looked up, unless the search has no other leg and no other word: among a million passages
+# that takes a tenth of a second per word.
 LEXICAL = """
 frequent AS MATERIALIZED (
     SELECT known.lexeme
@@ -67,7 +71,7 @@ matches AS MATERIALIZED (
     UNION ALL
     SELECT lexeme, id, same FROM asked CROSS JOIN LATERAL (
         SELECT id, same FROM {table} WHERE words @@ word AND {condition} LIMIT %(common)s
-    ) AS matching WHERE is_frequent AND NOT EXISTS (SELECT FROM rare)
+    ) AS matching WHERE is_frequent AND %(alone)s AND NOT EXISTS (SELECT FROM rare)
 ),
 counts AS (SELECT lexeme, count(*) AS passages FROM matches GROUP BY lexeme),
 weights AS MATERIALIZED (
@@ -124,6 +128,11 @@ STATEMENTS = {  # each returns the columns of a Hit, and whether a leg has drown
     "lexical": "WITH" + LEXICAL + OF_LEXICAL + HITS + "," + LEXICAL_DROWNED + FROM_BEST,
     "hybrid": "WITH" + LOOKED_AT_ROWS + DENSE + "," + LEXICAL + "," + BEST + HITS + "," + EITHER_DROWNED + FROM_BEST,
 }
+
+
+def count_candidates(passages: float, looked_at: int) -> int:
+    """How many entries of the index a search among so many passages keeps in mind."""
+    return min(LIMIT, max(FEWEST, looked_at, min(ENOUGH, round(passages / PER_PASSAGES))))
 
 
 def as_sql(conditions: Sequence[Condition]) -> tuple[sql.Composable, dict[str, object]]:
