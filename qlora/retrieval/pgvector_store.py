@@ -279,17 +279,11 @@ class PgVectorStore(PassageStore):
         nearest = k if mode == "dense" else max(k, fetch_k)
         looked_at = search_sql.LOOKED_AT * nearest
         condition, values = search_sql.as_sql(where)
-        values |= {
-            **{"words": index_words(question), "vector": HalfVector(vector), "collection": self.collection.id},
-            **{"k": k, "nearest": nearest, "texts": k if mode != "hybrid" else max(k, nearest // 4)},
-            **{
-                "enough": INDEXED_FROM,
-                "most": search_sql.WORDS,
-                "alone": mode == "lexical",
-                "passages": f"passages_{self.collection.id}",
-            },
-            **{"common": search_sql.COMMON, "lexical_weight": search_sql.LEXICAL_WEIGHT},
-        }
+        values |= {"words": index_words(question), "vector": HalfVector(vector), "collection": self.collection.id}
+        values |= {"k": k, "nearest": nearest, "texts": k if mode != "hybrid" else max(k, nearest // 4)}
+        values |= {"enough": INDEXED_FROM, "most": search_sql.WORDS, "passages": f"passages_{self.collection.id}"}
+        values |= {"common": search_sql.COMMON, "alone": mode == "lexical"}
+        values |= {"lexical_weight": search_sql.LEXICAL_WEIGHT}
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(search_sql.SECONDS) as cursor:
             settings = sql.SQL(search_sql.INDEX_SETTINGS)
