@@ -47,13 +47,16 @@ def main(argv: list[str]) -> int:
     console.print_settings("QLoRA fine-tuning", args, argv, build_parser(__doc__, STEPS), CHOSEN)
     machine.check_card()
     console.note(f"Computes on {machine.describe()}")
-    with claim_output(args), processes.reporting():
+    with claim_output(args):
         return run_steps(args)
 
 
 def run_steps(args) -> int:
     if not args.dry_run and settings.process_rank() == 0 and adapter.put_in_place(args.output):
         adapter.check_output(args.output, args.overwrite or args.resume)
+    processes.meet()
+    call = jsonable(vars(args)) | checkpoints.describe_state(args.output)
+    processes.check_same(call, "give all machines the same command, and one folder for --output")
     with console.step(STEPS, "Dataset Preparation"):
         tokenizer, prompt = load_prompt(args)
         if args.export_gguf:
@@ -70,9 +73,9 @@ def run_steps(args) -> int:
         check_finished(args, rows)
         publish(args, held_out)
         return 0
-    with console.step(STEPS, "Model Setup"):
+    with console.step(STEPS, "Model Setup"), processes.reporting():
         model = load_model(args)
-    with console.step(STEPS, "Training Process"):
+    with console.step(STEPS, "Training Process"), processes.reporting():
         result = train_model(args, model, tokenizer, training, held_out, schedule)
     if settings.process_rank() > 0:
         return 0  # the first process saves
@@ -353,8 +356,6 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     partial, described = adapter.partial_folder(args.output), describe_start(args, training, held_out)
     processes.check_same(checkpoints.flatten(described | {"threads": None}), "give all machines the same files")
     processes.from_first(lambda: checkpoints.start_run(partial, args.resume, described))
-    step = {"checkpoint": checkpoints.last_step(partial)}
-    processes.check_same(step, "put --output into a folder that all machines share")
     recompute = "on" if schedule.checkpointing else "off"
     console.note(f"{schedule.steps} steps of up to {schedule.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)

@@ -13,7 +13,8 @@ from qlora.console import RUN_FAILED, USER_MISTAKE, Problem, RunError, UserError
 # That processes wait for each other, for the first prepares the rows, and a model may be quantised in between. One that
 # ended is noticed at once by its launcher.
 PATIENCE = timedelta(hours=2)
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # in torch's RuntimeError
+# In torch's RuntimeError for a process that ended: gloo's words, and NCCL's.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "ncclRemoteError")
 
 
 def meet() -> None:
@@ -51,14 +52,17 @@ def from_first(make: Callable):
 
 
 def check_same(described: dict[str, object], fix: str) -> None:
-    """Raises UserError where a process describes what it sees in another way than the first one does."""
+    """Raises UserError where a process describes what it sees in another way than the first one does.
+
+    Where processes differed on what to do next, some would wait for what others never do.
+    """
     if settings.process_count() == 1:
         return
     from torch.distributed import all_gather_object
 
     meet()
     seen: list[dict] = [{}] * settings.process_count()
-    all_gather_object(seen, described)
+    all_gather_object(seen, described | {"processes per machine": settings.process_count(local=True)})
     from_first(lambda: compare(seen, fix))
 
 
@@ -85,7 +89,7 @@ def taking_turns() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """Reports what fails in a process other than the first: it may be alone with its problem."""
+    """Reports what fails in any process: it may be alone with its problem, such as a card without memory."""
     try:
         yield
     except UserError as error:
@@ -103,4 +107,5 @@ def explaining_loss(fix: str) -> Iterator[None]:
     except RuntimeError as error:
         if settings.process_count() == 1 or not any(word in str(error) for word in LOST):
             raise
-        raise RunError(Problem("another process of this run ended", "training", fix)) from error
+        what = f"another process of this run ended ({console.shorten_text(str(error))})"
+        raise RunError(Problem(what, "training", fix)) from error

@@ -21,6 +21,14 @@ if os.environ["RANK"] == "1":
     {in_second}
 sys.exit(script.console.run(script.main))
 """
+PLACE_IS_FREE = """
+    import accelerate.accelerator
+    def train(args, model, *others, real=script.train_model):
+        assert not accelerate.accelerator.model_has_dtensor(model)  # which it asks on GPUs, before it makes DDP
+        return real(args, model, *others)
+    script.train_model = train
+    script.load_rows = 0
+"""
 DIE_AT_STEP_5 = """
     def step(trainer, *args, real=trainer.ResponseTrainer.training_step):
         return os.kill(os.getpid(), 9) if trainer.state.global_step == 5 else real(trainer, *args)
@@ -40,7 +48,7 @@ def test_two_processes_give_the_losses_of_one(words, tmp_path, more):
     """With batches that the CPU would split if it were alone, and rows that only the first process can read."""
     words = [*words, "--dropout", 0, "--max-steps", 3, "--output"]
     assert train(*words, tmp_path / "one") == 0
-    code, said = train_in_two([*words, tmp_path / "two", "--accumulation", 1, *more], tmp_path, "script.load_rows = 0")
+    code, said = train_in_two([*words, tmp_path / "two", "--accumulation", 1, *more], tmp_path, PLACE_IS_FREE)
     assert code == 0, said
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
     assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=5e-3)
@@ -76,6 +84,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bytes(words, tm
     ("in_second", "more", "told"),
     [
         ("script.fingerprint_model = lambda name: 'another'", [], "not the same as in the first process: base model"),
+        ("script.jsonable = lambda given: {'seed': 1}", [], "not the same as in the first process"),
         ("pass", ["--filter", "category=nothing"], "no row is left after filtering"),
     ],
 )

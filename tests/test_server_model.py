@@ -4,11 +4,12 @@ import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE, rag
 
-from qlora.answering.server_model import NO_KEY, choose_model
+from qlora.answering.server_model import NO_KEY, choose_model, find_others
 
 QUESTION = "Who checks the kettle?"
 KEY = "sk-secret-key"
@@ -214,6 +215,13 @@ def test_another_model_of_the_server_is_not_taken_for_the_one_asked(generator, t
     with serving(generator, names=("a", "b"), fault="another") as server:
         assert ask("--adapter", tiny_adapter, "--base-url", server.url, "--model", "b") == 2
     assert "b was asked, and a answers" in capsys.readouterr().err
+
+
+def test_a_model_may_have_several_names():
+    named = {"gpt": None, "gpt-2026-01-01": None, "other": None}
+    assert find_others("gpt", {name: SimpleNamespace() for name in named}) == {"other"}
+    roots = {"a": "/llama", "b": "/llama", "mine": "/adapter"}  # vLLM: --served-model-name a b
+    assert find_others("a", {name: SimpleNamespace(root=root) for name, root in roots.items()}) == {"mine"}
 
 
 # ------------------------------------------------------------------------------- evaluate

@@ -141,7 +141,14 @@ def choose_model(url: str, key: str, name: str | None) -> tuple[str, int, frozen
     card = cards.get(name)
     family = [card, cards.get(getattr(card, "parent", None))]
     windows = [window for one in family if (window := getattr(one, "max_model_len", None))]
-    return name, windows[0] if windows else WINDOW, frozenset(cards) - {name}
+    return name, windows[0] if windows else WINDOW, find_others(name, cards)
+
+
+def find_others(name: str, cards: dict) -> frozenset[str]:
+    """The server's other models. One has several names: an alias and its version, or those that vLLM was given."""
+    root = getattr(cards.get(name), "root", None)
+    others = {one for one, card in cards.items() if not one.startswith(name)}
+    return frozenset(one for one in others if root is None or getattr(cards[one], "root", None) != root)
 
 
 def check_url(url: str) -> None:

@@ -119,11 +119,11 @@ def check_servers(args, problems: console.Problems) -> None:
     for key in keys if args.from_copy else keys[:1]:
         from qlora.retrieval.database import connect, is_unprotected
 
-        if args.command != "doctor":  # doctor reports the connection itself
-            with problems.collecting():
-                connect(settings.get(key)).close()
-        if is_unprotected(settings.get(key)):
-            console.note(f"The server's certificate is not checked: add sslmode=verify-full to {key}")
+        with problems.collecting():
+            if args.command != "doctor":  # doctor reports the connection itself
+                connect(settings.get(key), key).close()
+            if is_unprotected(settings.get(key)):
+                console.note(f"The server's certificate is not checked: add sslmode=verify-full to {key}")
 
 
 def resolve_model(args, detect: bool) -> None:

@@ -7,6 +7,7 @@ the best weights and the adapter are written by one process, and look like those
 
 import itertools
 
+import accelerate.accelerator
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,9 +40,15 @@ def shard_layers(model, mesh) -> tuple[int, int]:
         if not isinstance(tensor, DTensor):  # embeddings, head, LoRA; what is divided is there already
             tensor.data = tensor.data.to(device)
     base.hf_device_map = {"": device}  # which Trainer compares with its own
+    accelerate.accelerator.model_has_dtensor = has_trained_shares  # it refuses DDP for any weight that is divided
     frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     model._ddp_params_and_buffers_to_ignore = frozen  # DDP would send the first process's share to all others
     return count_bytes(model), before
+
+
+def has_trained_shares(model) -> bool:
+    """Whether a weight that DDP would average is divided; frozen ones do not concern it."""
+    return any(isinstance(weight, DTensor) and weight.requires_grad for weight in model.parameters())
 
 
 def keep_quant_states(layer, device) -> None:

@@ -109,9 +109,10 @@ FIFTH_SCHEMA = """
 ALTER TABLE rag.feedback ADD COLUMN adapter text NOT NULL DEFAULT '', ADD COLUMN prompt text NOT NULL DEFAULT '';
 """
 MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA, FOURTH_SCHEMA, FIFTH_SCHEMA)
-# PostgreSQL's documentation, "Recovery Information Functions". Without changes nothing is replayed, however long.
+# How far the log of changes is written here (PostgreSQL's documentation, "System Administration Functions").
+POSITION = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END"
 BEHIND = """
-SELECT CASE WHEN pg_is_in_recovery() AND pg_last_wal_receive_lsn() <> pg_last_wal_replay_lsn()
+SELECT CASE WHEN pg_is_in_recovery() AND pg_last_wal_replay_lsn() < %(reached)s::pg_lsn
     THEN extract(epoch FROM now() - pg_last_xact_replay_timestamp()) END
 """
 AT_ONCE = 2_000  # passages whose words are made anew
@@ -162,11 +163,21 @@ class Database:
                     self.revive()
                 self.connection = connect(self.url)
 
-    def seconds_behind(self) -> float:
-        """The age of the newest change in a copy that has not caught up with what it received; 0 for any other."""
-        with self.transaction() as cursor:
-            cursor.execute(BEHIND)
-            return float(cursor.fetchone()[0] or 0)
+    def seconds_behind(self, original: "Database") -> float:
+        """The age of the newest change in a copy that lacks something of the original; 0 where it has all.
+
+        A moment is no delay: what was written just now may be on its way.
+        """
+        with original.transaction() as cursor:
+            cursor.execute(POSITION)
+            (reached,) = cursor.fetchone()
+        for _ in range(5):
+            with self.transaction() as cursor:
+                cursor.execute(BEHIND, {"reached": reached})
+                if not (behind := cursor.fetchone()[0]):
+                    return 0.0
+            time.sleep(0.1)
+        return float(behind)
 
     def check_original(self, collection: str) -> None:
         """Raises UserError where a collection is missing because this is a copy, in which none can be made."""
@@ -174,7 +185,7 @@ class Database:
             cursor.execute("SELECT pg_is_in_recovery()")
             if cursor.fetchone()[0]:
                 what = f"collection {collection} is not in this copy of the database, or not yet"
-                fix = "wait until the copy has caught up, or leave DATABASE_REPLICA_URL out"
+                fix = "wait until it has caught up, or name the database itself"
                 raise fail(what, describe_url(self.url), fix)
 
     def close(self) -> None:
@@ -202,17 +213,18 @@ def explaining(where: str) -> Iterator[None]:
         raise fail(f"the database failed ({first_line(error)})", where, fix) from error
 
 
-def connect(url: str):
+def connect(url: str, name: str = "DATABASE_URL"):
     """A psycopg2 connection to a server that has pgvector >= 0.8.
 
     Raises UserError, which never holds the password, when it cannot be reached or lacks pgvector.
     """
+    read_url(url, name)
     where = describe_url(url)
     try:
         options = {"connect_timeout": 10, "application_name": "rag_qlora", **read_url(url)}
         connection = psycopg2.connect(**options)
     except psycopg2.OperationalError as error:
-        raise fail(f"database unreachable ({first_line(error)})", where, "start it, or fix DATABASE_URL") from error
+        raise fail(f"database unreachable ({first_line(error)})", where, f"start it, or fix {name}") from error
     try:
         version = find_pgvector(connection)
     except psycopg2.InterfaceError as error:  # PgBouncer in statement mode ends the connection, and tells only its log
@@ -243,14 +255,14 @@ def find_pgvector(connection) -> str:
     return found[0]
 
 
-def read_url(url: str) -> dict[str, str]:
-    """The parts of a connection string, also of SQLAlchemy's, which name a driver (postgresql+psycopg2://).
+def read_url(url: str, name: str = "DATABASE_URL") -> dict[str, str]:
+    """The parts of a connection string, the value of `name`, also of SQLAlchemy's, which name a driver (postgresql+psycopg2://).
 
     Raises UserError, which never holds the password, for any other and for a password that is not percent-encoded.
     """
     form = "write postgresql://USER:PASSWORD@HOST:PORT/NAME"
     if url.startswith("jdbc:"):
-        raise fail("DATABASE_URL is the address of a Java driver (jdbc:)", "DATABASE_URL", form)
+        raise fail(f"{name} is the address of a Java driver (jdbc:)", name, form)
     try:
         parts = psycopg2.extensions.parse_dsn(re.sub(r"^postgres(ql)?\+\w+://", "postgresql://", url))
     except psycopg2.ProgrammingError as error:
@@ -260,9 +272,9 @@ def read_url(url: str) -> dict[str, str]:
     misplaced = any("@" in parts.get(name, "") for name in ("host", "port", "dbname"))
     if url.startswith("postgres") and "@" in url and (misplaced or cause):
         fix = "percent-encode @ # % / : ? and spaces in user and password: %40 %23 %25 %2F %3A %3F %20"
-        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", f"{form}; {fix}") from cause
+        raise fail(f"{name} cannot be read", name, f"{form}; {fix}") from cause
     if cause:
-        raise fail("DATABASE_URL cannot be read", "DATABASE_URL", form) from cause
+        raise fail(f"{name} cannot be read", name, form) from cause
     return parts
 
 

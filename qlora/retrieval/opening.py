@@ -51,11 +51,11 @@ def open_copy(embeddings, embedding_model: str, name: str):
     from qlora.retrieval import database, pgvector_store
 
     url = settings.get("DATABASE_REPLICA_URL")
-    connected = database.Database(url)
-    if (behind := connected.seconds_behind()) > LATE:
+    connected, original = database.Database(url), database.Database(settings.get("DATABASE_URL"))
+    if (behind := connected.seconds_behind(original)) > LATE:
         note(f"The copy of the database is {behind:.0f} s behind: it lacks what was added since")
     store = pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name)
-    store.original = settings.get("DATABASE_URL")
+    store.original = original
     return store, f"the copy {database.describe_url(url)}"
 
 

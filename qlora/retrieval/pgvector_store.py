@@ -52,7 +52,7 @@ class PgVectorStore(PassageStore):
         Raises UserError when it was made with another embedding model.
         """
         self.database = database
-        self.original: str | None = None  # address of the database that `database` is a copy of
+        self.original: Database | None = None  # that `database` is a copy of
         self._embeddings = embeddings
         self.collection = self._open(collection, embedding_model) or self._make(collection, embedding_model)
 
@@ -146,8 +146,7 @@ class PgVectorStore(PassageStore):
             return [Document(text, metadata=metadata, id=key) for key, text, metadata in cursor.fetchall()]
 
     def feedback(self) -> FeedbackLog:
-        writable = Database(self.original) if self.original else self.database
-        return FeedbackLog(writable, self.collection.id)
+        return FeedbackLog(self.original or self.database, self.collection.id)
 
     def finish(self) -> None:
         """Creates the HNSW and the word index once the collection has more than 20,000 passages; they stay."""
@@ -301,9 +300,9 @@ class PgVectorStore(PassageStore):
                 looked_at *= search_sql.MORE
 
     def _measure(self, cursor, parts, values, is_filtered: bool) -> dict[str, float]:
-        """How many passages there are to find, about, and the share of them from which a word is too common.
+        """How many passages there are to find, and the share of them from which a word is too common.
 
-        The exact number decides nothing among more than INDEXED_FROM, and counting a million takes a tenth of a second.
+        Among more than INDEXED_FROM it is the server's estimate: counting a million takes a tenth of a second.
         """
         cursor.execute(search_sql.SIZE, values)
         known = max(0.0, cursor.fetchone()[0])

@@ -30,7 +30,12 @@ SET LOCAL hnsw.iterative_scan = strict_order;
 SET LOCAL hnsw.max_scan_tuples = 1000000;
 """
 COUNT = "SELECT count(*) FROM (SELECT 1 FROM {table} WHERE {condition} LIMIT %(enough)s + 1) AS matching"
-SIZE = "SELECT reltuples FROM pg_class WHERE oid = to_regclass('rag.' || %(passages)s)"  # as of the last ANALYZE
+# As of the last ANALYZE, or fewer where some were removed since. A copy of the database, or one that has crashed, knows
+# of no changes: 0.
+SIZE = """
+SELECT CASE pg_stat_get_live_tuples(oid) WHEN 0 THEN reltuples ELSE least(reltuples, pg_stat_get_live_tuples(oid)) END
+FROM pg_class WHERE oid = to_regclass('rag.' || %(passages)s)
+"""
 
 # Passages of one text take one place, that of the best. So more than `nearest` are looked at.
 NEAREST = """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora.console import Problems, fail, note
 from qlora.machine import remove_folder
+from qlora.model import adapter
 
 MANIFEST = "manifest.json"
 STAGING = "staging"  # where a checkpoint is written before it is renamed
@@ -22,10 +23,10 @@ def last_checkpoint(partial: Path) -> Path | None:
     return max(partial.glob("checkpoint-*"), key=step_of, default=None)
 
 
-def last_step(partial: Path) -> int | None:
-    """The step of the newest checkpoint, or None."""
-    checkpoint = last_checkpoint(partial)
-    return step_of(checkpoint) if checkpoint else None
+def describe_state(output: Path) -> dict[str, object]:
+    """Whether the run that writes there is finished, and the step of its newest checkpoint, or None."""
+    checkpoint = last_checkpoint(adapter.partial_folder(output))
+    return {"finished": adapter.is_finished(output), "checkpoint": checkpoint and step_of(checkpoint)}
 
 
 def step_of(checkpoint: Path) -> int:

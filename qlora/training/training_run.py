@@ -32,7 +32,8 @@ def train(trainer: ResponseTrainer, checkpoint: Path | None) -> dict[str, object
     done = 0
     if checkpoint:
         done = checkpoints.step_of(checkpoint)
-        checkpoints.cut_metrics(metrics, done)
+        if settings.process_rank() == 0:
+            checkpoints.cut_metrics(metrics, done)
         trainer.restore(checkpoint)
         console.note(f"continuing from step {done} of {trainer.plan.steps}")
     else:
