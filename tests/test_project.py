@@ -248,7 +248,7 @@ def test_docs_show_only_commands_and_flags_that_exist(page):
     improving = improve_qlora.build_parser().format_help()
     benchmarks = "".join(script.build_parser().format_help() for script in BENCHMARKS)
     foreign = {"--enable-lora", "--build-arg", "--lora-modules", "--chat-template", "--check", "--port", "--write"}
-    foreign |= {"--max-lora-rank", "--quantization", "--shm-size"}
+    foreign |= {"--max-lora-rank", "--nnodes", "--quantization", "--shm-size"}
     flags = re.findall(r"(?<![\w-])--[a-z][a-z-]+(?![a-z_])", text)  # ours have no underscores, launchers' do
     for flag in set(flags) - foreign:
         assert flag in training + improving + benchmarks + "".join(helps.values()), flag
