@@ -155,17 +155,19 @@ def measure_store(args, url: str) -> dict:
         taken["community"].append(len(texts[rows]) / stopwatch(add))
     asked = make_questions(texts, vectors)
     exact = time_queries(store, ready, asked[: QUERIES // 10], "dense")
+    store.database.connection.notices.clear()
     with watching_memory() as building:
         built = stopwatch(store.finish)
+    overflowed = any("maintenance_work_mem" in notice for notice in store.database.connection.notices)
     with watching_memory() as asking:
         modes = {mode: time_queries(store, ready, asked, mode) for mode in ("dense", "hybrid")}
         askers = {count: ask_at_once(url, asked, count) for count in ASKERS}
     return {
         "passages": store.count(),
-        "notices": store.database.connection.notices,
         "rows_per_second": {name: spread(values) for name, values in taken.items()},
         "database_path_over_community": spread(ratios(taken["ours"], taken["community"])),
         "index_seconds": round(built, 1),
+        "graph_built_in_memory": not overflowed,
         "query_ms": {"exact": exact, **modes},
         "hybrid_searches_by_askers": askers,
         "recall@10": doctor.measure_recall(store, 10) if store.is_indexed() else 1.0,
