@@ -370,7 +370,7 @@ def progress():
 
     class Rate(ProgressColumn):
         def render(self, task) -> str:
-            speed = task.finished_speed or task.speed
+            speed = task.completed / task.elapsed if task.finished and task.elapsed else task.speed
             return f"{speed:,.1f}/s" if speed else ""
 
     return Progress(
