@@ -420,7 +420,7 @@ def test_sweep_ranks_values_and_leaves_no_collection_behind(collection, database
     words += ["top-k=1,12,3"]
     capsys.readouterr()
     opened, connect = [], databases.connect
-    monkeypatch.setattr(databases, "connect", lambda url: opened.append(connect(url)) or opened[-1])
+    monkeypatch.setattr(databases, "connect", lambda *address: opened.append(connect(*address)) or opened[-1])
     assert rag(*words, "passages=24,200", "--search", "dense", "--json") == 0
     assert len(opened) == 4 and all(connection.closed for connection in (opened[0], *opened[2:]))  # [1] is the store
     by_count, by_length = json.loads(capsys.readouterr().out)

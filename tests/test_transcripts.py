@@ -16,6 +16,7 @@ TRANSCRIPTS = PROJECT / "tests" / "transcripts"
 CHANGING = {  # what differs between runs and machines -> the word for it
     r"Computes on .*": "Computes on MACHINE",
     r"\d+\.\d s\b": "SECONDS",
+    r"( [\d,]+\.\d/s)?  ?(\d:\d\d:\d\d|-:--:--) left": " RATE TIME left",  # no rate where all was done at once
     r"\d:\d\d:\d\d|-:--:--": "TIME",
     r"[━╸╺]+": "BAR",
     r"-?\d\.\d\d\b": "NUMBER",
