@@ -371,7 +371,8 @@ def progress():
     class Rate(ProgressColumn):
         def render(self, task) -> str:
             speed = task.completed / task.elapsed if task.finished and task.elapsed else task.speed
-            return f"{speed:,.1f}/s" if speed else ""
+            said = "/s" in task.description  # training names its own
+            return f"{speed:,.1f}/s" if speed and not said else ""
 
     return Progress(
         TextColumn("  {task.description}"),
