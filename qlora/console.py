@@ -22,6 +22,7 @@ from qlora import settings
 
 RUN_FAILED, USER_MISTAKE = 1, 2
 LONGEST_NAME = 200
+WIDE = 100  # columns of a terminal from which a progress bar shows its rate
 FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, io.UnsupportedOperation)
 
 
@@ -357,7 +358,7 @@ def show_value(value: object) -> str:
 
 
 def progress():
-    """A rich progress bar on stderr: description, bar, count, rate, elapsed time, time left."""
+    """A rich progress bar on stderr: description, bar, count, rate (where there is room), elapsed time, time left."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -378,7 +379,7 @@ def progress():
         TextColumn("  {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        Rate(),
+        *([Rate()] if stderr().width >= WIDE else []),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
