@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 def run_steps(args) -> int:
     if not args.dry_run and settings.process_rank() == 0 and adapter.put_in_place(args.output):
         adapter.check_output(args.output, args.overwrite or args.resume)
-    processes.meet()
+    processes.meet()  # the first may just have put a finished run in place
     call = jsonable(vars(args)) | checkpoints.describe_state(args.output)
     processes.check_same(call, "give all machines the same command, and one folder for --output")
     with console.step(STEPS, "Dataset Preparation"):

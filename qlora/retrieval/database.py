@@ -218,11 +218,9 @@ def connect(url: str, name: str = "DATABASE_URL"):
 
     Raises UserError, which never holds the password, when it cannot be reached or lacks pgvector.
     """
-    read_url(url, name)
-    where = describe_url(url)
+    parts, where = read_url(url, name), describe_url(url)
     try:
-        options = {"connect_timeout": 10, "application_name": "rag_qlora", **read_url(url)}
-        connection = psycopg2.connect(**options)
+        connection = psycopg2.connect(**{"connect_timeout": 10, "application_name": "rag_qlora", **parts})
     except psycopg2.OperationalError as error:
         raise fail(f"database unreachable ({first_line(error)})", where, f"start it, or fix {name}") from error
     try:
@@ -256,7 +254,9 @@ def find_pgvector(connection) -> str:
 
 
 def read_url(url: str, name: str = "DATABASE_URL") -> dict[str, str]:
-    """The parts of a connection string, the value of `name`, also of SQLAlchemy's, which name a driver (postgresql+psycopg2://).
+    """The parts of a connection string, which is the value of `name`.
+
+    SQLAlchemy's, which name a driver (postgresql+psycopg2://), are read as well.
 
     Raises UserError, which never holds the password, for any other and for a password that is not percent-encoded.
     """

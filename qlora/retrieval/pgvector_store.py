@@ -286,13 +286,16 @@ class PgVectorStore(PassageStore):
         parts = {"table": self.collection.table, "condition": condition}
         with self.database.transaction(search_sql.SECONDS) as cursor:
             settings = sql.SQL(search_sql.INDEX_SETTINGS)
-            values |= (size := self._measure(cursor, parts, values, bool(where)))
+            values |= self._measure(cursor, parts, values, bool(where))
             # HNSW walks through neighbours that the filter rejects. Where few passages match, all are compared.
-            if where and size["total"] <= INDEXED_FROM:
+            if where and values["total"] <= INDEXED_FROM:
                 settings += sql.SQL("SET LOCAL enable_indexscan = off;")
             statement = settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts)
             while True:
-                values |= {"looked_at": looked_at, "candidates": search_sql.count_candidates(size["total"], looked_at)}
+                values |= {
+                    "looked_at": looked_at,
+                    "candidates": search_sql.count_candidates(values["total"], looked_at),
+                }
                 cursor.execute(statement, values)
                 found = cursor.fetchall()
                 if not found or not found[0][-1] or looked_at >= search_sql.MOST:

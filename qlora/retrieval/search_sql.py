@@ -21,7 +21,7 @@ SECONDS = 60  # that a search may take
 
 # Entries of the HNSW index that a search keeps in mind (ef_search): as many as it looks at, but 100 at least, and more
 # in large collections, where the same number finds less (benchmarks/retrieval_speed.py). pgvector takes 1,000 at most.
-FEWEST, PER_PASSAGES, ENOUGH, LIMIT = 100, 2_500, 400, 1_000
+MIN_CANDIDATES, PASSAGES_PER_CANDIDATE, MAX_CANDIDATES, HNSW_LIMIT = 100, 2_500, 400, 1_000
 # strict_order: without it a search with a filter returns too few rows. jit compiles for longer than a search takes.
 INDEX_SETTINGS = """
 SET LOCAL jit = off;
@@ -137,7 +137,8 @@ STATEMENTS = {  # each returns the columns of a Hit, and whether a leg has drown
 
 def count_candidates(passages: float, looked_at: int) -> int:
     """How many entries of the index a search among so many passages keeps in mind."""
-    return min(LIMIT, max(FEWEST, looked_at, min(ENOUGH, round(passages / PER_PASSAGES))))
+    wanted = min(MAX_CANDIDATES, round(passages / PASSAGES_PER_CANDIDATE))
+    return min(HNSW_LIMIT, max(MIN_CANDIDATES, looked_at, wanted))
 
 
 def as_sql(conditions: Sequence[Condition]) -> tuple[sql.Composable, dict[str, object]]:
