@@ -65,7 +65,8 @@ def run_steps(args) -> int:
             )
         rows, counts = load_and_filter(args)
         training, held_out = format_rows(args, tokenizer, prompt, rows, counts)
-        schedule, plan = plan_run(args, training)
+        with processes.reporting():
+            schedule, plan = plan_run(args, training)
         report = report_data(args, tokenizer, training, held_out, counts, plan)
     if args.dry_run:
         return 0
@@ -359,8 +360,7 @@ def train_model(args, model, tokenizer, training, held_out, schedule) -> dict:
     recompute = "on" if schedule.checkpointing else "off"
     console.note(f"{schedule.steps} steps of up to {schedule.effective_batch} rows, gradient checkpointing {recompute}")
     run = trainer.ResponseTrainer(model, tokenizer, training, held_out, schedule, partial)
-    with processes.explaining_loss("look at its message; --resume then goes on from the last checkpoint"):
-        result = training_run.train(run, checkpoints.last_checkpoint(partial))
+    result = training_run.train(run, checkpoints.last_checkpoint(partial))
     if args.start_from and result and result["eval_loss_after"] > result["eval_loss_before"]:
         console.note(f"{args.start_from} is better on these rows: lower --learning-rate, or give fewer --epochs")
     memory = {"peak_memory": training_run.peak_memory(), "gradient_checkpointing": schedule.checkpointing}

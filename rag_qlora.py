@@ -358,7 +358,7 @@ def serve(args, store, prompt, generator) -> int:
 
 def evaluate(args, store, prompt, generator) -> int:
     """Answers all questions with base and tuned model from every context, scores them, and writes the report."""
-    from qlora.answering.chain import answer_batch, make_fill
+    from qlora.answering.chain import answer_each, make_fill
     from qlora.evaluation import evaluation, report
     from qlora.evaluation.questions import load_questions
 
@@ -372,11 +372,11 @@ def evaluate(args, store, prompt, generator) -> int:
     if not args.adapter:
         note("No adapter: only the base model is evaluated")
     values = evaluation_settings(args, prompt)
-    args.output.mkdir(parents=True, exist_ok=True)
     log = report.AnswerLog(args.output / "answers.jsonl", values)
     fill = make_fill(prompt, generator)
-    complete = partial(answer_batch, fill=fill, generator=generator, refusal=prompt.refusal)
-    asking = evaluation.Asking(log, complete, finding.refuses, args.batch_size, prompt.refusal)
+    complete = partial(answer_each, fill=fill, generator=generator, refusal=prompt.refusal)
+    batch = len(questions) if args.base_url else args.batch_size  # a server gets them one by one
+    asking = evaluation.Asking(log, complete, finding.refuses, batch, prompt.refusal)
     cells = evaluation.answer_cells(asking, {name: known[name] for name in args.models}, contexts)
     values |= asked_settings(args, questions, store, finding.threshold)
     result = evaluation.build_result(questions, found, cells, values, args.seed)

@@ -83,8 +83,8 @@ def ingest_at_once(url: str, collection: str, parts: list[Path]) -> tuple[int, i
         return run_measured(["rag_qlora.py", "ingest", str(part), "--collection", collection], **variables)
 
     with ThreadPoolExecutor(len(parts)) as pool:
-        done = list(pool.map(run, parts))
-    if failed := [one.report for one in done if one.code]:
+        runs = list(pool.map(run, parts))
+    if failed := [one.report for one in runs if one.code]:
         raise RuntimeError(failed[0])
     with Database(url).transaction() as cursor:
         cursor.execute(
@@ -96,12 +96,12 @@ def ingest_at_once(url: str, collection: str, parts: list[Path]) -> tuple[int, i
         cursor.execute("SELECT id FROM rag.collections WHERE name = %s", (collection,))
         (key,) = cursor.fetchone()
         count = sql.SQL("SELECT count(*) FILTER (WHERE document <> %s), count(*) FROM {table}")
-        cursor.execute(count.format(**name_parts(key)), (documents[0],))
-        later, passages = cursor.fetchone()
+        cursor.execute(count.format(**name_parts(key)), (documents[-1],))
+        done, passages = cursor.fetchone()
     shutil.rmtree(parts[0].parent)
-    seconds = max(one.seconds for one in done)
-    busy = sum(one.cpu_seconds for one in done) / seconds
-    return len(documents), passages, later / (times[-1] - times[0]).total_seconds(), busy, seconds
+    seconds = max(one.seconds for one in runs)
+    busy = sum(one.cpu_seconds for one in runs) / seconds
+    return len(documents), passages, done / (times[-1] - times[0]).total_seconds(), busy, seconds
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.train_speed import spread
@@ -129,6 +129,7 @@ def measure_store(args, url: str) -> dict:
 
     from qlora.retrieval import doctor
     from qlora.retrieval.database import Database
+    from qlora.retrieval.metadata_filter import Condition
     from qlora.retrieval.passage_store import Entry
     from qlora.retrieval.pgvector_store import PgVectorStore
 
@@ -154,6 +155,7 @@ def measure_store(args, url: str) -> dict:
         add = lambda rows=rows: community.add_embeddings(texts[rows], vectors[rows].tolist())  # noqa: E731
         taken["community"].append(len(texts[rows]) / stopwatch(add))
     asked = make_questions(texts, vectors)
+    half = [Condition("row", "<", (str(args.passages // 2),))]
     exact = time_queries(store, ready, asked[: QUERIES // 10], "dense")
     store.database.connection.notices.clear()
     with watching_memory() as building:
@@ -161,6 +163,7 @@ def measure_store(args, url: str) -> dict:
     overflowed = any("maintenance_work_mem" in notice for notice in store.database.connection.notices)
     with watching_memory() as asking:
         modes = {mode: time_queries(store, ready, asked, mode) for mode in ("dense", "hybrid")}
+        modes["hybrid among half of them"] = time_queries(store, ready, asked, "hybrid", half)
         askers = {count: ask_at_once(url, asked, count) for count in ASKERS}
     return {
         "passages": store.count(),
@@ -223,14 +226,14 @@ def make_questions(texts: list[str], vectors) -> list[tuple[str, list[float]]]:
     return [(" ".join(chance.choice(texts[n].split(), 5)), vectors[n].tolist()) for n in chosen]
 
 
-def time_queries(store, ready: Ready, asked, mode: str) -> dict[str, float]:
+def time_queries(store, ready: Ready, asked, mode: str, where: Sequence = ()) -> dict[str, float]:
     """Milliseconds of a search for ten passages: median and 95th percentile."""
-    return summarise([time_query(store, ready, *question, mode) for question in asked])
+    return summarise([time_query(store, ready, *question, mode, where) for question in asked])
 
 
-def time_query(store, ready: Ready, words: str, vector: list[float], mode: str) -> float:
+def time_query(store, ready: Ready, words: str, vector: list[float], mode: str, where: Sequence = ()) -> float:
     ready.next_vector = vector
-    return 1000 * stopwatch(lambda: store.find(words, 10, mode=mode))
+    return 1000 * stopwatch(lambda: store.find(words, 10, mode=mode, where=where))
 
 
 def summarise(taken: list[float]) -> dict[str, float]:
@@ -276,9 +279,11 @@ def watching_memory() -> Iterator[list[float]]:
     seen, ended = [measure()], threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield seen
-    ended.set()
-    watcher.join()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def measure_size(store) -> dict[str, int]:

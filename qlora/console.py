@@ -98,17 +98,22 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return RUN_FAILED
-    except UserError as error:
-        print_problems(error.problems)
-        return RUN_FAILED if isinstance(error, RunError) else USER_MISTAKE
     except KeyboardInterrupt:
         note("Stopped.")
         return 130
     except Exception as error:
-        if not (problem := explain_memory(error) or explain_file(error)):
+        if not (explained := explain(error)):
             raise
-        print_problems((problem,))
-        return RUN_FAILED if is_disk_full(error) else USER_MISTAKE
+        print_problems(explained.problems)
+        return RUN_FAILED if isinstance(explained, RunError) else USER_MISTAKE
+
+
+def explain(error: Exception) -> UserError | None:
+    """The error as one that is reported without a traceback; None for a mistake of our own."""
+    if isinstance(error, UserError):
+        return error
+    problem = explain_memory(error) or explain_file(error)
+    return problem and (RunError if is_disk_full(error) else UserError)(problem)
 
 
 def is_disk_full(error: Exception) -> bool:

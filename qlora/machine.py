@@ -122,9 +122,13 @@ def check_gpu() -> None:
 
 
 def check_card() -> None:
-    """Raises UserError for a GPU that is too old for fast 16 bit. Without a GPU nothing is wrong."""
+    """Raises UserError for a GPU that is too old for fast 16 bit, or too few of them. Without one nothing is wrong."""
     import torch
 
+    count, processes = torch.cuda.device_count(), settings.process_count(local=True)
+    if 0 < count < processes:
+        fix = f"start one per GPU: --nproc_per_node {count} of torchrun, --num_processes of accelerate launch"
+        raise fail(f"{processes} processes for {count} GPUs", "this machine", fix)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
         has, needed = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), OLDEST))
         what = f"{torch.cuda.get_device_name()} has compute capability {has}, and {needed} is needed"

@@ -295,7 +295,7 @@ def test_a_passage_is_read_again_where_a_confidence_forbids_to_refuse(tmp_path):
 
     def complete(pairs):
         asked.extend(pairs)
-        return [check_answer("red [1]", documents, "No.") for _, documents in pairs]
+        yield [(n, check_answer("red [1]", documents, "No.")) for n, (_, documents) in enumerate(pairs)]
 
     asking = e.Asking(AnswerLog(tmp_path / "answers.jsonl", {}), complete, lambda documents: False, 8)
     plain = Document("It is red.", metadata={"source": "a.md", "score": 1.0})

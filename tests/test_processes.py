@@ -29,6 +29,7 @@ PLACE_IS_FREE = """
     script.train_model = train
     script.load_rows = 0
 """
+RAISE = "lambda *given: (_ for _ in ()).throw"
 DIE_AT_STEP_5 = """
     def step(trainer, *args, real=trainer.ResponseTrainer.training_step):
         return os.kill(os.getpid(), 9) if trainer.state.global_step == 5 else real(trainer, *args)
@@ -86,6 +87,8 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bytes(words, tm
         ("script.fingerprint_model = lambda name: 'another'", [], "not the same as in the first process: base model"),
         ("script.jsonable = lambda given: {'seed': 1}", [], "not the same as in the first process"),
         ("pass", ["--filter", "category=nothing"], "no row is left after filtering"),
+        (f"script.plan_run = {RAISE}(script.console.fail('a row does not fit', 'GPU 1', 'wait'))", [], "does not fit"),
+        (f"script.load_whole = {RAISE}(MemoryError())", [], "out of memory"),
     ],
 )
 def test_a_mistake_of_one_process_ends_all_and_is_reported_once(words, tmp_path, in_second, more, told):

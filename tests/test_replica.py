@@ -1,5 +1,6 @@
 """A read-only copy of the database, by PostgreSQL's own streaming replication: it is searched, and never written to."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,15 +40,19 @@ def replica(database):
 
 
 @pytest.fixture
-def copied(replica, documents, collection, monkeypatch) -> str:
+def copied(database, replica, documents, collection, monkeypatch) -> str:
     """A collection in both, once the copy has it."""
     assert rag("ingest", documents) == 0
-    with Database(os.environ["DATABASE_URL"]).transaction() as cursor:
+    catch_up(database, replica)
+    monkeypatch.setenv("DATABASE_REPLICA_URL", replica)
+    return collection
+
+
+def catch_up(database: str, replica: str) -> None:
+    with Database(database).transaction() as cursor:
         cursor.execute("SELECT pg_current_wal_lsn()")
         (reached,) = cursor.fetchone()
     wait_for(replica, f"SELECT pg_last_wal_replay_lsn() >= '{reached}'")
-    monkeypatch.setenv("DATABASE_REPLICA_URL", replica)
-    return collection
 
 
 def wait_for(url: str, statement: str) -> None:
@@ -95,6 +100,27 @@ def test_a_copy_that_is_behind_is_reported(copied, replica, documents, capsys, m
         with held.connection.cursor() as cursor:
             cursor.execute("SELECT pg_wal_replay_resume()")
         held.close()
+
+
+def test_an_empty_collection_of_a_copy_is_not_filled(copied, database, documents, replica, capsys):
+    assert rag("forget", *[entry["source"] for entry in list_documents(capsys)]) == 0
+    catch_up(database, replica)
+    assert rag("search", QUESTION) == 2
+    assert "is not in this copy of the database, or not yet" in capsys.readouterr().err
+    assert not list_documents(capsys)
+
+
+def list_documents(capsys) -> list[dict]:
+    capsys.readouterr()
+    assert rag("documents", "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_database_of_its_own_is_no_copy(database, collection, documents, capsys, monkeypatch):
+    monkeypatch.setenv("DATABASE_REPLICA_URL", database)
+    assert rag("search", QUESTION) == 2
+    assert "a database of its own, which is no copy" in capsys.readouterr().err
+    assert not list_documents(capsys)
 
 
 def test_a_copy_is_no_database_to_write_to(copied, replica, documents, capsys, monkeypatch):

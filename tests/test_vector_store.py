@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
@@ -15,6 +16,7 @@ from psycopg2 import sql
 
 from qlora import machine
 from qlora.console import UserError
+from qlora.retrieval import database as db
 from qlora.retrieval import metadata_filter, pgvector_store, search_sql
 from qlora.retrieval.database import MIGRATIONS, Database, is_unprotected
 from qlora.retrieval.metadata_filter import Condition, read_condition
@@ -201,7 +203,12 @@ def test_a_word_that_statistics_know_to_be_everywhere_is_the_last_one_to_be_look
         assert ranks and not any(rank["lexical"] for rank in ranks)  # ten of all passages would be chosen by chance
     few = [Condition("n", "<", ("5",))]  # among which the word may be rare
     assert len(store.find("ferry", 50, mode="lexical", where=few)) == 5
-    assert not [notice for notice in store.database.connection.notices if "maintenance_work_mem" in notice]
+    with store.database.transaction() as cursor:  # as a crash does
+        table = f"rag.passages_{store.collection.id}"
+        cursor.execute("SELECT pg_stat_reset_single_table_counters(%s::regclass)", (table,))
+    store.add_texts(["0 walrus"], [{"n": 101}])
+    ranks = [d.metadata["ranks"] for d in store.find("ferry", 50, mode="hybrid")]
+    assert ranks and not any(rank["lexical"] for rank in ranks)
 
 
 def test_scores_are_cosine_similarities(store):
@@ -275,6 +282,27 @@ def test_large_collections_get_indexes_and_filters_stay_complete(database, colle
     assert len(found) == 2000
     store.put_document(Entry("a.md", "3"), passages[:10])
     assert store.is_indexed() and len(store.find("text 3", 10, mode="dense")) == 10
+
+
+def test_an_index_is_built_in_the_memory_that_its_graph_takes(store, monkeypatch):
+    store.add_texts(["0 a", "60 b"])
+    for per_passage, mib in ((800, 64), (64 << 20, 128), (64 << 30, 4096)):
+        monkeypatch.setattr(db, "GRAPH_BYTES", per_passage)
+        with store.database.transaction() as cursor:
+            db.build_indexes(cursor, store.collection.id)
+            cursor.execute("SELECT setting::int / 1024 FROM pg_settings WHERE name = 'maintenance_work_mem'")
+            assert cursor.fetchone() == (mib,)
+
+
+def test_processes_that_end_together_build_the_index_once(database, collection, monkeypatch):
+    """Without a lock each holds the table that the other one needs: a deadlock, and no index."""
+    monkeypatch.setattr(pgvector_store, "INDEXED_FROM", 1)
+    monkeypatch.setattr(db, "INDEXES", db.INDEXES.replace("ANALYZE", "SELECT pg_sleep(2); ANALYZE"))
+    stores = [open_store(database, collection) for _ in range(3)]
+    stores[0].add_texts(["0 a", "60 b"])
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(PgVectorStore.finish, stores))
+    assert stores[0].is_indexed()
 
 
 def test_doctor(database, collection, monkeypatch, capsys):

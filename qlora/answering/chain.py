@@ -4,13 +4,14 @@
     chain = build_chain(Finding(search, top_k), fill, generator, prompt.refusal)
     chain.invoke({"question": "...", "searched": "...", "history": ()})["answer"]     # citations.Answer
 
-`answer_batch` takes the same steps for many questions with given passages at a time.
+`answer_each` takes the same steps for many questions with given passages at a time.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -28,6 +29,7 @@ from qlora.prompt import Prompt, as_langchain, fill_prompt
 from qlora.retrieval.reranker import open_reranker
 
 DOUBTED = "doubted"  # tag of a run of the model whose answer may become a refusal when it is checked
+Asked = tuple[str, Sequence[Document]]  # a question and its passages
 Fill = Callable[[str, Sequence[str], Sequence[dict]], list[dict]]  # question, passages, history -> messages
 
 
@@ -158,16 +160,21 @@ def assign(name: str, step) -> Runnable:
     return RunnableLambda(lambda state, config: {**state, name: made.invoke(state, config)}, name=name)
 
 
-def answer_batch(pairs: Sequence[tuple[str, Sequence[Document]]], fill: Fill, generator, refusal: str) -> list[Answer]:
+def answer_batch(pairs: Sequence[Asked], fill: Fill, generator, refusal: str) -> list[Answer]:
     """A checked answer for each (question, passages), generated together."""
-    texts = {}
+    answers = dict(chain.from_iterable(answer_each(pairs, fill, generator, refusal)))
+    return [answers[n] for n in range(len(pairs))]
+
+
+def answer_each(pairs: Sequence[Asked], fill: Fill, generator, refusal: str) -> Iterator[list[tuple[int, Answer]]]:
+    """Checked answers for (question, passages) with their places in `pairs`, as many at a time as are ready."""
     for decided in (False, True):
         part = [n for n, (_, found) in enumerate(pairs) if is_decided(found) == decided]
         if part:
             model = unrefusing(generator, pairs[part[0]][1], refusal)
             asked = [fill(pairs[n][0], [d.page_content for d in pairs[n][1]], ()) for n in part]
-            texts |= dict(zip(part, model.complete(asked), strict=True))
-    return [finish_answer(texts[n], *pair, refusal) for n, pair in enumerate(pairs)]
+            for ready in model.complete_each(asked):
+                yield [(part[n], finish_answer(text, *pairs[part[n]], refusal)) for n, text in ready]
 
 
 def finish_answer(text: str, question: str, documents: Sequence[Document], refusal: str) -> Answer:

@@ -85,6 +85,10 @@ class Generator(BaseChatModel):
         prompts = [encode_prompt(self.tokenizer, messages) for messages in conversations]
         return self.tokenizer.batch_decode(self.generate_ids(prompts), skip_special_tokens=True)
 
+    def complete_each(self, conversations: list[list[dict]]) -> Iterator[list[tuple[int, str]]]:
+        """The answers with their places, as many at a time as are ready together: here all of them."""
+        yield list(enumerate(self.complete(conversations)))
+
     def generate_ids(self, prompts: list[list[int]], processors: Sequence[Callable] = (), **options) -> list[list[int]]:
         """New token ids for each prompt, up to and with EOS; prompts are padded on the left.
 

@@ -29,7 +29,7 @@ class ServerModel(BaseChatOpenAI):
 
     tokenizer: Any
     window: int
-    at_once: int = 8  # requests, in `complete`
+    at_once: int = 8  # requests, in `complete_each`
     others: frozenset[str] = frozenset()  # the server's other models
     _warned: bool = PrivateAttr(default=False)
 
@@ -41,13 +41,14 @@ class ServerModel(BaseChatOpenAI):
         """A context that changes nothing: the server has one model."""
         return contextlib.nullcontext()
 
-    def complete(self, conversations: list[list[dict]]) -> list[str]:
-        """The answer to each list of role/content messages, `at_once` of them asked at the same time.
+    def complete_each(self, conversations: list[list[dict]]) -> Iterator[list[tuple[int, str]]]:
+        """The answers to lists of role/content messages with their places, each as soon as it is there.
 
-        Raises UserError when one of them fails after all retries.
+        `at_once` of them are asked at the same time. Raises UserError when one of them fails after all retries.
         """
         asked = [as_langchain(messages) for messages in conversations]
-        return [message.text for message in self.batch(asked, config={"max_concurrency": self.at_once})]
+        for place, message in self.batch_as_completed(asked, config={"max_concurrency": self.at_once}):
+            yield [(place, message.text)]
 
     @property
     def _llm_type(self) -> str:

@@ -165,8 +165,6 @@ def check_serving(args, problems: console.Problems) -> None:
         if args.extra_bias or (args.refusal_bias and not args.adapter):
             fix = "leave it out: a server would add it to every token of the answer"
             problems.add("a refusal bias is for the first token", "--refusal-bias", fix)
-        if "batch_size" in args:
-            args.batch_size *= BATCH  # requests between two waits for the slowest of them
 
 
 def check_questions(args, problems: console.Problems) -> None:

@@ -13,7 +13,7 @@ def evaluation_settings(args, prompt) -> dict:
     ranking = asdict(args.ranking) if args.ranking else None
     digest = adapter.digest_weights(args.adapter) if args.adapter else None
     chosen = {name: getattr(args, name) for name in names}
-    chosen |= {"server_model": args.model} if args.base_url else {}
+    chosen |= {"server": args.base_url, "server_model": args.model} if args.base_url else {}
     return {**chosen, "adapter": digest, "prompt": prompt.digest, "ranking": ranking}
 
 

@@ -7,7 +7,7 @@ them, refusals, citations, faithfulness; retrieval metrics; paired bootstrap int
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -157,12 +157,12 @@ def gather_passages(
 class Asking:
     """The way to answer questions, and the log of their answers.
 
-    `complete(pairs)` gives an Answer for each (question, documents), `batch` of them at a time. A question is refused
-    where `refuses` rejects its retrieved passages, as in `ask`.
+    `complete(pairs)` gives the Answers to (question, documents) with their places, as `answer_each`; it gets `batch` of
+    them at a time. A question is refused where `refuses` rejects its retrieved passages, as in `ask`.
     """
 
     log: Any  # report.AnswerLog
-    complete: Callable[[list[tuple]], list[Answer]]
+    complete: Callable[[list[tuple]], Iterable[list[tuple[int, Answer]]]]
     refuses: Callable[[Sequence], bool]
     batch: int
     refusal: str = Prompt.refusal
@@ -209,12 +209,14 @@ def answer_cell(asking: Asking, model: str, context: str, asked: list[tuple], ad
     missing.sort(key=lambda entry: -sum(len(document.page_content) for document in entry[1][1]))
     for at in range(0, len(missing), asking.batch):
         part = missing[at : at + asking.batch]
-        started = time.perf_counter()
-        answers = asking.complete([(question.question, documents) for _, (question, documents) in part])
-        seconds = round((time.perf_counter() - started) / len(part), 3)
-        for (key, (question, _)), answer in zip(part, answers, strict=True):
-            log.add(key, describe_answer(model, context, question, answer, seconds))
-        advance(len(part))
+        started, given = time.perf_counter(), 0
+        for ready in asking.complete([(question.question, documents) for _, (question, documents) in part]):
+            given += len(ready)
+            seconds = round((time.perf_counter() - started) / given, 3)
+            for place, answer in ready:
+                key, (question, _) = part[place]
+                log.add(key, describe_answer(model, context, question, answer, seconds))
+            advance(len(ready))
     return keys
 
 

@@ -47,6 +47,7 @@ class AnswerLog:
         self.settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         if path.exists() and not path.is_file():
             raise fail("not a file", str(path), "remove it, or give another --output")
+        path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         self.known = {line["key"]: line for line in map(read_line, lines) if line.get("key")}
 

@@ -24,6 +24,7 @@ OLDEST_PGVECTOR = (0, 8)  # hnsw.iterative_scan came with 0.8.0
 PAUSES = (0.2, 0.5, 1, 2, 4, 8)  # seconds before each attempt to reach a server that went away
 # Two first runs at once would both pass IF NOT EXISTS and collide; the number is arbitrary.
 SCHEMA_LOCK = 7_102_023
+INDEX_LOCK = -1  # before a collection's key; the locks of its documents begin with that key, which is above 0
 
 PASSAGES = """
 CREATE TABLE {table} (
@@ -38,8 +39,9 @@ CREATE TABLE {table} (
 CREATE INDEX ON {table} (document);
 CREATE INDEX ON {table} (same);
 """
+# ef_construction: with pgvector's 64 the graph of a million passages has a recall@10 of 0.85, with 200 of 0.99.
 INDEXES = """
-CREATE INDEX IF NOT EXISTS {dense} ON {table} USING hnsw (embedding halfvec_cosine_ops);
+CREATE INDEX IF NOT EXISTS {dense} ON {table} USING hnsw (embedding halfvec_cosine_ops) WITH (ef_construction = 200);
 CREATE INDEX IF NOT EXISTS {words} ON {table} USING gin (words);
 ANALYZE {table};
 """
@@ -112,8 +114,8 @@ MIGRATIONS = (FIRST_SCHEMA, SECOND_SCHEMA, THIRD_SCHEMA, FOURTH_SCHEMA, FIFTH_SC
 # How far the log of changes is written here (PostgreSQL's documentation, "System Administration Functions").
 POSITION = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END"
 BEHIND = """
-SELECT CASE WHEN pg_is_in_recovery() AND pg_last_wal_replay_lsn() < %(reached)s::pg_lsn
-    THEN extract(epoch FROM now() - pg_last_xact_replay_timestamp()) END
+SELECT CASE WHEN pg_last_wal_replay_lsn() < %(reached)s::pg_lsn
+    THEN extract(epoch FROM now() - coalesce(pg_last_xact_replay_timestamp(), pg_postmaster_start_time())) END
 """
 AT_ONCE = 2_000  # passages whose words are made anew
 # Not to_regclass: it answers from a cache that does not see what another process made while this one waited.
@@ -179,14 +181,11 @@ class Database:
             time.sleep(0.1)
         return float(behind)
 
-    def check_original(self, collection: str) -> None:
-        """Raises UserError where a collection is missing because this is a copy, in which none can be made."""
+    def is_copy(self) -> bool:
+        """Whether it follows another server by streaming replication, and can only be read."""
         with self.transaction() as cursor:
             cursor.execute("SELECT pg_is_in_recovery()")
-            if cursor.fetchone()[0]:
-                what = f"collection {collection} is not in this copy of the database, or not yet"
-                fix = "wait until it has caught up, or name the database itself"
-                raise fail(what, describe_url(self.url), fix)
+            return cursor.fetchone()[0]
 
     def close(self) -> None:
         """Ends the connection; the next transaction would open another."""
@@ -355,9 +354,10 @@ def build_indexes(cursor, collection: int) -> None:
     """Builds the HNSW and the word index, with memory for the whole graph as far as MOST_MEMORY reaches.
 
     What does not fit is built on the disk, many times slower (pgvector's README, "Index Build Time"). Where the
-    server's own maintenance_work_mem is larger, that holds.
+    server's own maintenance_work_mem is larger, that holds. Of several processes one builds, and the others wait.
     """
     parts = name_parts(collection)
+    cursor.execute("SELECT pg_advisory_xact_lock(%s, %s)", (INDEX_LOCK, collection))
     cursor.execute(sql.SQL("SELECT count(*) FROM {table}").format(**parts))
     (passages,) = cursor.fetchone()
     cursor.execute("SELECT dimension FROM rag.collections WHERE id = %s", (collection,))

@@ -120,7 +120,7 @@ def measure_recall(store: PgVectorStore, k: int, candidates: int | None = None) 
 
     It keeps `candidates` entries in mind, or as many as a search does.
     """
-    candidates = candidates or search_sql.count_candidates(store.count(), k)
+    candidates = candidates or search_sql.count_candidates(k)
     parts = {"table": store.collection.table, "condition": sql.SQL("true")}
     statement = sql.SQL(search_sql.NEAREST).format(**parts)
     sample = sql.SQL("SELECT embedding FROM {} ORDER BY md5(id) LIMIT %s").format(store.collection.table)

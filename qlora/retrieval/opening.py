@@ -1,7 +1,7 @@
 """A collection, opened: its embedding model, and the store that it is in."""
 
 from qlora import machine, settings
-from qlora.console import note
+from qlora.console import fail, note
 from qlora.model import base_model
 
 LATE = 10  # seconds by which a copy of the database may be behind before anybody is told
@@ -52,9 +52,14 @@ def open_copy(embeddings, embedding_model: str, name: str):
 
     url = settings.get("DATABASE_REPLICA_URL")
     connected, original = database.Database(url), database.Database(settings.get("DATABASE_URL"))
+    if not connected.is_copy():
+        fix = "name a copy that follows DATABASE_URL by streaming replication, or leave it out"
+        raise fail("a database of its own, which is no copy", "DATABASE_REPLICA_URL", fix)
     if (behind := connected.seconds_behind(original)) > LATE:
         note(f"The copy of the database is {behind:.0f} s behind: it lacks what was added since")
     store = pgvector_store.PgVectorStore(connected, embeddings, embedding_model, name)
+    if store.count() == 0:
+        raise pgvector_store.lacking(name, connected)
     store.original = original
     return store, f"the copy {database.describe_url(url)}"
 

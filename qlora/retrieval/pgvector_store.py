@@ -16,9 +16,9 @@ from langchain_core.embeddings import Embeddings
 from pgvector import HalfVector
 from psycopg2 import sql
 
-from qlora.console import fail, note
+from qlora.console import UserError, fail, note
 from qlora.retrieval import languages, search_sql
-from qlora.retrieval.database import PASSAGES, Database, build_indexes, migrate
+from qlora.retrieval.database import PASSAGES, Database, build_indexes, describe_url, migrate
 from qlora.retrieval.feedback import FeedbackLog
 from qlora.retrieval.passage_store import ADDED_AS_TEXT, Entry, Hit, Passage, PassageStore
 from qlora.retrieval.word_index import index_words, text_key
@@ -70,7 +70,8 @@ class PgVectorStore(PassageStore):
         return Collection(found[0], name, found[2]) if found else None
 
     def _make(self, name: str, model: str) -> Collection:
-        self.database.check_original(name)
+        if self.database.is_copy():
+            raise lacking(name, self.database)
         dimension = len(self._embeddings.embed_query("dimension"))
         with self.database.transaction() as cursor:
             cursor.execute(
@@ -280,7 +281,7 @@ class PgVectorStore(PassageStore):
         condition, values = search_sql.as_sql(where)
         values |= {"words": index_words(question), "vector": HalfVector(vector), "collection": self.collection.id}
         values |= {"k": k, "nearest": nearest, "texts": k if mode != "hybrid" else max(k, nearest // 4)}
-        values |= {"enough": INDEXED_FROM, "most": search_sql.WORDS, "passages": f"passages_{self.collection.id}"}
+        values |= {"most": search_sql.WORDS, "passages": f"passages_{self.collection.id}"}
         values |= {"common": search_sql.COMMON, "alone": mode == "lexical"}
         values |= {"lexical_weight": search_sql.LEXICAL_WEIGHT}
         parts = {"table": self.collection.table, "condition": condition}
@@ -292,10 +293,7 @@ class PgVectorStore(PassageStore):
                 settings += sql.SQL("SET LOCAL enable_indexscan = off;")
             statement = settings + sql.SQL(search_sql.STATEMENTS[mode]).format(**parts)
             while True:
-                values |= {
-                    "looked_at": looked_at,
-                    "candidates": search_sql.count_candidates(values["total"], looked_at),
-                }
+                values |= {"looked_at": looked_at, "candidates": search_sql.count_candidates(looked_at)}
                 cursor.execute(statement, values)
                 found = cursor.fetchall()
                 if not found or not found[0][-1] or looked_at >= search_sql.MOST:
@@ -308,12 +306,18 @@ class PgVectorStore(PassageStore):
         Among more than INDEXED_FROM it is the server's estimate: counting a million takes a tenth of a second.
         """
         cursor.execute(search_sql.SIZE, values)
-        known = max(0.0, cursor.fetchone()[0])
-        if is_filtered or known <= INDEXED_FROM:
+        (total,) = cursor.fetchone()
+        if is_filtered or total <= INDEXED_FROM:
             cursor.execute(sql.SQL(search_sql.COUNT).format(**parts), values)
-            (counted,) = cursor.fetchone()
-            return {"total": counted if counted <= INDEXED_FROM else max(counted, known), "often": NEVER}
-        return {"total": known, "often": 2 * search_sql.COMMON / known}
+            (total,) = cursor.fetchone()
+        often = NEVER if is_filtered or total <= INDEXED_FROM else 2 * search_sql.COMMON / total
+        return {"total": total, "often": often}
+
+
+def lacking(collection: str, copy: Database) -> UserError:
+    """The UserError for a collection that a copy of the database does not have."""
+    what = f"collection {collection} is not in this copy of the database, or not yet"
+    return fail(what, describe_url(copy.url), "wait until it has caught up, or name the database itself")
 
 
 def encode_rows(by_document: dict[int, list[Passage]]) -> BytesIO:

@@ -19,9 +19,9 @@ COMMON = 10_000  # passages with a word above which it is too common to search
 LEXICAL_WEIGHT = 0.6
 SECONDS = 60  # that a search may take
 
-# Entries of the HNSW index that a search keeps in mind (ef_search): as many as it looks at, but 100 at least, and more
-# in large collections, where the same number finds less (benchmarks/retrieval_speed.py). pgvector takes 1,000 at most.
-MIN_CANDIDATES, PASSAGES_PER_CANDIDATE, MAX_CANDIDATES, HNSW_LIMIT = 100, 2_500, 400, 1_000
+# Entries of the HNSW index that a search keeps in mind (ef_search): as many as it looks at, but at least so many that
+# it finds nearly all among a million passages (benchmarks/retrieval_speed.py). pgvector takes 1,000 at most.
+MIN_CANDIDATES, MAX_CANDIDATES = 200, 1_000
 # strict_order: without it a search with a filter returns too few rows. jit compiles for longer than a search takes.
 INDEX_SETTINGS = """
 SET LOCAL jit = off;
@@ -29,9 +29,9 @@ SET LOCAL hnsw.ef_search = %(candidates)s;
 SET LOCAL hnsw.iterative_scan = strict_order;
 SET LOCAL hnsw.max_scan_tuples = 1000000;
 """
-COUNT = "SELECT count(*) FROM (SELECT 1 FROM {table} WHERE {condition} LIMIT %(enough)s + 1) AS matching"
-# As of the last ANALYZE, or fewer where some were removed since. A copy of the database, or one that has crashed, knows
-# of no changes: 0.
+COUNT = "SELECT count(*) FROM {table} WHERE {condition}"
+# As of the last ANALYZE, or fewer where some were removed since. A copy of the database knows of no changes: 0. After a
+# crash the server knows only of later ones, so few are counted once more.
 SIZE = """
 SELECT CASE pg_stat_get_live_tuples(oid) WHEN 0 THEN reltuples ELSE least(reltuples, pg_stat_get_live_tuples(oid)) END
 FROM pg_class WHERE oid = to_regclass('rag.' || %(passages)s)
@@ -135,10 +135,9 @@ STATEMENTS = {  # each returns the columns of a Hit, and whether a leg has drown
 }
 
 
-def count_candidates(passages: float, looked_at: int) -> int:
-    """How many entries of the index a search among so many passages keeps in mind."""
-    wanted = min(MAX_CANDIDATES, round(passages / PASSAGES_PER_CANDIDATE))
-    return min(HNSW_LIMIT, max(MIN_CANDIDATES, looked_at, wanted))
+def count_candidates(looked_at: int) -> int:
+    """How many entries of the index a search that looks at so many passages keeps in mind."""
+    return min(MAX_CANDIDATES, max(MIN_CANDIDATES, looked_at))
 
 
 def as_sql(conditions: Sequence[Condition]) -> tuple[sql.Composable, dict[str, object]]:
