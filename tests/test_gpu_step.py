@@ -169,6 +169,18 @@ def pretend_card(monkeypatch, capability=(8, 0), bf16=True):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, capsys):
+    from conftest import train
+
+    pretend_card(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    machine.check_card()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train("--output", "unused") == 2
+    assert "4 processes for 2 GPUs" in capsys.readouterr().err
+
+
 def test_a_gpu_that_is_too_old_is_told_before_anything_is_loaded(monkeypatch, capsys):
     from conftest import rag, train
 

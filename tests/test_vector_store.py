@@ -1,6 +1,7 @@
 """LangChain's own tests of a vector store, filters, search in both legs, indexes, and a server that goes away."""
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from psycopg2 import sql
 from qlora import machine
 from qlora.console import UserError
 from qlora.retrieval import database as db
-from qlora.retrieval import metadata_filter, pgvector_store, search_sql
+from qlora.retrieval import doctor, metadata_filter, pgvector_store, search_sql
 from qlora.retrieval.database import MIGRATIONS, Database, is_unprotected
 from qlora.retrieval.metadata_filter import Condition, read_condition
 from qlora.retrieval.passage_store import Entry
@@ -203,12 +204,22 @@ def test_a_word_that_statistics_know_to_be_everywhere_is_the_last_one_to_be_look
         assert ranks and not any(rank["lexical"] for rank in ranks)  # ten of all passages would be chosen by chance
     few = [Condition("n", "<", ("5",))]  # among which the word may be rare
     assert len(store.find("ferry", 50, mode="lexical", where=few)) == 5
+    most = [Condition("n", ">=", ("0",))]
+    assert not any(d.metadata["ranks"]["lexical"] for d in store.find("ferry", 50, mode="hybrid", where=most))
+    count_changes(store)
     with store.database.transaction() as cursor:  # as a crash does
         table = f"rag.passages_{store.collection.id}"
         cursor.execute("SELECT pg_stat_reset_single_table_counters(%s::regclass)", (table,))
     store.add_texts(["0 walrus"], [{"n": 101}])
+    count_changes(store)  # one passage
     ranks = [d.metadata["ranks"] for d in store.find("ferry", 50, mode="hybrid")]
     assert ranks and not any(rank["lexical"] for rank in ranks)
+
+
+def count_changes(store) -> None:
+    """Lets the server know of them now, not in a second."""
+    with store.database.transaction() as cursor:
+        cursor.execute("SELECT pg_stat_force_next_flush()")
 
 
 def test_scores_are_cosine_similarities(store):
@@ -307,22 +318,28 @@ def test_processes_that_end_together_build_the_index_once(database, collection, 
 
 def test_doctor(database, collection, monkeypatch, capsys):
     monkeypatch.setattr(pgvector_store, "INDEXED_FROM", 100)
-    from qlora.retrieval.doctor import examine
-
     store = open_store(database, collection, DeterministicFakeEmbedding(size=16))
     store.put_document(Entry("a.md", "1"), [Document(f"text {n}", metadata={}) for n in range(300)])
     store.finish()
-    findings = {finding.what: finding for finding in examine(store, "steered")}
+    findings = {finding.what: finding for finding in doctor.examine(store, "steered")}
     assert {finding.state for finding in findings.values()} == {"good"}
     assert (
         findings["recall@10"].detail.startswith(("1.000", "0.99")) and "300 passages" in findings["collection"].detail
     )
+    monkeypatch.setattr(doctor, "ENOUGH_RECALL", 1.1)
+    (found,) = (finding for finding in doctor.examine(store, "steered") if finding.what == "recall@10")
+    assert found.state == "bad"
+    with store.database.transaction() as cursor:
+        cursor.execute(re.search("DROP INDEX .*?;", found.detail)[0])
+    assert not store.is_indexed()
+    store.finish()
+    assert store.is_indexed()
     with store.database.transaction() as cursor:
         cursor.execute(
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)",
             (f"rag.passages_{store.collection.id}_dense",),
         )
-    assert {finding.what: finding.state for finding in examine(store, "steered")}["index"] == "bad"
+    assert {finding.what: finding.state for finding in doctor.examine(store, "steered")}["index"] == "bad"
 
 
 def test_doctor_on_the_command_line(collection, capsys):

@@ -30,6 +30,7 @@ SET LOCAL hnsw.iterative_scan = strict_order;
 SET LOCAL hnsw.max_scan_tuples = 1000000;
 """
 COUNT = "SELECT count(*) FROM {table} WHERE {condition}"
+SAMPLE = "SELECT count(*) FROM {table} TABLESAMPLE SYSTEM (%(percent)s) REPEATABLE (0) WHERE {condition}"
 # As of the last ANALYZE, or fewer where some were removed since. A copy of the database knows of no changes: 0. After a
 # crash the server knows only of later ones, so few are counted once more.
 SIZE = """
