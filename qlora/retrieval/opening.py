@@ -10,7 +10,7 @@ LATE = 10  # seconds by which a copy of the database may be behind before anybod
 def load_embeddings(name: str):
     """The embedding function: sentence-transformers, vectors of length 1.
 
-    In bf16 where the CPU multiplies it: three times as fast, cosine to the fp32 vectors at least 0.999.
+    In bf16 where the CPU multiplies it: about twice as fast, cosine to the fp32 vectors at least 0.999.
     """
     from langchain_huggingface import HuggingFaceEmbeddings
 
