@@ -23,6 +23,8 @@ from qlora import settings
 RUN_FAILED, USER_MISTAKE = 1, 2
 LONGEST_NAME = 200
 WIDE = 100  # columns of a terminal from which a progress bar shows its rate
+# In torch's RuntimeError for another process that ended: gloo's words, and NCCL's.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "ncclRemoteError")
 FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, io.UnsupportedOperation)
 
 
@@ -41,6 +43,8 @@ class Problem:
 class UserError(Exception):
     """Raised when the user has something to fix; ends the program with exit code 2, no traceback."""
 
+    code = USER_MISTAKE
+
     def __init__(self, *problems: Problem):
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
@@ -51,6 +55,8 @@ class UserError(Exception):
 
 class RunError(UserError):
     """Raised when a run fails in a known way, without a mistake in the call; exit code 1, no traceback."""
+
+    code = RUN_FAILED
 
 
 @dataclass
@@ -105,13 +111,15 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         if not (explained := explain(error)):
             raise
         print_problems(explained.problems)
-        return RUN_FAILED if isinstance(explained, RunError) else USER_MISTAKE
+        return explained.code
 
 
 def explain(error: Exception) -> UserError | None:
     """The error as one that is reported without a traceback; None for a mistake of our own."""
     if isinstance(error, UserError):
         return error
+    if problem := explain_loss(error):
+        return RunError(problem)
     problem = explain_memory(error) or explain_file(error)
     return problem and (RunError if is_disk_full(error) else UserError)(problem)
 
@@ -131,6 +139,16 @@ def ran_out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "std::bad_alloc" in str(error)
+
+
+def explain_loss(error: Exception) -> Problem | None:
+    """The problem where torch waited for another process of this run, which has ended; None for any other error."""
+    if settings.process_count() == 1 or not isinstance(error, RuntimeError):
+        return None
+    if not any(word in str(error) for word in LOST):
+        return None
+    fix = "look at its message; --resume then goes on from the last checkpoint"
+    return Problem(f"another process of this run ended ({shorten_text(str(error))})", "this run", fix)
 
 
 def explain_memory(error: Exception) -> Problem | None:

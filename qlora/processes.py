@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from qlora import console, settings
-from qlora.console import RUN_FAILED, USER_MISTAKE, Problem, RunError, UserError
+from qlora.console import USER_MISTAKE, UserError
 
 # That processes wait for each other, for the first prepares the rows, and a model may be quantised in between. One that
 # ended is noticed at once by the launcher on its machine. Other machines may wait so long for it.
 PATIENCE = timedelta(hours=2)
-# In torch's RuntimeError for a process that ended: gloo's words, and NCCL's.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "ncclRemoteError")
 
 
 def meet() -> None:
@@ -91,24 +89,13 @@ def taking_turns() -> Iterator[None]:
 def reporting() -> Iterator[None]:
     """Reports what fails in any process: it may be alone with its problem, such as a card without memory.
 
-    That another process ended is a RunError; why, is in that one's own output.
+    Outside of it only the first process of a machine reports, for then all of them have the same problem.
     """
     try:
         yield
     except Exception as error:
-        lost = explain_loss(error)
-        explained = lost or console.explain(error)
-        if explained and settings.process_rank(local=True) > 0:  # which console.run would not hear
-            console.print_problems(explained.problems, quiet=False)
-            raise SystemExit(RUN_FAILED if isinstance(explained, RunError) else USER_MISTAKE) from error
-        if lost:
-            raise lost from error
-        raise
-
-
-def explain_loss(error: Exception) -> RunError | None:
-    """The RunError for torch's error when another process has ended; None for any other."""
-    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in LOST):
-        return None
-    what = f"another process of this run ended ({console.shorten_text(str(error))})"
-    return RunError(Problem(what, "this run", "look at its message; --resume then goes on from the last checkpoint"))
+        explained = console.explain(error)
+        if not explained or settings.process_rank(local=True) == 0:
+            raise
+        console.print_problems(explained.problems, quiet=False)
+        raise SystemExit(explained.code) from error

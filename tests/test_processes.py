@@ -88,12 +88,14 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_bytes(words, tm
         ("script.jsonable = lambda given: {'seed': 1}", [], "not the same as in the first process"),
         ("pass", ["--filter", "category=nothing"], "no row is left after filtering"),
         (f"script.plan_run = {RAISE}(script.console.fail('a row does not fit', 'GPU 1', 'wait'))", [], "does not fit"),
+        ("script.load_and_filter = lambda args: os._exit(3)", [], "another process of this run ended"),
         (f"script.load_whole = {RAISE}(MemoryError())", [], "out of memory"),
     ],
 )
 def test_a_mistake_of_one_process_ends_all_and_is_reported_once(words, tmp_path, in_second, more, told):
     code, said = train_in_two([*words, *more, "--output", tmp_path / "out"], tmp_path, in_second)
     assert code == 1 and said.count(told) == 1, said
+    assert "RuntimeError" not in said  # of the others, which waited for it
     assert not (tmp_path / "out").exists()
 
 
